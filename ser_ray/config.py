@@ -1,0 +1,482 @@
+"""The configuration: one YAML file describes an experiment and the space that is searched around it.
+
+This is the only reader of YAML. ``load`` turns a file and ``key=value`` overrides into a frozen `SearchSpace`, or
+raises a `UserError` whose one line names the field. Every default has its reason beside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ser_ray.schema import EMOTIONS, UserError
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+M = TypeVar("M", bound=BaseModel)
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Audio(Section):
+    """What counts as a usable recording. Part of the fingerprint of prepared data."""
+
+    min_seconds: float = Field(0.3, gt=0, le=30)
+    """Shorter ones hold less than a syllable, and fewer frames than a backbone's receptive field needs."""
+    max_seconds: float = Field(30.0, gt=0, le=30)
+    """Whisper has positions for 30 s and no more; longer recordings are rejected with a reason."""
+    trim_db: float | None = Field(40.0, gt=0)
+    """Leading and trailing parts this far below the peak are cut (RAVDESS begins and ends with about 1 s of
+    silence, a third of its audio); null keeps them."""
+
+
+class Protocol(Section):
+    """Who is trained on and who is tested on; see `ser_ray.protocols.folds`."""
+
+    scheme: Literal["speaker_kfold", "given_folds", "leave_one_corpus_out", "random"] = "speaker_kfold"
+    """Speaker-disjoint by default: speakers shared between splits inflate every figure. ``random`` is stamped LEAKY."""
+    folds: int = Field(5, ge=2)
+    """Number of folds of ``speaker_kfold`` and ``random``. Test is fold `fold`, dev the next one."""
+    fold: int = Field(0, ge=0)
+    """Which fold is tested, from 0."""
+    given: Annotated[str | tuple[Words, ...] | None, BeforeValidator(_as_tuple)] = None
+    """For ``given_folds``: ``emobox`` (RAVDESS's published folds) or lists of speakers such as ``ravdess/01``."""
+    held_out: str | None = None
+    """For ``leave_one_corpus_out``: the corpus that is tested on."""
+    seed: int = Field(0, ge=0)
+    """Of the assignment of speakers to folds; apart from the training seed, so that folds stay put."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Protocol:
+        if self.scheme == "given_folds" and self.given is None:
+            raise ValueError("scheme given_folds needs protocol.given: emobox, or lists of speakers")
+        if self.scheme == "leave_one_corpus_out" and self.held_out is None:
+            raise ValueError("scheme leave_one_corpus_out needs protocol.held_out: the corpus to test on")
+        if self.scheme in ("speaker_kfold", "random") and self.fold >= self.folds:
+            raise ValueError(f"protocol.fold is {self.fold}, but folds count from 0 to {self.folds - 1}")
+        return self
+
+
+class Adapter(Section):
+    """How the backbone is adapted."""
+
+    method: Literal["frozen", "lora", "qlora", "full"] = "lora"
+    """frozen: only the head learns; lora; qlora: LoRA over NF4 weights (double quantisation); full: all weights."""
+    rank: int = Field(8, ge=1, le=512)
+    """Of the low-rank update. 8 is where LoRA's paper (arXiv 2106.09685, table 6) stops gaining."""
+    alpha: float = Field(16.0, gt=0)
+    """The update is scaled by alpha / rank; twice the default rank, as is usual."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """On the input of the low-rank update; the QLoRA paper's value for small models."""
+    first_layer: int = Field(0, ge=0)
+    """Layers below this one stay frozen (their weights are not adapted, nor trained under ``full``)."""
+    targets: Words | None = None
+    """Names of the linear layers that get a LoRA update; null: all of attention and feed-forward (QLoRA paper,
+    section 4: all layers are needed to match full fine-tuning), for WavLM the feed-forward ones only."""
+
+
+class Head(Section):
+    """From hidden states to emotions: layer mix -> masked pooling -> classifier."""
+
+    layer_mix: Literal["weighted", "last"] = "weighted"
+    """weighted: a learned sum of all layers (SUPERB, arXiv 2105.01051): emotion lives in the middle ones."""
+    pooling: Literal["mean", "statistics", "attentive"] = "attentive"
+    """Over real frames only. statistics: mean and standard deviation; attentive: the same under learned weights
+    (Okabe et al. 2018, arXiv 1803.10963), which begin uniform."""
+    hidden: int = Field(0, ge=0, le=8192)
+    """Width of a hidden layer; 0 for a linear classifier, which a thousand utterances can fit."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """On the pooled vector."""
+    init: Literal["random", "probe"] = "random"
+    """probe: start from logistic regression on the frozen backbone's best layer, then fine-tune
+    (arXiv 2202.10054: fine-tuning under a random head distorts good features)."""
+
+    @model_validator(mode="after")
+    def _probe_is_linear(self) -> Head:
+        if self.init == "probe" and self.hidden:
+            raise ValueError("head.init: probe needs a linear head: set head.hidden to 0")
+        if self.init == "probe" and self.layer_mix != "weighted":
+            raise ValueError("head.init: probe chooses a layer: set head.layer_mix to weighted")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    lr: float = Field(1.0e-4, gt=0, le=1)
+    """Of the backbone's part (adapters, or all weights)."""
+    head_lr: float = Field(1.0e-3, gt=0, le=1)
+    """Of the head, which starts from nothing and needs larger steps."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """AdamW's own default; not on biases, norms and layer-mix weights."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps over which the rate rises; Adam's second moment is noise before that."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    accumulate: int = Field(1, ge=1)
+    """Batches summed into one step: a large batch on a small GPU."""
+
+
+class Experiment(Section):
+    """One trial, complete: data, split, model, optimisation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The folder under `Storage.results`."""
+    corpora: dict[str, str | None]
+    """Corpus: its directory. ``synthetic`` needs none."""
+    emotions: Words = EMOTIONS[:7]
+    """The labels, in order; utterances of other emotions are dropped, unless merged."""
+    merge: dict[str, str] = {}
+    """Emotion: the one it counts as, such as calm: neutral."""
+    audio: Audio = Audio()
+    protocol: Protocol = Protocol()
+    backbone: str
+    """Hub id, local directory, or an embedded name (``embedded/tiny-whisper``, ``embedded/tiny-wav2vec2``)."""
+    adapter: Adapter = Adapter()
+    head: Head = Head()
+    optimizer: Optimizer = Optimizer()
+    batch_seconds: float = Field(60.0, gt=0)
+    """Padded seconds of audio a batch: a bound on memory, whatever the lengths."""
+    epochs: int = Field(10, ge=1)
+    patience: int = Field(4, ge=1)
+    """Epochs without a better dev UAR after which training stops."""
+    class_weights: Literal["balanced", "none"] = "balanced"
+    """balanced: loss weights inverse to an emotion's frequency in train, as UAR counts emotions equally."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
+    seed: int = Field(0, ge=0)
+    """Of initial weights, dropout and the order of batches."""
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Experiment:
+        if not self.corpora:
+            raise ValueError("corpora is empty: name at least one, such as synthetic")
+        if len(set(self.emotions)) != len(self.emotions) or len(self.emotions) < 2:
+            raise ValueError("emotions must be at least two different names")
+        for emotion in (*self.emotions, *self.merge):
+            if emotion not in EMOTIONS:
+                raise ValueError(f"{emotion!r} is not an emotion; they are {', '.join(EMOTIONS)}")
+        for source, target in self.merge.items():
+            if target not in self.emotions:
+                raise ValueError(f"merge: {source}: {target!r} is not among the experiment's emotions")
+            if source in self.emotions:
+                raise ValueError(f"merge: {source!r} is among the experiment's emotions; list it in one place")
+        return self
+
+
+class Distribution(Section):
+    """Where one searched key takes its values from: exactly one of choice, uniform, loguniform, randint."""
+
+    choice: Annotated[tuple[Any, ...] | None, BeforeValidator(_as_tuple)] = None
+    uniform: Annotated[tuple[float, float] | None, BeforeValidator(_as_tuple)] = None
+    loguniform: Annotated[tuple[float, float] | None, BeforeValidator(_as_tuple)] = None
+    randint: Annotated[tuple[int, int] | None, BeforeValidator(_as_tuple)] = None
+    """Both ends included."""
+    when: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_as_tuple)]] = {}
+    """Searched only where every key here has one of these values: ``when: {adapter.method: [lora, qlora]}``."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Distribution:
+        kinds = [k for k in ("choice", "uniform", "loguniform", "randint") if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise ValueError("give exactly one of choice, uniform, loguniform, randint")
+        if self.choice is not None and not self.choice:
+            raise ValueError("choice is empty")
+        for low, high in (r for r in (self.uniform, self.loguniform, self.randint) if r is not None):
+            if low >= high:
+                raise ValueError(f"the lower bound {low} is not below the upper bound {high}")
+            if self.loguniform is not None and low <= 0:
+                raise ValueError("loguniform needs a lower bound above 0")
+        return self
+
+    def examples(self) -> tuple[Any, ...]:
+        """Values that every part of the experiment must accept: all choices, or both ends."""
+        ends = self.uniform or self.loguniform or self.randint
+        return self.choice if self.choice is not None else tuple(ends or ())
+
+
+class Tune(Section):
+    """How the space is searched."""
+
+    trials: int = Field(12, ge=1)
+    metric: Literal["dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa"] = "dev_uar"
+    """What trials are compared by; always on dev."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops the worse half of the trials early."""
+    grace: int = Field(2, ge=1)
+    """Epochs before a trial may be stopped."""
+    seed: int = Field(0, ge=0)
+    concurrency: int | None = Field(None, ge=1)
+    """Trials at once; null: as many as fit the cluster."""
+    finalists: int = Field(3, ge=1)
+    """The best trials by dev, whose checkpoints the evaluation actors score in full."""
+    first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
+    """Points tried before the sampler chooses: searched key -> value."""
+
+
+class Resources(Section):
+    """What one trial takes."""
+
+    workers: int = Field(1, ge=0)
+    """Data-parallel processes a trial; 0 runs in this process, without Ray, for a debugger (train only)."""
+    cpus_per_worker: float | Literal["auto"] = "auto"
+    """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with one."""
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """auto: 1 where the cluster has a GPU, else 0."""
+
+
+class Storage(Section):
+    """Where things are written."""
+
+    results: str = "results"
+    cache: str = "~/.cache/ser_ray"
+    """Prepared data; on a cluster a path that every node sees."""
+
+
+class SearchSpace(Section):
+    """A whole YAML file: the experiment, what is searched around it, how, with what, and where to."""
+
+    experiment: Experiment
+    search: dict[str, Distribution] = {}
+    tune: Tune = Tune()
+    resources: Resources = Resources()
+    storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> SearchSpace:
+        for key, distribution in self.search.items():
+            for condition in distribution.when:
+                if condition not in self.search:
+                    raise ValueError(f"search: {key}: when names {condition!r}, which is not searched")
+                if list(self.search).index(condition) > list(self.search).index(key):
+                    raise ValueError(f"search: {key} depends on {condition!r}: list {condition!r} first")
+            for value in distribution.examples():
+                try:
+                    self.trial({key: value})
+                except UserError as error:
+                    raise ValueError(f"search: {error}") from None
+        for point in self.tune.first:
+            if unknown := [key for key in point if key not in self.search]:
+                raise ValueError(f"tune.first: {unknown[0]!r} is not a searched key")
+            self.trial(point)
+        return self
+
+    def trial(self, values: Mapping[str, Any]) -> Experiment:
+        """The experiment of one trial: the base with dotted keys replaced.
+
+        Raises UserError where a key does not exist or a value does not fit.
+        """
+        return _validate(Experiment, _with_values(to_dict(self.experiment), values))
+
+    def results_dir(self) -> Path:
+        """``<storage.results>/<name>``, absolute."""
+        return Path(self.storage.results).expanduser().resolve() / self.experiment.name
+
+    def cache_dir(self) -> Path:
+        """``storage.cache``, absolute."""
+        return Path(self.storage.cache).expanduser().resolve()
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
+    """Read a search space from YAML and apply ``key=value`` overrides.
+
+    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first``.
+
+    Raises UserError, in one line, for a file that is missing or no YAML, and for every key or value that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a YAML search space, such as search_spaces/demo.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with the key experiment")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: overrides are written key=value, such as experiment.epochs=3")
+        value = _parse_value(override, text)
+        _fix_searched_key(content, key.removeprefix("experiment."), key)
+        content = _with_values(content, {key: value}, known=False)
+    return _validate(SearchSpace, content, where=f"{path}: ")
+
+
+def to_dict(model: BaseModel) -> dict[str, Any]:
+    """The model as plain JSON types, as it would be written to YAML."""
+    return model.model_dump(mode="json")
+
+
+def dump(model: BaseModel) -> str:
+    """The model as YAML that `load` (or `load_experiment`) reads back to an equal one."""
+    return yaml.dump(to_dict(model), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read the ``experiment.yaml`` of a checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
+    return _validate(Experiment, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader), where=f"{path}: ")
+
+
+def fingerprint(*parts: object) -> str:
+    """Twelve hex digits that name what something was made from; equal content gives equal digits.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    plain = [to_dict(part) if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default_space() -> Path:
+    """The embedded demo: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    for candidate in (package.parent / "search_spaces" / "demo.yaml", package / "search_spaces" / "demo.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise UserError("search_spaces/demo.yaml is not installed; name a search space")
+
+
+def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
+    """The dotted keys in which two spaces differ, as ``key: old -> new``."""
+    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+# -- below: how it is done
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-5 is a number, 03 and 08 are strings, no and off are strings."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|nan|NaN))",
+        "-+.0123456789",
+    ),
+}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the same rules decide which strings need quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not readable as YAML; quote it") from None
+
+
+def _fix_searched_key(content: dict[str, Any], key: str, full_key: str) -> None:
+    if full_key.startswith("experiment.") and isinstance(content.get("search"), dict):
+        content["search"].pop(key, None)
+        for point in (content.get("tune") or {}).get("first") or []:
+            point.pop(key, None)
+
+
+def _with_values(content: dict[str, Any], values: Mapping[str, Any], known: bool = True) -> dict[str, Any]:
+    """A copy of nested ``content`` with dotted keys set; with ``known``, only ones that are there already."""
+    content = json.loads(json.dumps(content))
+    for dotted, value in values.items():
+        node = content
+        *parents, last = _split_key(dotted)
+        for part in parents:
+            child = node.get(part) if known else node.setdefault(part, {})
+            if child is None and not known:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"{dotted}: no such field{_hint(part, node)}")
+            node = child
+        if known and last not in node:
+            raise UserError(f"{dotted}: no such field{_hint(last, node)}")
+        node[last] = value
+    return content
+
+
+def _split_key(dotted: str) -> list[str]:
+    """``search.adapter.rank`` names the key ``adapter.rank`` of the search, not a field three deep."""
+    head, dot, rest = dotted.partition(".")
+    return [head, rest] if head == "search" and dot else dotted.split(".")
+
+
+def _validate(model: type[M], content: object, where: str = "") -> M:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(where + _one_line(error, model)) from None
+
+
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key" + _hint(str(first["loc"][-1]), _fields_at(model, first["loc"][:-1]))
+    elif first["type"] == "missing":
+        message = "this key is required"
+    elif first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{location}: {message}{more}" if location else f"{message}{more}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> Iterable[str]:
+    fields: Any = model
+    for part in path:
+        info = getattr(fields, "model_fields", {}).get(part)
+        fields = info.annotation if info is not None else None
+    return getattr(fields, "model_fields", {})
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

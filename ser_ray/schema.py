@@ -1,0 +1,103 @@
+"""The words of the project: utterances, folds, predictions, and the names that they may carry.
+
+Everything here is plain data that any other part may import; it imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+SAMPLING_RATE: Final = 16_000
+"""Hz. What every supported backbone was pre-trained on, and what the shards hold."""
+
+EMOTIONS: Final = (
+    "angry",
+    "disgust",
+    "fear",
+    "happy",
+    "neutral",
+    "sad",
+    "surprised",
+    "calm",
+    "boredom",
+)
+"""The canonical emotions. The first seven are the project's; the others occur in some corpora."""
+
+SPLITS: Final = ("train", "dev", "test")
+
+
+class UserError(ValueError):
+    """Something that the user can mend: shown as one line (what, where, what to do), exit code 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One recording of one speaker, as a corpus describes it.
+
+    ``utterance_id`` and ``speaker`` begin with the corpus's name (``ravdess/03-01-05-01-01-01-12``,
+    ``ravdess/12``), so that both are unique over all corpora of an experiment.
+    """
+
+    utterance_id: str
+    corpus: str
+    speaker: str
+    emotion: str
+    path: str
+    text_id: str | None = None
+    intensity: str | None = None
+    gender: str | None = None
+    language: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.emotion not in EMOTIONS:
+            raise ValueError(f"{self.path}: emotion {self.emotion!r} is not one of {', '.join(EMOTIONS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A file that is not used, and why, in words for the user."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which split every utterance belongs to; an index over ids, never baked into shards."""
+
+    splits: Mapping[str, str]
+    leaky: bool
+    description: str
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said about N utterances, K emotions; columns of equal length.
+
+    ``labels`` (N,) int64 are indices into ``emotions``; ``probabilities`` (N, K) float64 rows sum to 1.
+    """
+
+    emotions: tuple[str, ...]
+    utterance_ids: tuple[str, ...]
+    corpora: tuple[str, ...]
+    speakers: tuple[str, ...]
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.utterance_ids)
+        assert len(self.corpora) == len(self.speakers) == n, (n, len(self.corpora), len(self.speakers))
+        assert self.labels.shape == (n,), self.labels.shape
+        assert self.probabilities.shape == (n, len(self.emotions)), self.probabilities.shape
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(N,) int64: the most probable label of each utterance."""
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.utterance_ids)
