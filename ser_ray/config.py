@@ -304,7 +304,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a YAML search space, such as search_spaces/demo.yaml")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = _read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -334,7 +334,7 @@ def load_experiment(path: str | Path) -> Experiment:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
-    return _validate(Experiment, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader), where=f"{path}: ")
+    return _validate(Experiment, _read_yaml(path.read_text(encoding="utf-8")), where=f"{path}: ")
 
 
 def fingerprint(*parts: object) -> str:
@@ -396,9 +396,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _read_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not readable as YAML; quote it") from None
 

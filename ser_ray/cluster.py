@@ -1,0 +1,163 @@
+"""Ray, started or joined in one place: the only ``ray.init`` of the project, what fits on it, where paths lead."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from ser_ray.config import Experiment, SearchSpace
+from ser_ray.schema import UserError
+
+DATA_CPUS = 1
+"""Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+
+# What Ray's defaults cost a short trial. The health check is also the poll that notices the end of a run: at its
+# default of 2 s a trial of three empty epochs takes twice as long.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one training worker takes."""
+
+    cpus: float
+    gpus: float
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS or ``ray start`` offers, else start one on this machine; again: nothing.
+
+    On its own machine Ray is told of one CPU more than there are, for the data tasks, which mostly wait: so one core
+    is enough for a search.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    options: dict[str, Any] = {
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
+    }
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise UserError(f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, but no cluster answers there") from None
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ray.init(address="local", num_cpus=cpus + DATA_CPUS, dashboard_host="127.0.0.1", **options)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def describe() -> str:
+    """One line on the cluster, for people."""
+    total, nodes = ray.cluster_resources(), len([node for node in ray.nodes() if node["Alive"]])
+    gpus = total.get("GPU", 0)
+    return f"{nodes} node{'s' * (nodes != 1)}, {total.get('CPU', 0):g} logical CPUs, {gpus:g} GPU{'s' * (gpus != 1)}"
+
+
+def worker(space: SearchSpace) -> Worker:
+    """What one worker takes here, with ``auto`` resolved."""
+    wanted = space.resources
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    gpus = float(has_gpu) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
+    if wanted.cpus_per_worker != "auto":
+        return Worker(wanted.cpus_per_worker, gpus)
+    per_node = min((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    return Worker(min(4.0, max(1.0, per_node - DATA_CPUS)) if gpus else 1.0, gpus)
+
+
+def concurrency(space: SearchSpace) -> int:
+    """Trials that fit at once, beside one CPU for the data.
+
+    Raises UserError where not even one fits: Ray itself would wait for ever.
+    """
+    one, total = worker(space), ray.cluster_resources()
+    workers = max(1, space.resources.workers)
+    cpus, gpus = total.get("CPU", 0) - DATA_CPUS, total.get("GPU", 0)
+    fits = int(cpus / (one.cpus * workers) + 1e-9)
+    if one.gpus:
+        fits = min(fits, int(gpus / (one.gpus * workers) + 1e-9))
+    if fits < 1:
+        raise UserError(
+            f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs) beside {DATA_CPUS} CPU for "
+            f"data, but the cluster has {total.get('CPU', 0):g} CPUs and {gpus:g} GPUs; lower resources.workers, "
+            "cpus_per_worker or gpus_per_worker"
+        )
+    return min(fits, space.tune.concurrency or fits, space.tune.trials)
+
+
+def settle_paths(space: SearchSpace) -> SearchSpace:
+    """The same space with absolute paths, as workers run in other directories.
+
+    Inside a ``ray job submit`` the current directory is a copy that vanishes with the job: results then go to
+    ``~/ser_ray/results`` unless said otherwise, and relative data or storage paths are refused with a UserError.
+    """
+    storage = space.storage
+    if _submitted_job():
+        for key in storage.model_fields_set:
+            _refuse_relative(f"storage.{key}", getattr(storage, key))
+        for corpus, directory in space.experiment.corpora.items():
+            _refuse_relative(f"experiment.corpora.{corpus}", directory)
+        if "results" not in storage.model_fields_set:
+            storage = storage.model_copy(update={"results": "~/ser_ray/results"})
+    storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
+    search = dict(space.search)
+    if "backbone" in search and search["backbone"].choice is not None:
+        choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
+        search["backbone"] = search["backbone"].model_copy(update={"choice": choice})
+    first = tuple(
+        {key: _absolute_backbone(value) if key == "backbone" else value for key, value in point.items()}
+        for point in space.tune.first
+    )
+    return space.model_copy(
+        update={
+            "experiment": _settle_experiment(space.experiment),
+            "storage": storage,
+            "search": search,
+            "tune": space.tune.model_copy(update={"first": first}),
+        }
+    )
+
+
+# -- below: how it is done
+
+
+def _settle_experiment(experiment: Experiment) -> Experiment:
+    corpora = {name: directory and _absolute(directory) for name, directory in experiment.corpora.items()}
+    for name, directory in corpora.items():
+        if directory and not Path(directory).is_dir():
+            raise UserError(
+                f"experiment.corpora.{name}: {directory}: no such directory; set it to where the corpus lies"
+            )
+    return experiment.model_copy(update={"corpora": corpora, "backbone": _absolute_backbone(experiment.backbone)})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _absolute_backbone(name: str) -> str:
+    return _absolute(name) if Path(name).expanduser().is_dir() else name
+
+
+def _submitted_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _refuse_relative(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).expanduser().is_absolute():
+        raise UserError(
+            f"{key}: {path!r} is relative, but a submitted job runs in a temporary copy of the working directory; "
+            "give an absolute path that every node sees"
+        )

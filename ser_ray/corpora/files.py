@@ -1,0 +1,57 @@
+"""The walk over a corpus's directory, and from file names to utterances: what all corpora share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from ser_ray.schema import Rejected, Utterance
+
+SUFFIXES: Final = (".wav", ".flac")
+
+
+def audio_files(directory: Path) -> list[Path]:
+    """All .wav and .flac files below ``directory``, at any depth, relative to it and sorted.
+
+    Hidden files and folders are skipped, and with them the ``._`` files that macOS leaves in archives. Links to
+    folders are followed, each folder once: corpora on a cluster are often links to a shared copy.
+    """
+    found = []
+    visited = set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        visited.add(os.path.realpath(folder))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in visited  # noqa: PTH118
+        )
+        found += [
+            (Path(folder) / name).relative_to(directory)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+        ]
+    return sorted(found)
+
+
+def from_names(
+    directory: Path, parse: Callable[[Path], Utterance]
+) -> tuple[list[Utterance], list[Rejected]]:
+    """Utterances of all audio files below ``directory``, sorted by id, and the files that are none.
+
+    ``parse`` gets a path relative to ``directory`` and raises ValueError, with the reason, for a name that it cannot
+    read. Of files with the same utterance id the first is kept; the others are reported.
+    """
+    utterances: dict[str, Utterance] = {}
+    rejected = []
+    for path in audio_files(directory):
+        try:
+            utterance = parse(path)
+        except ValueError as reason:
+            rejected.append(Rejected(path.as_posix(), str(reason)))
+            continue
+        first = utterances.setdefault(utterance.utterance_id, utterance)
+        if first is not utterance:
+            rejected.append(Rejected(path.as_posix(), f"the same utterance as {first.path}, which is used"))
+    return sorted(utterances.values(), key=lambda utterance: utterance.utterance_id), rejected

@@ -1,0 +1,76 @@
+"""RAVDESS, the Ryerson Audio-Visual Database of Emotional Speech and Song: its speech.
+
+24 actors (12 women, 12 men), North American English, 2 statements, 8 emotions, each twice in two intensities (neutral
+in one): 1440 utterances. Song and video are left out: other tasks.
+
+Livingstone and Russo (2018), PLoS ONE 13(5): e0196391, https://doi.org/10.1371/journal.pone.0196391
+Home: https://zenodo.org/records/1188976 (Audio_Speech_Actors_01-24.zip). Licence: CC BY-NC-SA 4.0.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from ser_ray.schema import Utterance
+
+EMOTIONS: Final = {
+    "01": "neutral",
+    "02": "calm",
+    "03": "happy",
+    "04": "sad",
+    "05": "angry",
+    "06": "fear",
+    "07": "disgust",
+    "08": "surprised",
+}
+INTENSITIES: Final = {"01": "normal", "02": "strong"}
+MODALITIES: Final = {"01": "audio-video", "02": "video"}
+"""The ones that are left out; 03 is audio."""
+STATEMENTS: Final = ("01", "02")
+"""Kids are talking by the door; dogs are sitting by the door."""
+ACTORS: Final = tuple(f"{actor:02}" for actor in range(1, 25))
+"""Odd ones are men, even ones women."""
+
+
+def parse(path: Path) -> Utterance:
+    """``Actor_12/03-01-05-01-02-01-12.wav``: modality, channel, emotion, intensity, statement, repetition, actor.
+
+    >>> parse(Path("Actor_12/03-01-05-01-02-01-12.wav")).emotion
+    'angry'
+
+    Raises ValueError for every other name, and where the folder names another actor.
+    """
+    if not re.fullmatch(r"\d\d(-\d\d){6}", path.stem, re.ASCII):
+        raise ValueError("the name is not seven two-digit numbers, such as 03-01-05-01-02-01-12")
+    modality, channel, emotion, intensity, statement, repetition, actor = path.stem.split("-")
+    if modality in MODALITIES:
+        raise ValueError(f"{MODALITIES[modality]} (modality {modality}); only audio (03) is used")
+    if channel == "02":
+        raise ValueError("song (channel 02); only speech (01) is used")
+    for field, value, known in (
+        ("modality", modality, ("03",)),
+        ("channel", channel, ("01",)),
+        ("emotion", emotion, EMOTIONS),
+        ("intensity", intensity, INTENSITIES),
+        ("statement", statement, STATEMENTS),
+        ("repetition", repetition, ("01", "02")),
+        ("actor", actor, ACTORS),
+    ):
+        if value not in known:
+            raise ValueError(f"{field} {value} does not exist; known: {', '.join(known)}")
+    for folder in path.parts[:-1]:
+        if re.fullmatch(r"Actor_\d\d", folder, re.ASCII) and folder != f"Actor_{actor}":
+            raise ValueError(f"the name says actor {actor}, the folder {folder}")
+    return Utterance(
+        utterance_id=f"ravdess/{path.stem}",
+        corpus="ravdess",
+        speaker=f"ravdess/{actor}",
+        emotion=EMOTIONS[emotion],
+        path=path.as_posix(),
+        text_id=statement,
+        intensity=INTENSITIES[intensity],
+        gender="male" if int(actor) % 2 else "female",
+        language="en",
+    )

@@ -1,0 +1,1 @@
+"""From predictions to figures: metrics, their intervals, baselines, plots, and the evaluation record."""

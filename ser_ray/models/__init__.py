@@ -1,0 +1,1 @@
+"""Backbones, adapters and the classifier around them; plain PyTorch, no Ray."""

@@ -1,0 +1,114 @@
+"""How a backbone is adapted: which weights learn, LoRA through PEFT, and the check that all of them do learn."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ser_ray import config
+from ser_ray.models.backbones import Backbone
+from ser_ray.schema import UserError
+
+ATTENTION: Final = {
+    "wav2vec2": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "hubert": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    # WavLM hands raw weights to F.multi_head_attention_forward: an adapter there is by-passed and never learns.
+    "wavlm": (),
+    "whisper": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+FEED_FORWARD: Final = {
+    "wav2vec2": ("intermediate_dense", "output_dense"),
+    "hubert": ("intermediate_dense", "output_dense"),
+    "wavlm": ("intermediate_dense", "output_dense"),
+    "whisper": ("fc1", "fc2"),
+}
+
+
+def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
+    """Set which of the backbone's weights learn; for lora and qlora, put low-rank updates in.
+
+    Returns PEFT's view of the backbone, which saves and loads the updates; None for frozen and full.
+    Raises UserError where `adapter.targets` or `adapter.first_layer` do not fit this backbone.
+    """
+    if adapter.method != "frozen" and adapter.first_layer >= backbone.num_layers:
+        raise UserError(
+            f"adapter.first_layer is {adapter.first_layer}, but this {backbone.family} backbone has layers "
+            f"0 to {backbone.num_layers - 1}; for no adaptation set adapter.method to frozen"
+        )
+    backbone.first_trained = None if adapter.method == "frozen" else adapter.first_layer
+    if adapter.method == "full":
+        _unfreeze_from(backbone, adapter.first_layer)
+        return None
+    backbone.model.requires_grad_(False)
+    if adapter.method == "frozen":
+        return None
+    return get_peft_model(
+        backbone.model,
+        LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=_target_modules(backbone, adapter),
+        ),
+    )
+
+
+def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftModel:
+    """Put saved low-rank updates (PEFT layout, safetensors) into a freshly loaded backbone."""
+    backbone.first_trained = adapter.first_layer
+    backbone.model.requires_grad_(False)
+    return PeftModel.from_pretrained(backbone.model, directory, is_trainable=True, use_safetensors=True)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """After the first backward pass: every weight that should learn has a gradient, or the run stops here.
+
+    LoRA's A has a zero gradient at first, since B begins at zero; B's may not be zero.
+    Raises UserError naming the first module that is by-passed.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        dead = parameter.grad is None or (".lora_B." in name and not bool(torch.any(parameter.grad)))
+        if dead:
+            module = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+            raise UserError(
+                f"adapter: {module} got no gradient in the first step: the backbone by-passes it and it would never "
+                "learn; take it out of adapter.targets"
+            )
+
+
+def _unfreeze_from(backbone: Backbone, first_layer: int) -> None:
+    """All weights, or with ``first_layer`` above 0 only the blocks from there on and the final norm."""
+    if first_layer == 0:
+        return
+    backbone.model.requires_grad_(False)
+    for layer in backbone.layers()[first_layer:]:
+        layer.requires_grad_(True)
+
+
+def _target_modules(backbone: Backbone, adapter: config.Adapter) -> list[str]:
+    """Full names of the linear layers to adapt, in blocks from ``first_layer`` on."""
+    wanted = adapter.targets or ATTENTION[backbone.family] + FEED_FORWARD[backbone.family]
+    layers = {id(layer): index for index, layer in enumerate(backbone.layers())}
+    names: list[str] = []
+    for layer_name, layer in backbone.model.named_modules():
+        if layers.get(id(layer), -1) >= adapter.first_layer:
+            names += [
+                f"{layer_name}.{name}"
+                for name, module in layer.named_modules()
+                if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
+            ]
+    found = {name.rsplit(".", 1)[-1] for name in names}
+    if missing := [target for target in wanted if target not in found]:
+        known = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in backbone.layers()[0].named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise UserError(
+            f"adapter.targets: {missing[0]!r} is no linear layer of this {backbone.family} backbone; "
+            f"known: {', '.join(known)}"
+        )
+    return names

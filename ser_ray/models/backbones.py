@@ -1,0 +1,347 @@
+"""Pre-trained speech encoders of four families, by hub id, local directory or embedded name.
+
+A `Backbone` is run in two parts, so that what is frozen can be told from what learns:
+
+    hidden_BFD, mask_BF = backbone.embed(waveform_BT, lengths_B)     # convolutions, log-mel, positions
+    layers = backbone.blocks(hidden_BFD, mask_BF)                    # one hidden_BFD before and after every block
+
+Both keep an utterance's frames independent of what it is batched with. That takes care in three places where
+transformers' own forward lets the padding in: Whisper's log-mel and convolutions, the group norm of wav2vec2-base's
+first convolution (its statistics run over time), and attention, which is masked. On a batch without padding the
+result is transformers' own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from ser_ray.models.logmel import LogMel
+from ser_ray.schema import UserError
+
+FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
+ASSETS: Final = Path(__file__).parent.parent / "assets"
+EMBEDDED: Final = "embedded/"
+
+# For people: no progress bar for every load, no advice on optional kernels.
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# Parts of a pre-trained checkpoint that an encoder has no use for, or that it may lack.
+_UNUSED = ("model.decoder.", "decoder.", "proj_out.", "lm_head.", "quantizer.", "project_", "classifier.", "projector.")
+_OPTIONAL = ("masked_spec_embed",)
+
+
+class Backbone(nn.Module):
+    """One encoder; see the module's docstring for the two parts of its forward.
+
+    ``model`` is the transformers module, ``family`` one of `FAMILIES`, ``width`` D, ``num_layers`` its blocks.
+    """
+
+    family: str
+    width: int
+    num_layers: int
+
+    def __init__(self, model: nn.Module, family: str) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.width = model.config.hidden_size
+        self.num_layers = model.config.num_hidden_layers
+        self.first_trained: int | None = 0
+        """Blocks from here on learn; None: nothing does. What is below stays in evaluation mode."""
+
+    def layers(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        raise NotImplementedError
+
+    def embed(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms, zero beyond ``lengths_B`` samples -> hidden_BFD and mask_BF, True on real frames."""
+        raise NotImplementedError
+
+    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
+        """The input of the first block and the output of every block; the last one with the final norm."""
+        raise NotImplementedError
+
+    def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """All hidden states (L + 1 of (B, F, D)) and the frame mask (B, F)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._embedding_learns()):
+            hidden_BFD, mask_BF = self.embed(waveform_BT, lengths_B)
+        return self.blocks(hidden_BFD, mask_BF), mask_BF
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training mode for the part that learns; dropout in a frozen part would only add noise."""
+        super().train(False)
+        if mode and self.first_trained is not None:
+            if self._embedding_learns():
+                super().train(True)
+            for layer in self.layers()[self.first_trained :]:
+                layer.train(True)
+        return self
+
+    def _embedding_learns(self) -> bool:
+        return any(p.requires_grad for name, p in self.model.named_parameters() if "layers." not in name)
+
+    def _run_layer(self, index: int, layer: nn.Module, *arguments: Any, **named: Any) -> Any:
+        learns = self.first_trained is not None and index >= self.first_trained
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            return layer(*arguments, **named)
+
+
+class Whisper(Backbone):
+    """Whisper's encoder at the true length of the batch: positions are sliced, not padded to 30 s."""
+
+    def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
+        super().__init__(model, family)
+        self.logmel = LogMel(model.config.num_mel_bins)
+
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def embed(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features_BMF, mel_frames_B = self.logmel(waveform_BT, lengths_B)
+        hidden_BDF = nn.functional.gelu(self.model.conv1(features_BMF))
+        # The first convolution leaks one frame beyond an utterance and adds its bias there: silence it again.
+        hidden_BDF = hidden_BDF * _mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
+        hidden_BFD = nn.functional.gelu(self.model.conv2(hidden_BDF)).transpose(1, 2)
+        frames = hidden_BFD.shape[1]
+        hidden_BFD = hidden_BFD + self.model.embed_positions.weight[:frames]
+        hidden_BFD = nn.functional.dropout(hidden_BFD, self.model.dropout, self.model.training)
+        return hidden_BFD, _mask((mel_frames_B + 1) // 2, frames)
+
+    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
+        attention = create_bidirectional_mask(
+            config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
+        )
+        hiddens = [hidden_BFD]
+        for index, layer in enumerate(self.layers()):
+            hiddens.append(self._run_layer(index, layer, hiddens[-1], attention))
+        hiddens[-1] = self.model.layer_norm(hiddens[-1])
+        return hiddens
+
+
+class Wav2Vec2(Backbone):
+    """wav2vec2, HuBERT and WavLM: strided convolutions over the waveform, a projection, positions, blocks."""
+
+    def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
+        super().__init__(model, family)
+        self.normalize = bool(extractor.do_normalize)
+
+    def layers(self) -> nn.ModuleList:
+        return self.model.encoder.layers
+
+    def embed(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.normalize:
+            waveform_BT = _standardise(waveform_BT, lengths_B)
+        features_BCF, frames_B = self._convolve(waveform_BT, lengths_B)
+        projected = self.model.feature_projection(features_BCF.transpose(1, 2))
+        hidden_BFD = projected[0] if isinstance(projected, tuple) else projected  # HuBERT gives the tensor alone
+        mask_BF = _mask(frames_B, hidden_BFD.shape[1])
+        # Zero beyond the end, as the positional convolution's own padding is for an utterance alone.
+        hidden_BFD = hidden_BFD * mask_BF[..., None]
+        encoder = self.model.encoder
+        hidden_BFD = hidden_BFD + encoder.pos_conv_embed(hidden_BFD)
+        if not self._norm_first():
+            hidden_BFD = encoder.layer_norm(hidden_BFD)
+        return encoder.dropout(hidden_BFD), mask_BF
+
+    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
+        hiddens = [hidden_BFD]
+        if self.family == "wavlm":
+            position_bias = None
+            for index, layer in enumerate(self.layers()):
+                hidden, position_bias = self._run_layer(
+                    index, layer, hiddens[-1], attention_mask=mask_BF, position_bias=position_bias
+                )
+                hiddens.append(hidden)
+        else:
+            attention = create_bidirectional_mask(
+                config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
+            )
+            for index, layer in enumerate(self.layers()):
+                hiddens.append(self._run_layer(index, layer, hiddens[-1], attention_mask=attention))
+        if self._norm_first():
+            hiddens[-1] = self.model.encoder.layer_norm(hiddens[-1])
+        return hiddens
+
+    def _norm_first(self) -> bool:
+        """Whether blocks normalise their input ("stable layer norm", the large models)."""
+        return bool(self.model.config.do_stable_layer_norm)
+
+    def _convolve(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BCF, frames_B = waveform_BT[:, None], lengths_B
+        for layer in self.model.feature_extractor.conv_layers:
+            (kernel,), (stride,) = layer.conv.kernel_size, layer.conv.stride
+            frames_B = (frames_B - kernel) // stride + 1
+            norm = getattr(layer, "layer_norm", None)
+            if isinstance(norm, nn.GroupNorm):
+                hidden_BCF = layer.activation(_masked_channel_norm(layer.conv(hidden_BCF), frames_B, norm))
+            else:
+                hidden_BCF = layer(hidden_BCF)
+        return hidden_BCF, frames_B
+
+
+def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") -> Backbone:
+    """The backbone of that name: a hub id, a local directory, or ``embedded/...``.
+
+    ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314).
+    Weights are read from safetensors only; an embedded backbone without trained ones gets random ones, always the same.
+
+    Raises UserError, in one line, for a name that leads nowhere and for an architecture that is none of `FAMILIES`.
+    """
+    config, extractor = describe(name)
+    with _weights(name, config) as source:
+        model = _from_pretrained(source, name, config, quantize, device)
+    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
+    return wrap(model, config.model_type, extractor).to(device)
+
+
+def describe(name: str) -> tuple[Any, Any]:
+    """A backbone's transformers config and feature extractor, without its weights; see `load` for errors."""
+    source = str(_directory(name) or name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        extractor = AutoFeatureExtractor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(_unreachable(name, error)) from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"backbone {name}: its type is {config.model_type}; supported are {', '.join(FAMILIES)}")
+    if getattr(config, "add_adapter", False):
+        raise UserError(f"backbone {name}: add_adapter in its config.json shortens the frames; not supported")
+    return config, extractor
+
+
+def is_random(name: str) -> bool:
+    """Whether the backbone is embedded and has no trained weights: it starts from random ones."""
+    directory = _directory(name)
+    return name.startswith(EMBEDDED) and directory is not None and not any(directory.glob("*.safetensors"))
+
+
+# -- below: how it is done
+
+
+def _directory(name: str) -> Path | None:
+    """Where a local or embedded backbone lies; None for a hub id."""
+    if name.startswith(EMBEDDED):
+        directory = ASSETS / name.removeprefix(EMBEDDED)
+        if not (directory / "config.json").is_file():
+            known = ", ".join(sorted(EMBEDDED + path.parent.name for path in ASSETS.glob("*/config.json")))
+            raise UserError(f"backbone {name}: not embedded; there are {known}")
+        return directory
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"backbone {name}: no such directory")
+    return None
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    first_line = " ".join(str(error).split())[:160]
+    if _directory(name) is not None:
+        return f"backbone {name}: {first_line}"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return (
+        f"backbone {name}: no such directory, and not to be had from the hub{offline}; "
+        f"give a local directory, or download it where there is a network ({first_line})"
+    )
+
+
+@contextmanager
+def _weights(name: str, config: Any) -> Iterator[str]:
+    """A place that ``from_pretrained`` reads; for an embedded backbone without weights, random ones."""
+    if not is_random(name):
+        yield str(_directory(name) or name)
+        return
+    with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _architecture(config)(config).save_pretrained(directory)
+        yield directory
+
+
+def _architecture(config: Any) -> Any:
+    return WhisperEncoder if config.model_type == "whisper" else transformers.MODEL_MAPPING[type(config)]
+
+
+def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device: torch.device | str) -> nn.Module:
+    options: dict[str, Any] = {}
+    if quantize:
+        # WavLM hands the raw weights of its attention to torch, which cannot read 4-bit ones; the projection after
+        # the convolutions is small, and its 4-bit product is a view that later in-place steps may not change.
+        skip = ["feature_projection.projection", *(["attention"] if config.model_type == "wavlm" else [])]
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=_compute_dtype(device),
+            llm_int8_skip_modules=skip,
+        )
+        options["device_map"] = {"": str(device)}
+    if config.model_type == "whisper":
+        options["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
+    try:
+        model, info = _architecture(config).from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(_unreachable(name, error)) from None
+    missing = [key for key in info["missing_keys"] if not key.startswith(_OPTIONAL)]
+    strange = [key for key in info["unexpected_keys"] if not any(part in key for part in _UNUSED)]
+    if missing or strange or info["mismatched_keys"]:
+        problem = sorted([*missing, *strange, *map(str, info["mismatched_keys"])])[0]
+        raise UserError(f"backbone {name}: its weights do not fit its config.json, first at {problem}")
+    for key, parameter in model.named_parameters():
+        if key.startswith(_OPTIONAL):  # only used by transformers' own SpecAugment, which is not run here
+            parameter.requires_grad_(False)
+    return model
+
+
+def _compute_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16 where the GPU has it; fp32 on a CPU, where 4-bit weights are unpacked for every product anyway."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _mask(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
+
+
+def _standardise(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance over an utterance's own samples; zero beyond."""
+    mask_BT = _mask(lengths_B, waveform_BT.shape[1])
+    mean_B1 = waveform_BT.sum(1, keepdim=True) / lengths_B[:, None]
+    centred_BT = (waveform_BT - mean_B1) * mask_BT
+    variance_B1 = centred_BT.square().sum(1, keepdim=True) / lengths_B[:, None]
+    return centred_BT / torch.sqrt(variance_B1 + 1e-7)
+
+
+def _masked_channel_norm(hidden_BCF: torch.Tensor, frames_B: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+    """`nn.GroupNorm` with one channel a group, its statistics over real frames only; in fp32."""
+    assert norm.num_groups == norm.num_channels, (norm.num_groups, norm.num_channels)
+    dtype, hidden_BCF = hidden_BCF.dtype, hidden_BCF.float()
+    mask_B1F = _mask(frames_B, hidden_BCF.shape[-1])[:, None]
+    count_B11 = frames_B[:, None, None]
+    mean_BC1 = (hidden_BCF * mask_B1F).sum(-1, keepdim=True) / count_B11
+    variance_BC1 = ((hidden_BCF - mean_BC1) * mask_B1F).square().sum(-1, keepdim=True) / count_B11
+    scaled_BCF = (hidden_BCF - mean_BC1) * torch.rsqrt(variance_BC1 + norm.eps)
+    return (scaled_BCF * norm.weight[:, None] + norm.bias[:, None]).to(dtype)

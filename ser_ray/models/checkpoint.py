@@ -1,0 +1,104 @@
+"""A checkpoint is a directory that another program can read: safetensors, JSON and YAML, never a pickle.
+
+    adapter/             low-rank updates in PEFT's layout (lora, qlora)
+    backbone/            the whole encoder in transformers' layout (full)
+    head.safetensors     layer mix, pooling, classifier
+    experiment.yaml      the resolved configuration
+    labels.json          index -> emotion
+    metrics.json         what was measured when it was written
+    training/            optimiser moments and counters, to resume from
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ser_ray import config
+from ser_ray.models import backbones
+from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.schema import UserError
+
+
+def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
+    """Write the model into ``directory``; ``metrics.json`` comes last, so a directory that has it is whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if model.peft is not None:
+        model.peft.save_pretrained(str(directory / "adapter"), safe_serialization=True, save_embedding_layers=False)
+    elif model.experiment.adapter.method == "full":
+        model.backbone.model.save_pretrained(directory / "backbone")
+        backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
+    save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
+    (directory / "experiment.yaml").write_text(config.dump(model.experiment), encoding="utf-8")
+    _write_json(directory / "labels.json", dict(enumerate(model.experiment.emotions)))
+    _write_json(directory / "metrics.json", metrics)
+
+
+def load(directory: str | Path, device: torch.device | str = "cpu") -> EmotionClassifier:
+    """The model that `save` wrote, in evaluation mode.
+
+    Raises UserError where the directory is no whole checkpoint, or its backbone cannot be found.
+    """
+    directory = Path(directory)
+    experiment = config.load_experiment(directory / "experiment.yaml")
+    for name in ("head.safetensors", "metrics.json"):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory}: {name} is missing; this is no whole checkpoint")
+    method = experiment.adapter.method
+    if method == "full":
+        experiment = experiment.model_copy(update={"backbone": str(directory / "backbone")})
+    adapter = None
+    if method in ("lora", "qlora"):
+        adapter = str(directory / "adapter")
+        if not (directory / "adapter" / "adapter_model.safetensors").is_file():
+            raise UserError(f"{directory}: adapter/adapter_model.safetensors is missing; this is no whole checkpoint")
+    model = build(experiment, device, adapter=adapter)
+    model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+    return model.eval()
+
+
+def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, counters: dict[str, Any]) -> None:
+    """Optimiser moments as safetensors and counters as JSON under ``training/``."""
+    directory = directory / "training"
+    directory.mkdir(parents=True, exist_ok=True)
+    state = optimizer.state_dict()["state"]
+    moments = {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in moments.items()}, directory / "optimizer.safetensors")
+    _write_json(directory / "state.json", counters)
+
+
+def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put the moments back into ``optimizer`` (built over the same parameters) and return the counters."""
+    directory = directory / "training"
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    with safe_open(directory / "optimizer.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    counters: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    return counters
+
+
+def load_weights(model: EmotionClassifier, directory: Path) -> None:
+    """Put a checkpoint's learned weights into a model that was built from the same experiment."""
+    device = next(model.head.parameters()).device
+    model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+    if model.peft is not None:
+        from peft import set_peft_model_state_dict
+
+        saved = load_file(directory / "adapter" / "adapter_model.safetensors", device=str(device))
+        result = set_peft_model_state_dict(model.peft, saved)
+        assert not result.unexpected_keys, result.unexpected_keys
+    elif model.experiment.adapter.method == "full":
+        weights = backbones.load(str(directory / "backbone"), device=device)
+        model.backbone.model.load_state_dict(weights.model.state_dict())
+
+
+def _write_json(path: Path, content: dict[Any, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""The emotion classifier: backbone -> layer mix -> masked pooling -> classifier.
+
+Shapes: waveform_BT, hidden_BFD, mask_BF, pooled_BP, logits_BK; B utterances, T samples, F frames, D width,
+P = D (mean) or 2 D (mean and standard deviation), K emotions.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ser_ray.config import Experiment
+from ser_ray.models import backbones
+from ser_ray.models.adapters import adapt, attach
+from ser_ray.models.backbones import Backbone
+
+
+class Head(nn.Module):
+    """Hidden states of all layers -> logits; what `head` in the configuration describes."""
+
+    center_P: torch.Tensor
+    scale_P: torch.Tensor
+
+    def __init__(self, experiment: Experiment, num_layers: int, width: int) -> None:
+        super().__init__()
+        head, num_emotions = experiment.head, len(experiment.emotions)
+        self.layer_mix, self.pooling = head.layer_mix, head.pooling
+        states = num_layers + 1 if head.layer_mix == "weighted" else 1
+        self.mix_L = nn.Parameter(torch.full((states,), 1.0 / states), requires_grad=states > 1)
+        pooled = width if head.pooling == "mean" else 2 * width
+        if head.pooling == "attentive":
+            self.score = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
+            nn.init.zeros_(self.score[2].weight)  # uniform attention at first: plain statistics
+        # Standardises the pooled vector; identity unless the probe sets it.
+        self.register_buffer("center_P", torch.zeros(pooled))
+        self.register_buffer("scale_P", torch.ones(pooled))
+        layers: list[nn.Module] = [nn.Dropout(head.dropout)]
+        if head.hidden:
+            layers += [nn.Linear(pooled, head.hidden), nn.GELU(), nn.Dropout(head.dropout)]
+        self.classifier = nn.Sequential(*layers, nn.Linear(head.hidden or pooled, num_emotions))
+
+    def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
+        """Hidden states (L + 1 of (B, F, D)) and frame mask (B, F) -> logits_BK."""
+        pooled_BP = self.pool(self.mix(hiddens), mask_BF)
+        logits_BK: torch.Tensor = self.classifier((pooled_BP - self.center_P) / self.scale_P)
+        return logits_BK
+
+    def mix(self, hiddens: list[torch.Tensor]) -> torch.Tensor:
+        """A learned sum of the layers, every frame normalised first, since norms grow with depth."""
+        if self.layer_mix == "last":
+            return normalise(hiddens[-1])
+        mixed = normalise(hiddens[0]) * self.mix_L[0]
+        for weight, hidden_BFD in zip(self.mix_L[1:], hiddens[1:], strict=True):
+            mixed = mixed + normalise(hidden_BFD) * weight
+        return mixed
+
+    def pool(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
+        """Frames -> one vector an utterance, over real frames only."""
+        if self.pooling != "attentive":
+            return masked_statistics(hidden_BFD, mask_BF, deviation=self.pooling == "statistics")
+        scores_BF = self.score(hidden_BFD)[..., 0].float().masked_fill(~mask_BF, -torch.inf)
+        return weighted_statistics(hidden_BFD, scores_BF.softmax(-1))
+
+
+class EmotionClassifier(nn.Module):
+    """Backbone and head; `peft` is PEFT's view of the same backbone where there are low-rank updates."""
+
+    def __init__(self, experiment: Experiment, backbone: Backbone, peft: PeftModel | None) -> None:
+        super().__init__()
+        self.experiment = experiment
+        self.backbone = backbone
+        self.head = Head(experiment, backbone.num_layers, backbone.width)
+        object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
+
+    peft: PeftModel | None
+
+    def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples -> logits_BK."""
+        hiddens, mask_BF = self.backbone(waveform_BT, lengths_B)
+        logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
+        return logits_BK.float()
+
+
+def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: str | None = None) -> EmotionClassifier:
+    """The classifier that an experiment describes, before training.
+
+    Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: a saved one to start from instead of a new one.
+    Raises UserError where backbone or adapter do not fit; see `backbones.load` and `adapters.adapt`.
+    """
+    quantize = experiment.adapter.method == "qlora"
+    backbone = backbones.load(experiment.backbone, quantize, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(experiment.seed)
+        peft = attach(backbone, adapter, experiment.adapter) if adapter else adapt(backbone, experiment.adapter)
+        model = EmotionClassifier(experiment, backbone, peft)
+    return model.to(device)
+
+
+def normalise(hidden_BFD: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance over the width of every frame; nothing is learned here."""
+    return nn.functional.layer_norm(hidden_BFD, hidden_BFD.shape[-1:])
+
+
+def masked_statistics(hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, deviation: bool = True) -> torch.Tensor:
+    """Mean over real frames, and with ``deviation`` the standard deviation behind it: (B, D) or (B, 2 D)."""
+    weights_BF = mask_BF / mask_BF.sum(-1, keepdim=True)
+    if deviation:
+        return weighted_statistics(hidden_BFD, weights_BF)
+    return torch.einsum("bf,bfd->bd", weights_BF.float(), hidden_BFD.float())
+
+
+def weighted_statistics(hidden_BFD: torch.Tensor, weights_BF: torch.Tensor) -> torch.Tensor:
+    """Weighted mean and standard deviation over frames (arXiv 1803.10963, equations 5 and 6), in fp32: (B, 2 D)."""
+    hidden_BFD, weights_BF = hidden_BFD.float(), weights_BF.float()
+    mean_BD = torch.einsum("bf,bfd->bd", weights_BF, hidden_BFD)
+    square_BD = torch.einsum("bf,bfd->bd", weights_BF, (hidden_BFD - mean_BD[:, None]).square())
+    return torch.cat([mean_BD, (square_BD + 1e-6).sqrt()], dim=-1)

@@ -1,0 +1,60 @@
+"""Whisper's log-mel spectrogram on the device of the model, at the true length of every utterance.
+
+Equal to transformers' ``WhisperFeatureExtractor`` on the same audio padded to 30 s, without the padding: there the
+silence after an utterance is transformed and encoded too, 85 % of the work for an utterance of 4 s.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchaudio
+from torch import nn
+
+from ser_ray.schema import SAMPLING_RATE
+
+N_FFT = 400
+HOP = 160
+CHUNK_SAMPLES = 30 * SAMPLING_RATE
+"""Whisper's longest input; the extractor reflects the signal at this border, and zero-pads before it."""
+
+
+class LogMel(nn.Module):
+    """Waveforms -> normalised log-mel spectrograms (Radford et al. 2022, arXiv 2212.04356, section 2.2)."""
+
+    def __init__(self, num_mels: int) -> None:
+        super().__init__()
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLING_RATE,
+            n_fft=N_FFT,
+            hop_length=HOP,
+            n_mels=num_mels,
+            power=2.0,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waveforms (B, T), zero beyond ``lengths_B`` samples -> features (B, mels, M) and mel frames (B,).
+
+        Frames beyond an utterance's own are zero. Raises ValueError for utterances longer than 30 s.
+        """
+        longest = waveform_BT.shape[1]
+        if longest > CHUNK_SAMPLES:
+            raise ValueError(f"utterance of {longest / SAMPLING_RATE:.1f} s; Whisper's limit is 30 s")
+        # Zeros behind the longest utterance, so that its last frames see what they would see in a longer batch.
+        padded_BT = nn.functional.pad(waveform_BT.float(), (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
+        mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
+        frame_F = torch.arange(mel_BMF.shape[-1], device=mel_BMF.device)
+        # The floor is 8 below the utterance's own maximum, over all frames that its samples reach.
+        touched_BF = frame_F < _ceil_divide(lengths_B + N_FFT // 2, HOP)[:, None]
+        top_B = mel_BMF.masked_fill(~touched_BF[:, None], -torch.inf).amax(dim=(1, 2))
+        features_BMF = (torch.maximum(mel_BMF, top_B[:, None, None] - 8.0) + 4.0) / 4.0
+        frames_B = _ceil_divide(lengths_B, HOP)
+        own_BF = frame_F < frames_B[:, None]
+        most = _ceil_divide(torch.tensor(longest), HOP)
+        return (features_BMF * own_BF[:, None])[..., : int(most)], frames_B
+
+
+def _ceil_divide(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
+    return (numerator + denominator - 1) // denominator

@@ -1,0 +1,176 @@
+"""Any audio -> emotions: a checkpoint and files or folders in; a table, JSON lines or CSV out, with probabilities.
+
+    python -m ser_ray.predict CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]
+
+CHECKPOINT is a directory such as results/demo/best. Audio is decoded, resampled and trimmed as the training data was.
+No Ray in here: one process, the GPU where there is one.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["predict", *sys.argv[1:]]))
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ser_ray.evaluation.folder import write_text
+from ser_ray.models import checkpoint
+from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.schema import UserError
+from ser_ray.speech import stream
+from ser_ray.speech.audio import Unusable, load_waveform, to_int16
+from ser_ray.training.loop import predict_batches
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")
+"""What a folder is searched for; a file that is named is tried whatever its suffix."""
+GROUP = 256
+"""Files decoded at a time: sorted by length among themselves, and all that is held in memory."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was made of one file: probabilities by emotion, or the reason why there are none."""
+
+    path: str
+    probabilities: dict[str, float]
+    reason: str = ""
+
+    @property
+    def emotion(self) -> str:
+        """The most probable one; empty where the file could not be used."""
+        return max(self.probabilities, key=self.probabilities.__getitem__, default="")
+
+
+def predict(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[Answer]:
+    """An answer for every file, in the order given; decoding in groups keeps memory level."""
+    for start in range(0, len(paths), GROUP):
+        yield from _predict_group(model, paths[start : start + GROUP])
+
+
+def find_audio(inputs: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders searched to any depth for `AUDIO_SUFFIXES`.
+
+    Raises UserError for a path that does not exist, and for a folder without audio.
+    """
+    found: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: no audio in this folder (looked for {', '.join(AUDIO_SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """``ser-ray predict CHECKPOINT AUDIO...``; returns 1 where a file could not be used."""
+    options = _parse(arguments)
+    paths = find_audio([Path(name) for name in options.audio])
+    model = checkpoint.load(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    progress = Console(stderr=True)
+    answers: list[Answer] = []
+    with progress.status("") as status:
+        for answer in predict(model, paths):
+            answers.append(answer)
+            status.update(f"{len(answers)} of {len(paths)} files")
+    text = _FORMATS[options.format](answers, model.experiment.emotions)
+    if options.output:
+        write_text(Path(options.output), text)
+    else:
+        sys.stdout.write(text)
+    failed = [answer for answer in answers if answer.reason]
+    for answer in failed:
+        progress.print(f"{answer.path}: {answer.reason}", style="red", highlight=False)
+    return 1 if failed else 0
+
+
+# -- below: how it is done
+
+
+def _predict_group(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[Answer]:
+    rows, reasons = [], {}
+    for number, path in enumerate(paths):
+        try:
+            samples = to_int16(load_waveform(path, model.experiment.audio))
+        except Unusable as error:
+            reasons[number] = str(error)
+            continue
+        rows.append(
+            {"utterance_id": f"{number:06d}", "num_samples": len(samples), "audio": samples.tobytes(), "label": 0}
+        )
+    probabilities: dict[int, list[float]] = {}
+    if rows:
+        schema = pa.schema(
+            {"utterance_id": pa.string(), "num_samples": pa.int32(), "audio": pa.large_binary(), "label": pa.int64()}
+        )
+        batches = stream.batches([pa.Table.from_pylist(rows, schema)], model.experiment.batch_seconds, seed=None)
+        for batch, logits_BK in predict_batches(model, batches):
+            values = logits_BK.double().softmax(-1).tolist()
+            probabilities.update(zip(map(int, batch.utterance_ids), values, strict=True))
+    for number, path in enumerate(paths):
+        known = dict(zip(model.experiment.emotions, probabilities.get(number, []), strict=False))
+        yield Answer(str(path), known, reasons.get(number, ""))
+
+
+def _table(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
+    table = Table("file", "emotion", *emotions, box=None, header_style="bold")
+    for answer in answers:
+        cells = [f"{answer.probabilities[e]:.2f}" if answer.probabilities else "" for e in emotions]
+        table.add_row(answer.path, answer.emotion or "(not usable)", *cells)
+    buffer = io.StringIO()
+    Console(file=buffer, width=40 + 11 * len(emotions) + max((len(a.path) for a in answers), default=0)).print(table)
+    return buffer.getvalue()
+
+
+def _jsonl(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
+    lines = (
+        {"path": a.path, "emotion": a.emotion or None, "probabilities": a.probabilities}
+        | ({"reason": a.reason} if a.reason else {})
+        for a in answers
+    )
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _csv(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["path", "emotion", *(f"p_{emotion}" for emotion in emotions), "reason"])
+    for a in answers:
+        writer.writerow([a.path, a.emotion, *(a.probabilities.get(emotion, "") for emotion in emotions), a.reason])
+    return buffer.getvalue()
+
+
+_FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see ser-ray predict --help")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="ser-ray predict", add_help=False)
+    parser.add_argument("checkpoint")
+    parser.add_argument("audio", nargs="+")
+    parser.add_argument("--format", choices=sorted(_FORMATS), default="table")
+    parser.add_argument("--output")
+    return parser.parse_args(arguments)

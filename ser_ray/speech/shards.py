@@ -1,0 +1,152 @@
+"""The form in which prepared speech is kept: a directory of Parquet shards with a manifest that is written last.
+
+One directory holds one corpus. Folds are no part of it: one set of shards serves every protocol. The audio is
+uncompressed int16, which Parquet reads several times faster than lists or compressed audio; the other columns are zstd.
+A directory without ``manifest.json`` is not whole and is never read; every file is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import ser_ray
+from ser_ray.config import Audio, to_dict
+from ser_ray.schema import Rejected, UserError
+
+FORMAT: Final = 1
+"""Raised when the meaning of a shard changes; part of the fingerprint of prepared data."""
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("utterance_id", pa.string(), nullable=False),
+        pa.field("corpus", pa.string(), nullable=False),
+        pa.field("speaker", pa.string(), nullable=False),
+        pa.field("emotion", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),  # relative to the corpus's directory
+        pa.field("duration", pa.float64(), nullable=False),  # s
+        pa.field("num_samples", pa.int32(), nullable=False),
+        pa.field("text_id", pa.string()),
+        pa.field("intensity", pa.string()),
+        pa.field("gender", pa.string()),
+        pa.field("language", pa.string()),
+        pa.field("audio_sha256", pa.string(), nullable=False),  # of the bytes in audio: finds identical recordings
+        pa.field("audio", pa.large_binary(), nullable=False),  # int16 little-endian mono 16 kHz
+    ]
+)
+INDEX_COLUMNS: Final = tuple(name for name in SCHEMA.names if name != "audio")
+MANIFEST: Final = "manifest.json"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path aside to write to; at the end, and only after success, it takes the place of ``path``.
+
+    Readers see the old file, the new one, or none, never a part; two writers of the same content do no harm.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write ``content`` as readable JSON, atomically."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shard(table: pa.Table, path: Path) -> None:
+    """Write a table of `SCHEMA` as one Parquet file, atomically."""
+    compression = dict.fromkeys(INDEX_COLUMNS, "zstd") | {"audio": "none"}
+    columns = list(INDEX_COLUMNS)
+    with replacing(path) as aside:
+        pq.write_table(
+            table.cast(SCHEMA), aside, compression=compression, use_dictionary=columns, write_statistics=columns
+        )
+
+
+def write_manifest(
+    directory: Path, corpus: str, shards: Sequence[str], rejected: Iterable[Rejected], audio: Audio
+) -> dict[str, Any]:
+    """Describe the shards and thereby declare the directory whole; returns the manifest.
+
+    ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data, equal digest, however
+    the rows are spread over files.
+    """
+    index = _read([directory / name for name in shards]).sort_by("utterance_id")
+    manifest = {
+        "format": FORMAT,
+        "corpus": corpus,
+        "utterances": index.num_rows,
+        "speakers": len(index["speaker"].unique()),
+        "hours": sum(index["duration"].to_pylist()) / 3600,
+        "emotions": dict(Counter(index["emotion"].to_pylist())),
+        "rejected": [{"path": r.path, "reason": r.reason} for r in sorted(rejected, key=lambda r: r.path)],
+        "content_sha256": hashlib.sha256(json.dumps(index.to_pylist(), sort_keys=True).encode()).hexdigest(),
+        "shards": list(shards),
+        "audio": to_dict(audio),
+        "versions": {"ser_ray": ser_ray.__version__}
+        | {name: version(name) for name in ("librosa", "numpy", "pyarrow", "soundfile", "soxr")},
+    }
+    write_json(manifest, directory / MANIFEST)
+    return manifest
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether the directory was prepared to its end."""
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory of shards.
+
+    Raises UserError where the directory is not whole, or was written in another format.
+    """
+    if not is_whole(directory):
+        raise UserError(f"{directory}: not prepared, or not to the end; run ser-ray prepare")
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{directory}: shards of format {manifest['format']}, not {FORMAT}; run ser-ray prepare")
+    return dict(manifest)
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """The shards that the manifest names, in order."""
+    return [directory / name for name in read_manifest(directory)["shards"]]
+
+
+def read_index(directories: Iterable[Path]) -> pa.Table:
+    """All columns but the audio, of all shards of all directories, sorted by utterance_id."""
+    return _read([path for directory in directories for path in shard_paths(directory)]).sort_by("utterance_id")
+
+
+def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
+    """The shards one by one, with their audio."""
+    for directory in directories:
+        for path in shard_paths(directory):
+            with pq.ParquetFile(path) as file:
+                yield file.read()
+
+
+def _read(paths: Sequence[Path]) -> pa.Table:
+    tables = [SCHEMA.remove(SCHEMA.get_field_index("audio")).empty_table()]
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            tables.append(file.read(columns=list(INDEX_COLUMNS)))
+    return pa.concat_tables(tables)

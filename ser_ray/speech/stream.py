@@ -1,0 +1,147 @@
+"""From an iterator of Arrow tables to batches of similar length, bounded by padded seconds of audio.
+
+Batches in order of arrival waste half their audio on padding when recordings last 1 to 10 s; sorted by length within a
+window, a few per cent. A bound on padded seconds, not on utterances, keeps memory level whatever the lengths. Nothing
+here knows where the tables come from: Ray Data feeds it in training, `shards.read_tables` without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from ser_ray.schema import SAMPLING_RATE
+from ser_ray.speech.audio import from_int16
+
+JITTER: Final = 0.05
+"""Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B utterances, zero padded to the longest, T samples at 16 kHz."""
+
+    utterance_ids: tuple[str, ...]
+    waveform_BT: torch.Tensor  # noqa: N815
+    """float32 in [-1, 1]."""
+    lengths_B: torch.Tensor  # noqa: N815
+    """int64: real samples of each utterance."""
+    labels_B: torch.Tensor  # noqa: N815
+    """int64."""
+
+    @property
+    def seconds(self) -> float:
+        """Of audio, with the padding: what the batch costs."""
+        return self.waveform_BT.numel() / SAMPLING_RATE
+
+    def __len__(self) -> int:
+        return len(self.utterance_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            waveform_BT=self.waveform_BT.to(device, non_blocking=True),
+            lengths_B=self.lengths_B.to(device, non_blocking=True),
+            labels_B=self.labels_B.to(device, non_blocking=True),
+        )
+
+
+def select(table: pa.Table, labels: Mapping[str, int]) -> pa.Table:
+    """The rows whose utterance_id is a key of ``labels``, with the label as an int64 column ``label``.
+
+    Where every row stays, as after a split by whole shards, the audio is not copied.
+
+    >>> table = pa.table({"utterance_id": ["a", "b", "c"]})
+    >>> select(table, {"c": 1, "a": 0}).to_pydict()
+    {'utterance_id': ['a', 'c'], 'label': [0, 1]}
+    """
+    position = pc.index_in(table["utterance_id"], value_set=pa.array(list(labels), pa.string()))
+    label = pc.take(pa.array(list(labels.values()), pa.int64()), position)
+    table = table.append_column("label", label)
+    return table.filter(label.is_valid()) if label.null_count else table
+
+
+def batches(
+    tables: Iterable[pa.Table], batch_seconds: float, *, seed: int | None, window: int = 2048
+) -> Iterator[Batch]:
+    """Batches of at most ``batch_seconds`` padded seconds; every utterance once, one longer than that by itself.
+
+    ``tables`` have the columns utterance_id, num_samples, audio (as in `shards.SCHEMA`) and label. Utterances are
+    gathered in windows; in each they are put in order of id, so that the order of arrival does not matter, sorted by
+    slightly jittered length, packed greedily, and the batches shuffled. With ``seed`` None nothing is random: sorted by
+    length, for evaluation. A window's audio stays int16 until its batch is due: 2048 utterances of 3 s take 200 MB.
+    """
+    rng = None if seed is None else np.random.default_rng(seed)
+    for table in _windows(tables, window):
+        yield from _window_batches(table, batch_seconds, rng)
+
+
+def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:
+    """How many batches utterances of these durations [s] make: what a learning-rate schedule needs to know before.
+
+    An estimate: windows and jitter move it by a few.
+
+    >>> expected_batches([1.0, 2.0, 2.0, 9.0], batch_seconds=4.0)
+    3
+    """
+    return len(_pack(sorted(durations), batch_seconds))
+
+
+def _windows(tables: Iterable[pa.Table], window: int) -> Iterator[pa.Table]:
+    """The rows of ``tables``, regrouped to ``window`` rows; slices, not copies."""
+    pending: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        pending.append(table.select(["utterance_id", "num_samples", "label", "audio"]))
+        rows += table.num_rows
+        while rows >= window:
+            gathered = pa.concat_tables(pending)
+            yield gathered.slice(0, window)
+            pending, rows = [gathered.slice(window)], rows - window
+    if rows:
+        yield pa.concat_tables(pending)
+
+
+def _window_batches(table: pa.Table, batch_seconds: float, rng: np.random.Generator | None) -> Iterator[Batch]:
+    by_id = pc.sort_indices(table["utterance_id"]).to_numpy()
+    lengths = table["num_samples"].to_numpy()[by_id].astype(np.float64)
+    keys = lengths if rng is None else lengths * rng.uniform(1 - JITTER, 1 + JITTER, len(lengths))
+    by_length = np.argsort(keys, kind="stable")
+    packed = _pack(lengths[by_length].tolist(), batch_seconds * SAMPLING_RATE)
+    for number in range(len(packed)) if rng is None else rng.permutation(len(packed)):
+        yield _batch(table, by_id[by_length[packed[number]]])
+
+
+def _pack(sizes: Sequence[float], budget: float) -> list[slice]:
+    """Cut ``sizes`` into runs whose count times largest size stays within ``budget``; a larger one stands alone."""
+    runs: list[slice] = []
+    start, largest = 0, 0.0
+    for position, size in enumerate(sizes):
+        if position > start and (position - start + 1) * max(largest, size) > budget:
+            runs.append(slice(start, position))
+            start, largest = position, 0.0
+        largest = max(largest, size)
+    return [*runs, slice(start, len(sizes))] if len(sizes) else runs
+
+
+def _batch(table: pa.Table, rows: np.ndarray) -> Batch:
+    # One scalar at a time: a view of the window's bytes, where take() would copy them.
+    audio = [from_int16(table["audio"][int(row)].as_buffer()) for row in rows]
+    lengths = [len(waveform) for waveform in audio]
+    waveform_BT = torch.zeros(len(rows), max(lengths))
+    for row, waveform in enumerate(audio):
+        waveform_BT[row, : len(waveform)] = torch.from_numpy(waveform)
+    chosen = table.select(["utterance_id", "label"]).take(rows)
+    return Batch(
+        utterance_ids=tuple(chosen["utterance_id"].to_pylist()),
+        waveform_BT=waveform_BT,
+        lengths_B=torch.tensor(lengths, dtype=torch.int64),
+        labels_B=torch.tensor(chosen["label"].to_pylist(), dtype=torch.int64),
+    )

@@ -1,0 +1,377 @@
+"""Train one trial: a TorchTrainer around `ser_ray.training.loop`, fed by Ray Data; or in this process, without Ray.
+
+python -m ser_ray.train SPACE.yaml [key=value ...]
+python -m ser_ray.train SPACE.yaml resources.workers=0        # in this process: breakpoints work
+"""
+
+if __name__ == "__main__":  # hand over at once: workers find everything in ser_ray.train, not in __main__
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["train", *sys.argv[1:]]))
+
+import itertools
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+from rich.console import Console
+
+from ser_ray import cluster, config, prepare
+from ser_ray.config import Experiment, SearchSpace
+from ser_ray.evaluation import folder
+from ser_ray.models.classifier import build
+from ser_ray.protocols.leakage import audit
+from ser_ray.protocols.task import Task, load_task
+from ser_ray.schema import UserError
+from ser_ray.speech import shards, stream
+from ser_ray.training import loop
+
+RESIDENT_SHARE = 0.3
+"""Data up to this share of the object store is kept there between epochs; more is streamed from the shards."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All that a worker needs to know, in plain types."""
+
+    experiment: dict[str, Any]
+    metric: str
+    shard_dirs: tuple[str, ...]
+    directory: str
+    """Where its history and checkpoints go: ``results/<name>/trials/<trial_id>``."""
+    workers: int
+    cpus: float
+    gpus: float
+
+    def load(self) -> tuple[Experiment, Task]:
+        """The experiment and its utterances by split."""
+        experiment = Experiment.model_validate(self.experiment)
+        return experiment, load_task(experiment, [Path(directory) for directory in self.shard_dirs])
+
+
+def fit_on_ray(trial: Trial, callbacks: Iterable[Any] = ()) -> None:
+    """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
+
+    Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
+    """
+    _, task = trial.load()
+    directory = Path(trial.directory)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=asdict(trial),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=trial.workers,
+            use_gpu=trial.gpus > 0,
+            resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
+        ),
+        datasets={split: _dataset(trial, task.labels(split)) for split in ("train", "dev")},
+        # Every worker reads all of dev and predicts its share: a split would drop rows to make shares equal.
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+        run_config=ray.train.RunConfig(
+            name=directory.name,
+            storage_path=str(directory.parent),
+            callbacks=list(callbacks),
+            # Keeps the best checkpoint, and Ray adds the latest, to continue from.
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="keep"),
+            failure_config=ray.train.FailureConfig(max_failures=1),
+            logging_config=ray.train.LoggingConfig("ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise _user_error(error) or error from None
+
+
+def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda record: None) -> None:
+    """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
+    experiment, task = trial.load()
+    directory = Path(trial.directory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def tables(labels: Mapping[str, int]) -> Iterator[pa.Table]:
+        for table in shards.read_tables([Path(d) for d in trial.shard_dirs]):
+            yield stream.select(table, labels)
+
+    def on_epoch(record: folder.Record, save: loop.Save) -> None:
+        aside = directory / f".{folder.checkpoint_name(record['epoch'])}"
+        save(aside)
+        target = directory / folder.checkpoint_name(record["epoch"])
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        folder.append_history(directory, record)
+        keep = {folder.checkpoint_name(record["epoch"]), folder.checkpoint_name(record["best_epoch"])}
+        for old in directory.glob("epoch_*"):
+            if old.name not in keep:
+                shutil.rmtree(old)
+        on_record(record)
+
+    done = [directory / folder.checkpoint_name(r["epoch"]) for r in folder.trial_history(directory)]
+    data = _data(experiment, task, lambda: tables(task.labels("train")), lambda: tables(task.labels("dev")))
+    loop.fit(
+        build(experiment, device), data, on_epoch, trial.metric, next((d for d in reversed(done) if d.is_dir()), None)
+    )
+
+
+def audit_task(task: Task, console: Console) -> dict[str, Any]:
+    """The audit of a split, its findings shown. Raises UserError for one that makes training pointless."""
+    findings = audit(task.index, task.fold, task.emotions)
+    sizes = (
+        f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
+    )
+    console.print(f"split: {task.fold.description}: {', '.join(sizes)}")
+    for finding in findings["findings"]:
+        style = "dim" if finding["level"] == "note" else "bold red"
+        console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
+        if finding["level"] == "error":
+            raise UserError(f"audit: {finding['what']}: {finding['detail']}")
+    return findings
+
+
+def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str, Any], argv: list[str]) -> Path:
+    """Create the results folder with search.yaml, provenance.json and audit.json; an existing one is continued.
+
+    Raises UserError where the folder belongs to another configuration, or cannot be written.
+    """
+    directory = space.results_dir()
+    existing = directory / "search.yaml"
+    try:
+        if existing.is_file():
+            changes = config.differences(config.load(existing), space)
+            if changes:
+                raise UserError(
+                    f"{directory} holds another search of that name, which differs in {changes[0]}"
+                    + (f" and {len(changes) - 1} more" if len(changes) > 1 else "")
+                    + "; set experiment.name, or remove the folder"
+                )
+            return directory
+        directory.mkdir(parents=True, exist_ok=True)
+        folder.write_json(directory / "audit.json", findings)
+        folder.write_json(directory / "provenance.json", _provenance(space, shard_dirs, argv))
+        folder.write_text(existing, config.dump(space))
+    except OSError as error:
+        raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
+    return directory
+
+
+def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
+    """One epoch as a line for people."""
+    loss = "   probe" if record["train_loss"] is None else f"{record['train_loss']:8.3f}"
+    return (
+        f"epoch {record['epoch']:2d}  train loss {loss}  dev UAR {record['dev_uar']:.3f}  "
+        f"best {record[f'best_{metric}']:.3f}  {record['seconds']:5.1f} s"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """``ser-ray train SPACE.yaml [key=value ...]``."""
+    if not arguments:
+        raise UserError("name a search space, such as search_spaces/demo.yaml")
+    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    console = Console(highlight=False, soft_wrap=True)
+    here = space.resources.workers == 0
+    if not here:
+        cluster.connect()
+        cluster.concurrency(space)
+    shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
+    task = load_task(space.experiment, shard_dirs)
+    directory = open_results(space, shard_dirs, audit_task(task, console), ["train", *arguments])
+    one = cluster.worker(space) if not here else cluster.Worker(1, 0)
+    trial = Trial(
+        config.to_dict(space.experiment),
+        space.tune.metric,
+        tuple(map(str, shard_dirs)),
+        str(directory / "trials" / "single"),
+        max(1, space.resources.workers),
+        one.cpus,
+        one.gpus,
+    )
+    started = time.monotonic()
+    console.print(f"training {space.experiment.backbone} ({space.experiment.adapter.method}), {task.fold.description}")
+
+    def show(record: folder.Record) -> None:
+        console.print(describe_epoch(record, space.tune.metric))
+
+    if here:
+        fit_here(trial, show)
+    else:
+        with _following(Path(trial.directory), show):
+            fit_on_ray(trial)
+    row = folder.trial_row(directory, "single", "finished", {}, time.monotonic() - started)
+    folder.write_trials(directory, [row])
+    console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
+    console.print(f"next: ser-ray evaluate {directory}")
+    return 0
+
+
+# -- below: how it is done
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    trial = Trial(**settings)
+    experiment, task = trial.load()
+    torch.set_num_threads(max(1, int(trial.cpus)))
+    context = ray.train.get_context()
+    rank, directory = context.get_world_rank(), Path(trial.directory)
+    train, dev = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("dev")
+
+    def on_epoch(record: folder.Record, save: loop.Save) -> None:
+        saved = None
+        if rank == 0:
+            local = tempfile.mkdtemp()
+            save(Path(local))
+            saved = ray.train.Checkpoint.from_directory(local)
+            folder.append_history(directory, record)
+        # Of equals Ray keeps the latest; the earliest is ours, having been trained least.
+        keep = record[trial.metric] - 1e-9 * record["epoch"]
+        ray.train.report(
+            record | {"keep": keep},
+            checkpoint=saved,
+            checkpoint_dir_name=folder.checkpoint_name(record["epoch"]),
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    data = _data(
+        experiment,
+        task,
+        lambda: train.iter_batches(batch_size=256, batch_format="pyarrow"),
+        lambda: dev.iter_batches(batch_size=256, batch_format="pyarrow"),
+        rank,
+        context.get_world_size(),
+    )
+    checkpoint = ray.train.get_checkpoint()
+    with checkpoint.as_directory() if checkpoint else nullcontext() as last:
+        loop.fit(build(experiment, get_device()), data, on_epoch, trial.metric, Path(last) if last else None)
+
+
+def _data(
+    experiment: Experiment,
+    task: Task,
+    train: Callable[[], Iterable[pa.Table]],
+    dev: Callable[[], Iterable[pa.Table]],
+    rank: int = 0,
+    size: int = 1,
+) -> loop.Data:
+    """Batches for one process: its own part of train as it comes, every ``size``-th batch of dev."""
+    planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
+
+    def train_batches(epoch: int) -> Iterator[stream.Batch]:
+        return stream.batches(train(), experiment.batch_seconds, seed=experiment.seed * 10_000 + epoch)
+
+    def dev_batches() -> Iterator[stream.Batch]:
+        return itertools.islice(stream.batches(dev(), experiment.batch_seconds, seed=None), rank, None, size)
+
+    return loop.Data(train_batches, dev_batches, max(1, planned // size), task.counts("train"))
+
+
+def _dataset(trial: Trial, labels: Mapping[str, int]) -> "ray.data.Dataset":
+    """One split as a Ray dataset, resident in the object store where it is small."""
+    paths = [path for directory in trial.shard_dirs for path in shards.shard_paths(Path(directory))]
+    dataset = (
+        ray.data.read_parquet([str(path) for path in paths])
+        .select_columns(["utterance_id", "num_samples", "audio"])
+        .map_batches(stream.select, fn_args=(labels,), batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+    )
+    room = ray.cluster_resources().get("object_store_memory", 0)
+    if sum(path.stat().st_size for path in paths) > RESIDENT_SHARE * room:
+        return dataset
+    dataset = dataset.materialize()
+    rows = dataset.count()
+    assert rows == len(labels), f"the shards gave {rows} utterances of {len(labels)}"
+    return dataset
+
+
+@contextmanager
+def _following(directory: Path, show: Callable[[folder.Record], None]) -> Iterator[None]:
+    """Show every line that is added to a trial's history while the body runs."""
+    ended = threading.Event()
+    seen = len(folder.trial_history(directory))
+
+    def follow() -> None:
+        shown = seen
+        while True:
+            last_look = ended.wait(0.5)
+            for record in folder.trial_history(directory)[shown:]:
+                show(record)
+                shown += 1
+            if last_look:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _user_error(error: "ray.train.WorkerGroupError") -> UserError | None:
+    """The UserError that made a worker fail, if one did."""
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return UserError(str(cause).splitlines()[-1])
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+def _provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> dict[str, Any]:
+    import importlib.metadata
+    import platform
+    import subprocess
+
+    from ser_ray import __version__
+
+    packages = (
+        "torch",
+        "torchaudio",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "ray",
+        "optuna",
+        "pyarrow",
+        "scikit-learn",
+    )
+    git = subprocess.run(  # noqa: S603
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "version": __version__,
+        "git": git.stdout.strip() or None,
+        "argv": argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": None,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "seed": space.experiment.seed,
+        "data": [
+            {"corpus": manifest["corpus"], "directory": str(directory)}
+            | {key: manifest[key] for key in ("fingerprint", "utterances", "hours")}
+            | {"rejected": len(manifest["rejected"])}
+            for directory in shard_dirs
+            for manifest in [shards.read_manifest(directory)]
+        ],
+    }

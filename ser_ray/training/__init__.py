@@ -1,0 +1,1 @@
+"""The training loop; plain PyTorch, no Ray: it reports through one callback."""

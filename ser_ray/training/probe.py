@@ -1,0 +1,91 @@
+"""Start the head from a linear probe: logistic regression on the frozen backbone's best layer.
+
+Fine-tuning under a random head first distorts the features that the head is to read (Kumar et al. 2022,
+arXiv 2202.10054); with a few hundred utterances per emotion it may never win them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import recall_score
+from torch import nn
+
+from ser_ray.models.classifier import EmotionClassifier, Head, masked_statistics, normalise
+from ser_ray.speech.stream import Batch
+
+STRENGTH = 0.01
+"""Inverse regularisation C for standardised features: about a thousand of them, about as many utterances."""
+
+
+def start_from_probe(
+    model: EmotionClassifier,
+    train: Iterable[Batch],
+    dev: Iterable[Batch],
+    gather: Callable[[Any], list[Any]],
+) -> int:
+    """Fit the probe on train, put it into ``model.head``, return its layer (0: before the first block).
+
+    The layer is the one whose probe has the best UAR on dev. Uniform attention equals plain statistics, so all three
+    poolings start as exactly the probe.
+    """
+    features_NLP, labels_N = _features(model, train, gather)
+    dev_features_MLP, dev_labels_M = _features(model, dev, gather)
+    center_LP, scale_LP = features_NLP.mean(0), features_NLP.std(0) + 1e-5
+    features_NLP = (features_NLP - center_LP) / scale_LP
+    dev_features_MLP = (dev_features_MLP - center_LP) / scale_LP
+    probes = [_fit(features_NLP[:, layer], labels_N) for layer in range(features_NLP.shape[1])]
+    scores = [
+        recall_score(dev_labels_M, probe.predict(dev_features_MLP[:, layer]), average="macro", zero_division=0)
+        for layer, probe in enumerate(probes)
+    ]
+    best = int(np.argmax(scores))
+    _write(model.head, best, center_LP[best], scale_LP[best], probes[best])
+    return best
+
+
+@torch.inference_mode()
+def _features(
+    model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features of every layer (N, L, P) and labels (N,), of all processes."""
+    model.eval()
+    device = next(model.head.parameters()).device
+    deviation = model.head.pooling != "mean"
+    features, labels = [], []
+    for batch in batches:
+        batch = batch.to(device)
+        hiddens, mask_BF = model.backbone(batch.waveform_BT, batch.lengths_B)
+        pooled = [masked_statistics(normalise(hidden), mask_BF, deviation) for hidden in hiddens]
+        features.append(torch.stack(pooled, dim=1).cpu().numpy())
+        labels.append(batch.labels_B.cpu().numpy())
+    every = gather((np.concatenate(features), np.concatenate(labels)))
+    return np.concatenate([part[0] for part in every]), np.concatenate([part[1] for part in every])
+
+
+def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
+    return LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
+
+
+def _write(
+    head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, probe: LogisticRegression
+) -> None:
+    linear = head.classifier[-1]
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        head.mix_L.zero_()[layer] = 1.0
+        head.center_P.copy_(torch.from_numpy(center_P))
+        head.scale_P.copy_(torch.from_numpy(scale_P))
+        # An emotion that train has none of keeps a zero row and a bias far below the others.
+        linear.weight.zero_()
+        linear.bias.fill_(-10.0)
+        coefficients, intercepts = probe.coef_, probe.intercept_
+        if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
+            coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.concatenate([-intercepts, intercepts]) / 2
+        for row, bias, label in zip(coefficients, intercepts, probe.classes_, strict=True):
+            linear.weight[label] = torch.from_numpy(row)
+            linear.bias[label] = float(bias)

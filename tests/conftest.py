@@ -1,0 +1,94 @@
+"""What tests share: a small learnable corpus, one local Ray cluster for the whole session, and which tests to skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TINY_ACTORS = 6
+TINY_RATES = (48_000, 24_414, 22_050, 16_000)
+TINY_EMOTIONS = {  # RAVDESS's code: pitch [Hz], syllables per second
+    "01": (120, 2.0),  # neutral
+    "02": (100, 1.0),  # calm
+    "03": (260, 4.0),  # happy
+    "04": (140, 1.5),  # sad
+    "05": (320, 6.0),  # angry
+    "06": (400, 5.0),  # fearful
+    "07": (180, 3.0),  # disgust
+    "08": (500, 3.5),  # surprised
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        if item.get_closest_marker("corpus") and not SHARED_DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no real speech at {SHARED_DATA}"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real speech, for tests marked ``corpus``."""
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 recordings under RAVDESS's names: 6 actors x 8 emotions x 2 statements, about 1 s, at four sampling rates.
+
+    An emotion is a pitch and a speed, an actor a factor on both, in a little noise: learnable, and not by level alone.
+    """
+    directory = tmp_path_factory.mktemp("tiny") / "ravdess"
+    rng = np.random.default_rng(0)
+    for actor in range(1, TINY_ACTORS + 1):
+        folder = directory / f"Actor_{actor:02d}"
+        folder.mkdir(parents=True)
+        for emotion in TINY_EMOTIONS:
+            for statement in ("01", "02"):
+                rate = TINY_RATES[actor % len(TINY_RATES)]
+                path = folder / f"03-01-{emotion}-01-{statement}-01-{actor:02d}.wav"
+                soundfile.write(path, _voice(emotion, actor, rate, rng), rate, subtype="PCM_16")
+    return directory
+
+
+def _voice(emotion: str, actor: int, rate: int, rng: np.random.Generator) -> np.ndarray:
+    pitch, speed = TINY_EMOTIONS[emotion]
+    pitch *= 1 + 0.02 * actor
+    seconds = rng.uniform(0.8, 1.2)
+    time = np.arange(int(seconds * rate)) / rate
+    harmonics = sum(np.sin(2 * np.pi * pitch * k * time + rng.uniform(0, 6)) / k for k in range(1, 6))
+    syllables = 0.6 + 0.4 * np.sin(2 * np.pi * speed * time)
+    voiced = 0.2 * harmonics * syllables + 0.003 * rng.standard_normal(len(time))
+    silence = np.zeros(int(0.2 * rate))
+    return np.concatenate([silence, voiced, silence])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The session's one local Ray."""
+    import ray
+
+    from ser_ray import cluster
+
+    cluster.connect()
+    yield
+    ray.shutdown()

@@ -1,0 +1,175 @@
+"""The configuration: what is accepted, what is refused and how, and that it survives being written."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ser_ray import config
+from ser_ray.config import Experiment, SearchSpace, load
+from ser_ray.schema import UserError
+
+SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+MINIMAL = """
+experiment:
+  name: x
+  corpora: {synthetic: }
+  backbone: embedded/tiny-whisper
+search:
+  adapter.rank: {choice: [4, 8]}
+  optimizer.lr: {loguniform: [1e-5, 1e-3]}
+tune:
+  first: [{adapter.rank: 4, optimizer.lr: 1e-4}]
+"""
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_search_space_that_ships_is_valid(path):
+    space = load(path)
+    assert space.search
+    assert path.read_text().startswith("#"), "a space says at its top what it is"
+
+
+def test_a_space_survives_being_written(space_file, tmp_path):
+    space = load(space_file)
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(space))
+    assert load(again) == space
+    assert config.differences(space, load(again)) == []
+
+
+@given(st.text(alphabet="0123456789noyestruflaeE.+-:_ ", min_size=1, max_size=8))
+def test_any_speaker_name_survives_yaml(name):
+    experiment = Experiment.model_validate(
+        {
+            "name": "x",
+            "corpora": {"synthetic": None},
+            "backbone": "b",
+            "protocol": {"scheme": "given_folds", "given": [[name], ["b"], ["c"]]},
+        }
+    )
+    assert Experiment.model_validate(config._read_yaml(config.dump(experiment))) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1.0e-5", 1e-5),
+        ("-3", -3),
+        ("0", 0),
+        (".5", 0.5),
+        ("08", "08"),
+        ("03", "03"),
+        ("no", "no"),
+        ("off", "off"),
+        ("true", True),
+        ("null", None),
+        ("12:30:45", "12:30:45"),
+        ("2024-01-01", "2024-01-01"),
+    ],
+)
+def test_yaml_reads_as_people_mean_it(text, value):
+    read = config._read_yaml(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("experiment.epochz=3", ["experiment.epochz", "unknown key", "epochs"]),
+        ("experiment.optimizer.lr=7", ["experiment.optimizer.lr", "7"]),
+        ("experiment.optimizer.lr=fast", ["experiment.optimizer.lr", "'fast'"]),
+        ("experiment.epochs=2.5", ["experiment.epochs", "2.5"]),
+        ("experiment.epochs=0", ["experiment.epochs", "0"]),
+        ("experiment.adapter.method=qlorra", ["experiment.adapter.method", "'qlorra'"]),
+        ("experiment.emotions=[angry, joyful]", ["joyful"]),
+        ("experiment.emotions=[angry]", ["at least two"]),
+        ("experiment.merge={calm: fine}", ["fine"]),
+        ("experiment.corpora={}", ["corpora is empty"]),
+        ("experiment.protocol.fold=5", ["protocol.fold is 5"]),
+        ("experiment.protocol.scheme=given_folds", ["protocol.given"]),
+        ("experiment.protocol.scheme=leave_one_corpus_out", ["protocol.held_out"]),
+        ("experiment.head={init: probe, hidden: 8}", ["head.hidden"]),
+        ("experiment.name=../x", ["experiment.name"]),
+        ("search.adapter.rnk={choice: [1]}", ["adapter.rnk", "rank"]),
+        ("search.adapter.rank={choice: [0]}", ["adapter.rank", "0"]),
+        ("search.adapter.rank={choice: []}", ["adapter.rank", "empty"]),
+        ("search.adapter.rank={choice: [1], uniform: [0, 1]}", ["exactly one"]),
+        ("search.optimizer.lr={loguniform: [1e-3, 1e-5]}", ["lower bound"]),
+        ("search.optimizer.lr={loguniform: [0, 1e-5]}", ["above 0"]),
+        ("search.epochs={randint: [1, 3], when: {head.hidden: [0]}}", ["head.hidden", "not searched"]),
+        ("tune.first=[{epochs: 3}]", ["tune.first", "epochs"]),
+        ("nonsense=1", ["nonsense", "unknown key"]),
+        ("nonsense", ["key=value"]),
+        ("experiment.name=[", ["YAML"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line_that_names_it(space_file, override, words):
+    with pytest.raises(UserError) as error:
+        load(space_file, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_file_and_a_file_that_is_no_yaml_are_said(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("experiment: {")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load(broken)
+    broken.write_text("- 1")
+    with pytest.raises(UserError, match="expected a mapping"):
+        load(broken)
+
+
+def test_an_override_of_a_searched_key_fixes_it(space_file):
+    space = load(space_file, ["experiment.adapter.rank=32"])
+    assert space.experiment.adapter.rank == 32
+    assert list(space.search) == ["optimizer.lr"]
+    assert space.tune.first == ({"optimizer.lr": 1e-4},)
+
+
+def test_a_trial_is_the_base_with_its_values(space_file):
+    space = load(space_file)
+    trial = space.trial({"adapter.rank": 4, "optimizer.lr": 1e-5})
+    assert (trial.adapter.rank, trial.optimizer.lr) == (4, 1e-5)
+    assert trial.head == space.experiment.head
+    with pytest.raises(UserError, match=r"adapter\.rnk"):
+        space.trial({"adapter.rnk": 4})
+
+
+def test_differences_name_the_keys(space_file):
+    old, new = load(space_file), load(space_file, ["experiment.epochs=3"])
+    assert config.differences(old, new) == ["experiment.epochs: 10 -> 3"]
+
+
+def test_fingerprints_follow_content_not_order():
+    assert config.fingerprint({"a": 1, "b": [1, 2]}) == config.fingerprint({"b": [1, 2], "a": 1})
+    assert config.fingerprint({"a": 1}) != config.fingerprint({"a": 2})
+
+
+def test_every_field_says_what_it_is_for_or_is_a_section():
+    source = Path(config.__file__).read_text()
+    for section in (config.Audio, config.Adapter, config.Head, config.Optimizer, config.Tune, config.Resources):
+        body = source.split(f"class {section.__name__}(")[1].split("\nclass ")[0]
+        for name in section.model_fields:
+            after = body.split(f"    {name}: ")[1].split("\n")
+            assert any(line.strip().startswith('"""') for line in after[1:4]), f"{section.__name__}.{name} has no reason"
+
+
+def test_the_space_is_frozen():
+    space = SearchSpace.model_validate(config._read_yaml(MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        space.experiment.epochs = 3  # type: ignore[misc]
