@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import os
+import platform
+import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,10 @@ from typing import Any
 import ray
 import ray.data
 
+from ser_ray import __version__
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.schema import UserError
+from ser_ray.speech import shards
 
 DATA_CPUS = 1
 """Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
@@ -23,8 +30,12 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other one is silent when told to be
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+_PACKAGES = ("torch", "torchaudio", "transformers", "peft", "bitsandbytes", "ray", "optuna", "pyarrow", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -49,14 +60,20 @@ def connect() -> None:
         "log_to_driver": False,
         "runtime_env": {"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
     }
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise UserError(f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, but no cluster answers there") from None
+    if _offered():
+        try:
+            ray.init(**options)
+        except ConnectionError:
+            where = os.environ.get("RAY_ADDRESS", "the cluster that ray start made here")
+            raise UserError(f"{where}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
+    else:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # A nested trial is several small processes, which Ray otherwise warns about as if they were a leak.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
         ray.init(address="local", num_cpus=cpus + DATA_CPUS, dashboard_host="127.0.0.1", **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is Ray's own; ours is for people
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def describe() -> str:
@@ -130,7 +147,51 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
     )
 
 
+def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> dict[str, Any]:
+    """What made a result: code, command, packages, hardware, data, seed; as it goes into provenance.json."""
+    import torch  # here, so that a worker that only prepares data need not load it
+
+    manifests = {str(directory): shards.read_manifest(directory) for directory in shard_dirs}
+    return {
+        "version": __version__,
+        "git": _git_commit(),
+        "argv": argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": None,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "seed": space.experiment.seed,
+        "data": [
+            {"corpus": manifest["corpus"], "directory": directory, "fingerprint": manifest["content_sha256"]}
+            | {key: manifest[key] for key in ("utterances", "hours")}
+            | {"rejected": len(manifest["rejected"])}
+            for directory, manifest in manifests.items()
+        ],
+    }
+
+
 # -- below: how it is done
+
+
+def _offered() -> bool:
+    """Whether somebody offers a cluster: RAY_ADDRESS, or ``ray start`` on this machine.
+
+    Ray's own "auto" would also join the private Ray of any other command that runs here.
+    """
+    started = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"  # noqa: S108 (Ray's own place)
+    return bool(os.environ.get("RAY_ADDRESS")) or started.is_file()
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that runs, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
 
 
 def _settle_experiment(experiment: Experiment) -> Experiment:

@@ -261,6 +261,8 @@ class SearchSpace(Section):
     @model_validator(mode="after")
     def _search_fits(self) -> SearchSpace:
         for key, distribution in self.search.items():
+            if key.split(".")[0] in ("name", "corpora", "emotions", "merge", "audio", "protocol"):
+                raise ValueError(f"search: {key}: the data are the same for all trials, or they could not be compared")
             for condition in distribution.when:
                 if condition not in self.search:
                     raise ValueError(f"search: {key}: when names {condition!r}, which is not searched")

@@ -49,7 +49,7 @@ class Scorer:
     def score(self, split: str) -> Predictions:
         """The checkpoint's predictions on one split, in order of utterance id."""
         labels = self.task.labels(split)
-        tables = (stream.select(table, labels) for table in shards.read_tables(self.shard_dirs))
+        tables = (shards.select(table, labels) for table in shards.read_tables(self.shard_dirs))
         batches = stream.batches(tables, self.model.experiment.batch_seconds, seed=None)
         probabilities: dict[str, np.ndarray] = {}
         for batch, logits_BK in predict_batches(self.model, batches):

@@ -18,8 +18,6 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,7 +28,6 @@ import ray.data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import ser_ray
 from ser_ray import cluster, config, corpora
 from ser_ray.corpora import synthetic
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
@@ -72,7 +69,7 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
     (name,) = set(chunk["shard"].to_pylist())
     directory = Path(corpus_directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory on this node; give a path that every node sees")
+        return pa.table({"shard": [name]})  # no note is written: `_rejected` tells the user
     rows, rejected = [], []
     for utterance in chunk.drop_columns(["shard"]).to_pylist():
         try:
@@ -100,20 +97,10 @@ def _corpus_directory(name: str, given: str | None, cache: Path, console: Consol
         return Path(given).expanduser().resolve()
     if name != "synthetic":
         raise UserError(f"experiment.corpora.{name} has no directory; write {name}: path/to/{name}")
-    directory = cache / "corpora" / f"synthetic-{config.fingerprint(ser_ray.__version__)}"
-    if not directory.is_dir():
-        aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-        aside.mkdir(parents=True)
-        try:
-            with _progress(console) as progress:
-                task = progress.add_task("synthetic: speaking", total=None)
-                synthetic.make(
-                    aside, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-                )
-            if not directory.is_dir():  # a run beside this one may have been faster
-                aside.replace(directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    directory = cache / "corpora" / f"synthetic-{synthetic.VERSION}"
+    with _progress(console) as progress:
+        task = progress.add_task("synthetic: speaking", total=None)
+        synthetic.make(directory, on_progress=lambda done, total: progress.update(task, completed=done, total=total))
     return directory
 
 
@@ -132,7 +119,7 @@ def _prepare_corpus(name: str, directory: Path, space: config.SearchSpace, use_r
             such = f"{unusable[0].path}: {unusable[0].reason}"
             raise UserError(f"experiment.corpora.{name}: {directory} holds no usable recording, such as {such}")
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio)
-    console.print(_summary(shards.read_manifest(target), target), soft_wrap=True, highlight=False)
+    console.print(_summary(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
 
 
@@ -172,12 +159,10 @@ def _write_chunks(
 def _with_ray(chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[object]:
     """One block a chunk and one task a block."""
     cluster.connect()
-    dataset = ray.data.from_arrow(list(chunks))
-    return iter(
-        dataset.map_batches(
-            write_chunk, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
-        ).iter_rows()
+    dataset = ray.data.from_arrow(list(chunks)).map_batches(
+        write_chunk, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
     )
+    return iter(dataset.iter_rows())
 
 
 def _rejected(target: Path, names: Iterable[str]) -> list[Rejected]:
@@ -186,7 +171,10 @@ def _rejected(target: Path, names: Iterable[str]) -> list[Rejected]:
     for name in names:
         path = (target / name).with_suffix(".json")
         if not path.is_file():
-            raise UserError(f"{path}: written on another node and not seen here; set storage.cache to a shared path")
+            raise UserError(
+                f"{path} is missing, though its task has run: on a cluster, storage.cache and the directories under "
+                "experiment.corpora must be paths that every node sees"
+            )
         found += [Rejected(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rejected"]]
     return found
 

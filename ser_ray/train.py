@@ -4,6 +4,8 @@ python -m ser_ray.train SPACE.yaml [key=value ...]
 python -m ser_ray.train SPACE.yaml resources.workers=0        # in this process: breakpoints work
 """
 
+from __future__ import annotations
+
 if __name__ == "__main__":  # hand over at once: workers find everything in ser_ray.train, not in __main__
     import sys
 
@@ -20,25 +22,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-import torch
-from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 
 from ser_ray import cluster, config, prepare
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.models.classifier import build
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
-from ser_ray.speech import shards, stream
-from ser_ray.training import loop
+from ser_ray.speech import shards
+
+# The model and its loop take seconds to import. They are imported where they run, for the processes that only start
+# and watch a trial are many.
+if TYPE_CHECKING:
+    from ser_ray.speech import stream
+    from ser_ray.training import loop
 
 RESIDENT_SHARE = 0.3
 """Data up to this share of the object store is kept there between epochs; more is streamed from the shards."""
@@ -63,12 +67,36 @@ class Trial:
         return experiment, load_task(experiment, [Path(directory) for directory in self.shard_dirs])
 
 
-def fit_on_ray(trial: Trial, callbacks: Iterable[Any] = ()) -> None:
+def load_datasets(task: Task, shard_dirs: Iterable[Path]) -> dict[str, ray.data.Dataset]:
+    """Train and dev as Ray datasets; resident in the object store, once for all trials, where they are small."""
+    paths = [path for directory in shard_dirs for path in shards.shard_paths(directory)]
+    room = RESIDENT_SHARE * ray.cluster_resources().get("object_store_memory", 0)
+    resident = sum(path.stat().st_size for path in paths) <= room
+    datasets = {}
+    for split in ("train", "dev"):
+        labels = task.labels(split)
+        dataset = (
+            ray.data.read_parquet([str(path) for path in paths])
+            .select_columns(["utterance_id", "num_samples", "audio"])
+            .map_batches(
+                shards.select, fn_args=(labels,), batch_format="pyarrow", batch_size=None, zero_copy_batch=True
+            )
+        )
+        if resident:
+            dataset = dataset.materialize()
+            rows = dataset.count()
+            assert rows == len(labels), f"the shards gave {rows} utterances of {len(labels)}"
+        datasets[split] = dataset
+    return datasets
+
+
+def fit_on_ray(trial: Trial, datasets: Mapping[str, ray.data.Dataset], callbacks: Iterable[Any] = ()) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
 
     Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
     """
-    _, task = trial.load()
+    from ray.train.torch import TorchTrainer
+
     directory = Path(trial.directory)
     trainer = TorchTrainer(
         _work,
@@ -78,7 +106,7 @@ def fit_on_ray(trial: Trial, callbacks: Iterable[Any] = ()) -> None:
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
-        datasets={split: _dataset(trial, task.labels(split)) for split in ("train", "dev")},
+        datasets=dict(datasets),
         # Every worker reads all of dev and predicts its share: a split would drop rows to make shares equal.
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
         run_config=ray.train.RunConfig(
@@ -97,15 +125,45 @@ def fit_on_ray(trial: Trial, callbacks: Iterable[Any] = ()) -> None:
         raise _user_error(error) or error from None
 
 
+def run_trial(
+    values: dict[str, Any],
+    space: dict[str, Any],
+    shard_dirs: list[str],
+    directory: str,
+    datasets: Mapping[str, ray.data.Dataset],
+) -> None:
+    """One trial of a search, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    settled = SearchSpace.model_validate(space)
+    one = cluster.worker(settled)
+    trial = Trial(
+        config.to_dict(settled.trial(values)),
+        settled.tune.metric,
+        tuple(shard_dirs),
+        f"{directory}/trials/{tune.get_context().get_trial_id()}",
+        max(1, settled.resources.workers),
+        one.cpus,
+        one.gpus,
+    )
+    fit_on_ray(trial, datasets, [TuneReportCallback()])
+
+
 def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
+    import torch
+
+    from ser_ray.models.classifier import build
+    from ser_ray.training import loop
+
     experiment, task = trial.load()
     directory = Path(trial.directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def tables(labels: Mapping[str, int]) -> Iterator[pa.Table]:
         for table in shards.read_tables([Path(d) for d in trial.shard_dirs]):
-            yield stream.select(table, labels)
+            yield shards.select(table, labels)
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         aside = directory / f".{folder.checkpoint_name(record['epoch'])}"
@@ -161,7 +219,7 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         folder.write_json(directory / "audit.json", findings)
-        folder.write_json(directory / "provenance.json", _provenance(space, shard_dirs, argv))
+        folder.write_json(directory / "provenance.json", cluster.provenance(space, shard_dirs, argv))
         folder.write_text(existing, config.dump(space))
     except OSError as error:
         raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
@@ -210,7 +268,7 @@ def main(arguments: list[str]) -> int:
         fit_here(trial, show)
     else:
         with _following(Path(trial.directory), show):
-            fit_on_ray(trial)
+            fit_on_ray(trial, load_datasets(task, shard_dirs))
     row = folder.trial_row(directory, "single", "finished", {}, time.monotonic() - started)
     folder.write_trials(directory, [row])
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
@@ -223,6 +281,12 @@ def main(arguments: list[str]) -> int:
 
 def _work(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
+    import torch
+    from ray.train.torch import get_device
+
+    from ser_ray.models.classifier import build
+    from ser_ray.training import loop
+
     trial = Trial(**settings)
     experiment, task = trial.load()
     torch.set_num_threads(max(1, int(trial.cpus)))
@@ -268,6 +332,9 @@ def _data(
     size: int = 1,
 ) -> loop.Data:
     """Batches for one process: its own part of train as it comes, every ``size``-th batch of dev."""
+    from ser_ray.speech import stream
+    from ser_ray.training import loop
+
     planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
 
     def train_batches(epoch: int) -> Iterator[stream.Batch]:
@@ -277,23 +344,6 @@ def _data(
         return itertools.islice(stream.batches(dev(), experiment.batch_seconds, seed=None), rank, None, size)
 
     return loop.Data(train_batches, dev_batches, max(1, planned // size), task.counts("train"))
-
-
-def _dataset(trial: Trial, labels: Mapping[str, int]) -> "ray.data.Dataset":
-    """One split as a Ray dataset, resident in the object store where it is small."""
-    paths = [path for directory in trial.shard_dirs for path in shards.shard_paths(Path(directory))]
-    dataset = (
-        ray.data.read_parquet([str(path) for path in paths])
-        .select_columns(["utterance_id", "num_samples", "audio"])
-        .map_batches(stream.select, fn_args=(labels,), batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
-    )
-    room = ray.cluster_resources().get("object_store_memory", 0)
-    if sum(path.stat().st_size for path in paths) > RESIDENT_SHARE * room:
-        return dataset
-    dataset = dataset.materialize()
-    rows = dataset.count()
-    assert rows == len(labels), f"the shards gave {rows} utterances of {len(labels)}"
-    return dataset
 
 
 @contextmanager
@@ -321,7 +371,7 @@ def _following(directory: Path, show: Callable[[folder.Record], None]) -> Iterat
         thread.join()
 
 
-def _user_error(error: "ray.train.WorkerGroupError") -> UserError | None:
+def _user_error(error: ray.train.WorkerGroupError) -> UserError | None:
     """The UserError that made a worker fail, if one did."""
     for failure in error.worker_failures.values():
         cause: BaseException | None = failure
@@ -330,48 +380,3 @@ def _user_error(error: "ray.train.WorkerGroupError") -> UserError | None:
                 return UserError(str(cause).splitlines()[-1])
             cause = getattr(cause, "cause", None) or cause.__cause__
     return None
-
-
-def _provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> dict[str, Any]:
-    import importlib.metadata
-    import platform
-    import subprocess
-
-    from ser_ray import __version__
-
-    packages = (
-        "torch",
-        "torchaudio",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "ray",
-        "optuna",
-        "pyarrow",
-        "scikit-learn",
-    )
-    git = subprocess.run(  # noqa: S603
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "version": __version__,
-        "git": git.stdout.strip() or None,
-        "argv": argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "finished": None,
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "seed": space.experiment.seed,
-        "data": [
-            {"corpus": manifest["corpus"], "directory": str(directory)}
-            | {key: manifest[key] for key in ("fingerprint", "utterances", "hours")}
-            | {"rejected": len(manifest["rejected"])}
-            for directory in shard_dirs
-            for manifest in [shards.read_manifest(directory)]
-        ],
-    }

@@ -16,13 +16,12 @@ if __name__ == "__main__":
 import json
 import logging
 import time
-from functools import partial
+import warnings
 from pathlib import Path
 from typing import Any
 
 import optuna
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
@@ -32,9 +31,9 @@ from ser_ray.config import Distribution, SearchSpace
 from ser_ray.evaluate import evaluate
 from ser_ray.evaluation import folder
 from ser_ray.models import backbones
-from ser_ray.protocols.task import load_task
+from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
-from ser_ray.train import Trial, audit_task, describe_epoch, fit_on_ray, open_results
+from ser_ray.train import audit_task, describe_epoch, load_datasets, open_results, run_trial
 
 STATE = "tune_state"
 """Tune's own folder inside the results: what an interrupted search continues from."""
@@ -80,6 +79,10 @@ class Progress(tune.Callback):
         self.rows: dict[str, folder.Record] = {}
         self.numbers: dict[str, int] = {}
         self.last_line = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks with its state; a terminal cannot be, and a continued search brings its own."""
+        return self.__dict__ | {"console": None}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say what a trial will try."""
@@ -134,32 +137,15 @@ class Progress(tune.Callback):
         self.last_line = time.monotonic()
 
 
-def run_trial(values: dict[str, Any], space: dict[str, Any], shard_dirs: list[str], directory: str) -> None:
-    """One trial, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune."""
-    settled = SearchSpace.model_validate(space)
-    one = cluster.worker(settled)
-    fit_on_ray(
-        Trial(
-            config.to_dict(settled.trial(values)),
-            settled.tune.metric,
-            tuple(shard_dirs),
-            f"{directory}/trials/{tune.get_context().get_trial_id()}",
-            max(1, settled.resources.workers),
-            one.cpus,
-            one.gpus,
-        ),
-        callbacks=[TuneReportCallback()],
-    )
-
-
-def search(space: SearchSpace, shard_dirs: list[Path], directory: Path, console: Console) -> None:
+def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Path, console: Console) -> None:
     """Run the trials, or what is left of them after an interruption."""
     trainable = tune.with_resources(
-        partial(
+        tune.with_parameters(
             run_trial,
             space=config.to_dict(space),
             shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
             directory=str(directory),
+            datasets=load_datasets(task, shard_dirs),
         ),
         # The driver of a trial only waits; its workers have a placement group of their own.
         {"cpu": 0.01},
@@ -206,7 +192,7 @@ def main(arguments: list[str]) -> int:
         console.print(
             f"searching {', '.join(space.search)}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs"
         )
-        search(space, shard_dirs, directory, console)
+        search(space, task, shard_dirs, directory, console)
         evaluate(directory, space, console, ["tune", *arguments])
         _close(directory, time.monotonic() - started)
     else:
@@ -237,6 +223,7 @@ def _encode(value: Any) -> Any:
 def _searcher(space: SearchSpace) -> SafeOptunaSearch:
     suggest = Suggest(space.search)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return SafeOptunaSearch(
         suggest,
         # The running best, since a trial that the scheduler stops is told to the study with its last value.

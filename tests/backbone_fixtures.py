@@ -11,7 +11,6 @@ import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.config import Experiment, to_dict
-from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech.stream import Batch
@@ -29,6 +28,8 @@ VARIANTS = (
 
 WIDTH, LAYERS, FEED_FORWARD = 32, 2, 48
 
+torch.set_num_threads(1)  # threads cost more than they bring at this size
+
 
 def write_backbone(variant: str, directory: Path) -> Path:
     """Random weights, none of them at a special value (0 or 1), in the layout that the hub has."""
@@ -36,10 +37,9 @@ def write_backbone(variant: str, directory: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = model_class(config)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:  # Whisper's sinusoids are given
-                noise = 0.02 if name.startswith("conv") else 0.1
-                parameter.data.add_(noise * torch.randn_like(parameter))
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     if variant == "whisper":
         transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(directory)
@@ -140,19 +140,6 @@ def logits(model: EmotionClassifier, batch: Batch) -> torch.Tensor:
     model.eval()
     with torch.inference_mode():
         return model(batch.waveform_BT, batch.lengths_B)
-
-
-def reload(model: EmotionClassifier, directory: Path) -> EmotionClassifier:
-    """Saved and loaded afresh."""
-    checkpoint.save(model, directory, {})
-    return checkpoint.load(directory)
-
-
-def changed(model: EmotionClassifier, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of what differs from an earlier `state_dict` copy."""
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
 def with_sections(base: Experiment, **sections: object) -> Experiment:

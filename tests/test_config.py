@@ -166,7 +166,7 @@ def test_every_field_says_what_it_is_for_or_is_a_section():
         body = source.split(f"class {section.__name__}(")[1].split("\nclass ")[0]
         for name in section.model_fields:
             after = body.split(f"    {name}: ")[1].split("\n")
-            assert any(line.strip().startswith('"""') for line in after[1:4]), f"{section.__name__}.{name} has no reason"
+            assert any(line.strip().startswith('"""') for line in after[1:4]), f"{section.__name__}.{name}"
 
 
 def test_the_space_is_frozen():

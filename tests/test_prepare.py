@@ -195,3 +195,23 @@ def test_the_command(tiny_corpus, tmp_path, capsys):
     (target,) = (tmp_path / "cache" / "shards").iterdir()
     assert shards.read_manifest(target)["audio"]["max_seconds"] == 20
     assert "96 utterances" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_directory_that_a_node_does_not_see_is_said(tiny_corpus, tmp_path, monkeypatch):
+    found = verb.corpora.read("ravdess", tiny_corpus)
+    monkeypatch.setattr(verb.corpora, "read", lambda name, directory: found)
+    with pytest.raises(UserError, match="must be paths that every node sees"):
+        prepare(space(tmp_path, tmp_path / "elsewhere"))
+
+
+def test_the_synthetic_corpus_is_made_first(tmp_path, monkeypatch):
+    make = verb.synthetic.make
+    monkeypatch.setattr(
+        verb.synthetic, "make", lambda *args, **options: make(*args, speakers=2, repetitions=1, **options)
+    )
+    first, second = (prepare(space(tmp_path, None, "synthetic"), use_ray=False) for _ in range(2))
+    assert first == second
+    manifest = shards.read_manifest(first[0])
+    assert (manifest["utterances"], manifest["speakers"], len(manifest["emotions"])) == (14, 2, 7)

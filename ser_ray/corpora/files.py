@@ -35,9 +35,7 @@ def audio_files(directory: Path) -> list[Path]:
     return sorted(found)
 
 
-def from_names(
-    directory: Path, parse: Callable[[Path], Utterance]
-) -> tuple[list[Utterance], list[Rejected]]:
+def from_names(directory: Path, parse: Callable[[Path], Utterance]) -> tuple[list[Utterance], list[Rejected]]:
     """Utterances of all audio files below ``directory``, sorted by id, and the files that are none.
 
     ``parse`` gets a path relative to ``directory`` and raises ValueError, with the reason, for a name that it cannot

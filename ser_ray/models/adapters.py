@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -66,14 +65,12 @@ def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftM
 def check_gradients(model: nn.Module) -> None:
     """After the first backward pass: every weight that should learn has a gradient, or the run stops here.
 
-    LoRA's A has a zero gradient at first, since B begins at zero; B's may not be zero.
+    A gradient of zero passes: LoRA's A has one at first, since B begins at zero, and so have the blocks above the one
+    that a probe reads. No gradient at all means that the weight takes no part.
     Raises UserError naming the first module that is by-passed.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        dead = parameter.grad is None or (".lora_B." in name and not bool(torch.any(parameter.grad)))
-        if dead:
+        if parameter.requires_grad and parameter.grad is None:
             module = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
             raise UserError(
                 f"adapter: {module} got no gradient in the first step: the backbone by-passes it and it would never "
@@ -82,7 +79,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def _unfreeze_from(backbone: Backbone, first_layer: int) -> None:
-    """All weights, or with ``first_layer`` above 0 only the blocks from there on and the final norm."""
+    """All weights, or with ``first_layer`` above 0 only those of the blocks from there on."""
     if first_layer == 0:
         return
     backbone.model.requires_grad_(False)

@@ -13,7 +13,6 @@ result is transformers' own.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
@@ -36,13 +36,14 @@ FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
 ASSETS: Final = Path(__file__).parent.parent / "assets"
 EMBEDDED: Final = "embedded/"
 
-# For people: no progress bar for every load, no advice on optional kernels.
-transformers.utils.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()  # for people: not one for every load
 
 # Parts of a pre-trained checkpoint that an encoder has no use for, or that it may lack.
 _UNUSED = ("model.decoder.", "decoder.", "proj_out.", "lm_head.", "quantizer.", "project_", "classifier.", "projector.")
 _OPTIONAL = ("masked_spec_embed",)
+# What never learns: the former serves transformers' own SpecAugment, which is not run here; the latter is Whisper's
+# given sinusoids, which transformers freezes too, but not when it loads them.
+_FIXED = ("masked_spec_embed", "embed_positions.")
 
 
 class Backbone(nn.Module):
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
     ``model`` is the transformers module, ``family`` one of `FAMILIES`, ``width`` D, ``num_layers`` its blocks.
     """
 
+    model: Any  # transformers' modules have no types
     family: str
     width: int
     num_layers: int
@@ -59,8 +61,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.family = family
-        self.width = model.config.hidden_size
-        self.num_layers = model.config.num_hidden_layers
+        self.width = self.model.config.hidden_size
+        self.num_layers = self.model.config.num_hidden_layers
         self.first_trained: int | None = 0
         """Blocks from here on learn; None: nothing does. What is below stays in evaluation mode."""
 
@@ -106,7 +108,7 @@ class Whisper(Backbone):
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__(model, family)
-        self.logmel = LogMel(model.config.num_mel_bins)
+        self.logmel = LogMel(self.model.config.num_mel_bins)
 
     def layers(self) -> nn.ModuleList:
         return self.model.layers
@@ -281,7 +283,7 @@ def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device
     if quantize:
         # WavLM hands the raw weights of its attention to torch, which cannot read 4-bit ones; the projection after
         # the convolutions is small, and its 4-bit product is a view that later in-place steps may not change.
-        skip = ["feature_projection.projection", *(["attention"] if config.model_type == "wavlm" else [])]
+        skip = ["feature_projection.projection", *([r".*\.attention"] if config.model_type == "wavlm" else [])]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -306,12 +308,17 @@ def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device
         raise UserError(_unreachable(name, error)) from None
     missing = [key for key in info["missing_keys"] if not key.startswith(_OPTIONAL)]
     strange = [key for key in info["unexpected_keys"] if not any(part in key for part in _UNUSED)]
-    if missing or strange or info["mismatched_keys"]:
-        problem = sorted([*missing, *strange, *map(str, info["mismatched_keys"])])[0]
-        raise UserError(f"backbone {name}: its weights do not fit its config.json, first at {problem}")
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    if problems := sorted([*missing, *strange, *mismatched]):
+        raise UserError(f"backbone {name}: its weights do not fit its config.json, first at {problems[0]}")
     for key, parameter in model.named_parameters():
-        if key.startswith(_OPTIONAL):  # only used by transformers' own SpecAugment, which is not run here
+        if key.startswith(_FIXED):
             parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16 it would repack itself in the first evaluation, for good, and training after
+            # that would get no gradient through it.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

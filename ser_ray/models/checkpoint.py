@@ -1,12 +1,12 @@
 """A checkpoint is a directory that another program can read: safetensors, JSON and YAML, never a pickle.
 
-    adapter/             low-rank updates in PEFT's layout (lora, qlora)
-    backbone/            the whole encoder in transformers' layout (full)
-    head.safetensors     layer mix, pooling, classifier
-    experiment.yaml      the resolved configuration
-    labels.json          index -> emotion
-    metrics.json         what was measured when it was written
-    training/            optimiser moments and counters, to resume from
+adapter/             low-rank updates in PEFT's layout (lora, qlora)
+backbone/            the whole encoder in transformers' layout (full)
+head.safetensors     layer mix, pooling, classifier
+experiment.yaml      the resolved configuration
+labels.json          index -> emotion
+metrics.json         what was measured when it was written
+training/            optimiser moments and counters, to resume from
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
     directory.mkdir(parents=True, exist_ok=True)
     state = optimizer.state_dict()["state"]
     moments = {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in moments.items()}, directory / "optimizer.safetensors")
+    moments = {key: tensor.detach().cpu().contiguous() for key, tensor in moments.items()}
+    save_file(moments, directory / "optimizer.safetensors")
     _write_json(directory / "state.json", counters)
 
 

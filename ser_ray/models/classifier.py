@@ -31,7 +31,7 @@ class Head(nn.Module):
         pooled = width if head.pooling == "mean" else 2 * width
         if head.pooling == "attentive":
             self.score = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
-            nn.init.zeros_(self.score[2].weight)  # uniform attention at first: plain statistics
+            nn.init.zeros_(self.score[2].get_parameter("weight"))  # uniform attention at first: plain statistics
         # Standardises the pooled vector; identity unless the probe sets it.
         self.register_buffer("center_P", torch.zeros(pooled))
         self.register_buffer("scale_P", torch.ones(pooled))
@@ -85,7 +85,8 @@ class EmotionClassifier(nn.Module):
 def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: str | None = None) -> EmotionClassifier:
     """The classifier that an experiment describes, before training.
 
-    Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: a saved one to start from instead of a new one.
+    Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: a saved one to start from
+    instead of a new one.
     Raises UserError where backbone or adapter do not fit; see `backbones.load` and `adapters.adapt`.
     """
     quantize = experiment.adapter.method == "qlora"

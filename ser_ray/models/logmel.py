@@ -45,13 +45,11 @@ class LogMel(nn.Module):
         # Zeros behind the longest utterance, so that its last frames see what they would see in a longer batch.
         padded_BT = nn.functional.pad(waveform_BT.float(), (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
         mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
-        frame_F = torch.arange(mel_BMF.shape[-1], device=mel_BMF.device)
-        # The floor is 8 below the utterance's own maximum, over all frames that its samples reach.
-        touched_BF = frame_F < _ceil_divide(lengths_B + N_FFT // 2, HOP)[:, None]
-        top_B = mel_BMF.masked_fill(~touched_BF[:, None], -torch.inf).amax(dim=(1, 2))
-        features_BMF = (torch.maximum(mel_BMF, top_B[:, None, None] - 8.0) + 4.0) / 4.0
+        # The floor is 8 below the utterance's own maximum; the silence behind it is the lowest there is.
+        floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0
+        features_BMF = (torch.maximum(mel_BMF, floor_B11) + 4.0) / 4.0
         frames_B = _ceil_divide(lengths_B, HOP)
-        own_BF = frame_F < frames_B[:, None]
+        own_BF = torch.arange(mel_BMF.shape[-1], device=mel_BMF.device) < frames_B[:, None]
         most = _ceil_divide(torch.tensor(longest), HOP)
         return (features_BMF * own_BF[:, None])[..., : int(most)], frames_B
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-import librosa
 import numpy as np
 import pyarrow as pa
 import soundfile
 import soxr
+from librosa.effects import trim
 
 from ser_ray.config import Audio
 from ser_ray.schema import SAMPLING_RATE
@@ -104,5 +104,5 @@ def _decode(path: str | Path) -> tuple[np.ndarray, int]:
 def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
     if trim_db is None:
         return waveform
-    _, (start, end) = librosa.effects.trim(waveform, top_db=trim_db)
+    _, (start, end) = trim(waveform, top_db=trim_db)
     return waveform[max(0, start - MARGIN) : end + MARGIN]

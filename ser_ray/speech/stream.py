@@ -7,7 +7,7 @@ here knows where the tables come from: Ray Data feeds it in training, `shards.re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,8 +19,9 @@ import torch
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech.audio import from_int16
 
-JITTER: Final = 0.05
-"""Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch."""
+JITTER: Final = 0.02
+"""Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch; costs
+about as much padding (RAVDESS, 60 s a batch: 2.2 % with it, 0.9 % without, 4.7 % at 0.05)."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Batch:
     """B utterances, zero padded to the longest, T samples at 16 kHz."""
 
     utterance_ids: tuple[str, ...]
-    waveform_BT: torch.Tensor  # noqa: N815
+    waveform_BT: torch.Tensor
     """float32 in [-1, 1]."""
-    lengths_B: torch.Tensor  # noqa: N815
+    lengths_B: torch.Tensor
     """int64: real samples of each utterance."""
-    labels_B: torch.Tensor  # noqa: N815
+    labels_B: torch.Tensor
     """int64."""
 
     @property
@@ -51,21 +52,6 @@ class Batch:
             lengths_B=self.lengths_B.to(device, non_blocking=True),
             labels_B=self.labels_B.to(device, non_blocking=True),
         )
-
-
-def select(table: pa.Table, labels: Mapping[str, int]) -> pa.Table:
-    """The rows whose utterance_id is a key of ``labels``, with the label as an int64 column ``label``.
-
-    Where every row stays, as after a split by whole shards, the audio is not copied.
-
-    >>> table = pa.table({"utterance_id": ["a", "b", "c"]})
-    >>> select(table, {"c": 1, "a": 0}).to_pydict()
-    {'utterance_id': ['a', 'c'], 'label': [0, 1]}
-    """
-    position = pc.index_in(table["utterance_id"], value_set=pa.array(list(labels), pa.string()))
-    label = pc.take(pa.array(list(labels.values()), pa.int64()), position)
-    table = table.append_column("label", label)
-    return table.filter(label.is_valid()) if label.null_count else table
 
 
 def batches(
@@ -132,16 +118,18 @@ def _pack(sizes: Sequence[float], budget: float) -> list[slice]:
 
 
 def _batch(table: pa.Table, rows: np.ndarray) -> Batch:
-    # One scalar at a time: a view of the window's bytes, where take() would copy them.
-    audio = [from_int16(table["audio"][int(row)].as_buffer()) for row in rows]
+    # One scalar at a time: a view of the window's bytes, where take() would copy them. NumPy fills the rows, as torch
+    # would start threads for copies of 100 kB, which on busy cores takes ten times as long.
+    column = table["audio"]
+    audio = [from_int16(column[int(row)].as_buffer()) for row in rows]
     lengths = [len(waveform) for waveform in audio]
-    waveform_BT = torch.zeros(len(rows), max(lengths))
+    waveform_BT = np.zeros((len(rows), max(lengths)), np.float32)
     for row, waveform in enumerate(audio):
-        waveform_BT[row, : len(waveform)] = torch.from_numpy(waveform)
+        waveform_BT[row, : len(waveform)] = waveform
     chosen = table.select(["utterance_id", "label"]).take(rows)
     return Batch(
         utterance_ids=tuple(chosen["utterance_id"].to_pylist()),
-        waveform_BT=waveform_BT,
+        waveform_BT=torch.from_numpy(waveform_BT),
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         labels_B=torch.tensor(chosen["label"].to_pylist(), dtype=torch.int64),
     )

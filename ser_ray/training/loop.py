@@ -113,13 +113,12 @@ def _train_epoch(
     experiment, device = model.experiment, _device(model)
     torch.manual_seed(hash((experiment.seed, epoch, _rank())) % 2**63)
     model.train()
-    started, waited, seen, batches = time.perf_counter(), 0.0, 0, 0
+    started, waited, seen = time.perf_counter(), 0.0, 0
     losses: list[torch.Tensor] = []
     total_steps = -(-data.steps_per_epoch // experiment.optimizer.accumulate) * experiment.epochs
-    for batch, more, wait in _together(data.train(epoch), device):
+    for number, (batch, more, wait) in enumerate(_together(data.train(epoch), device), start=1):
         waited += wait
-        batches += 1
-        step_now = batches % experiment.optimizer.accumulate == 0 or not more
+        step_now = number % experiment.optimizer.accumulate == 0 or not more
         rate = learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup)
         loss = train_step(trained, batch, criterion, optimizer, scaler, experiment, rate, step_now)
         if counters["step"] == 0 and step_now:
@@ -130,18 +129,20 @@ def _train_epoch(
         losses.append(loss)
         seen += len(batch)
     seconds = time.perf_counter() - started
-    seen = sum(gather(seen))
-    mean_loss = float(torch.stack(losses).mean()) if losses else float("nan")
+    # Of all processes, which took as many steps each: one that diverges stops all of them.
+    every = gather((seen, float(torch.stack(losses).mean()) if losses else float("nan")))
+    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / len(every)
     if not np.isfinite(mean_loss):
         raise UserError(
             f"epoch {epoch}: the training loss is {mean_loss}; lower optimizer.lr ({experiment.optimizer.lr:g})"
             if losses
             else f"epoch {epoch}: no training batch reached this worker; use fewer workers"
         )
+    rate = learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup)
     return {
         "epoch": epoch,
         "train_loss": mean_loss,
-        "lr": experiment.optimizer.lr * learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup),
+        "lr": experiment.optimizer.lr * rate,
         "seconds": seconds,
         "utterances_per_s": seen / seconds,
         "input_wait": waited / seconds,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score
 from torch import nn
 
+from ser_ray.evaluation import metrics
 from ser_ray.models.classifier import EmotionClassifier, Head, masked_statistics, normalise
 from ser_ray.speech.stream import Batch
 
@@ -39,10 +39,9 @@ def start_from_probe(
     features_NLP = (features_NLP - center_LP) / scale_LP
     dev_features_MLP = (dev_features_MLP - center_LP) / scale_LP
     probes = [_fit(features_NLP[:, layer], labels_N) for layer in range(features_NLP.shape[1])]
-    scores = [
-        recall_score(dev_labels_M, probe.predict(dev_features_MLP[:, layer]), average="macro", zero_division=0)
-        for layer, probe in enumerate(probes)
-    ]
+    guesses = [probe.predict(dev_features_MLP[:, layer]) for layer, probe in enumerate(probes)]
+    num_emotions = len(model.experiment.emotions)
+    scores = [metrics.uar(metrics.confusion(dev_labels_M, guess, num_emotions)) for guess in guesses]
     best = int(np.argmax(scores))
     _write(model.head, best, center_LP[best], scale_LP[best], probes[best])
     return best
@@ -56,24 +55,22 @@ def _features(
     model.eval()
     device = next(model.head.parameters()).device
     deviation = model.head.pooling != "mean"
-    features, labels = [], []
+    found = []
     for batch in batches:
         batch = batch.to(device)
         hiddens, mask_BF = model.backbone(batch.waveform_BT, batch.lengths_B)
         pooled = [masked_statistics(normalise(hidden), mask_BF, deviation) for hidden in hiddens]
-        features.append(torch.stack(pooled, dim=1).cpu().numpy())
-        labels.append(batch.labels_B.cpu().numpy())
-    every = gather((np.concatenate(features), np.concatenate(labels)))
-    return np.concatenate([part[0] for part in every]), np.concatenate([part[1] for part in every])
+        found.append((torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
+    # A process may have none of its own: dev can have fewer batches than there are processes.
+    features, labels = zip(*(pair for part in gather(found) for pair in part), strict=True)
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
     return LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
 
 
-def _write(
-    head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, probe: LogisticRegression
-) -> None:
+def _write(head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, probe: LogisticRegression) -> None:
     linear = head.classifier[-1]
     assert isinstance(linear, nn.Linear)
     with torch.no_grad():
@@ -85,7 +82,8 @@ def _write(
         linear.bias.fill_(-10.0)
         coefficients, intercepts = probe.coef_, probe.intercept_
         if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
-            coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.concatenate([-intercepts, intercepts]) / 2
+            coefficients = np.vstack([-coefficients, coefficients]) / 2
+            intercepts = np.concatenate([-intercepts, intercepts]) / 2
         for row, bias, label in zip(coefficients, intercepts, probe.classes_, strict=True):
             linear.weight[label] = torch.from_numpy(row)
             linear.bias[label] = float(bias)

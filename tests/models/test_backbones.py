@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_fixtures import LAYERS, VARIANTS, WIDTH, experiment, noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from backbone_fixtures import LAYERS, VARIANTS, WIDTH, experiment, noise
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.schema import SAMPLING_RATE, UserError
@@ -77,6 +77,23 @@ def test_a_whole_whisper_checkpoint_gives_its_encoder(backbones_dir: Path, tmp_p
     )
     loaded = backbones.load(str(directory)).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in encoder.items())
+
+
+def test_a_wav2vec2_checkpoint_with_a_task_gives_its_encoder(backbones_dir: Path, tmp_path: Path) -> None:
+    """Hub checkpoints carry heads, a prefix, the older names of weight norm, and may lack what only they need."""
+    directory = shutil.copytree(backbones_dir / "wav2vec2-layer", tmp_path / "task")
+    encoder = load_file(directory / "model.safetensors")
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    whole = {"lm_head.weight": torch.ones(32, WIDTH), "quantizer.codevectors": torch.ones(1, 4, 8)}
+    for name, value in encoder.items():
+        for new, old in older.items():
+            name = name.replace(new, old)
+        if name != "masked_spec_embed":
+            whole[f"wav2vec2.{name}"] = value
+    save_file(whole, directory / "model.safetensors", {"format": "pt"})
+    assert any("weight_g" in name for name in whole)
+    loaded = backbones.load(str(directory)).model.state_dict()
+    assert all(torch.equal(loaded[name], encoder[name]) for name in encoder if name != "masked_spec_embed")
 
 
 # -- padding

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from backbone_fixtures import noise
 from transformers import WhisperFeatureExtractor
 
-from backbone_fixtures import noise
 from ser_ray.models.logmel import LogMel
 from ser_ray.schema import SAMPLING_RATE
 

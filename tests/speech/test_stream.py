@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser_ray.speech.stream import Batch, batches, expected_batches, select
+from ser_ray.speech.shards import select
+from ser_ray.speech.stream import Batch, batches, expected_batches
 
 RATE = 16_000
 LENGTHS = st.lists(st.integers(1, 4_000), max_size=60)
@@ -71,7 +74,7 @@ def test_neither_arrival_order_nor_the_cut_into_tables_matters(lengths, order, c
     order.shuffle(rows)
     shuffled = whole.take(pa.array(rows, pa.int64()))
     edges = [0, *sorted(min(cut, len(lengths)) for cut in cuts), len(lengths)]
-    parts = [shuffled.slice(start, end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    parts = [shuffled.slice(start, end - start) for start, end in itertools.pairwise(edges)]
     assert contents(list(batches(parts, 0.5, seed=seed))) == contents(list(batches([whole], 0.5, seed=seed)))
 
 
@@ -121,7 +124,7 @@ def test_select_keeps_the_labelled_rows_in_their_order():
 
 def test_select_of_every_row_copies_no_audio():
     whole = table([5, 6, 7]).drop_columns("label")
-    chosen = select(whole, {key: 0 for key in whole["utterance_id"].to_pylist()})
+    chosen = select(whole, dict.fromkeys(whole["utterance_id"].to_pylist(), 0))
     assert [b and b.address for b in chosen["audio"].chunk(0).buffers()] == [
         b and b.address for b in whole["audio"].chunk(0).buffers()
     ]

@@ -1,0 +1,76 @@
+"""The walk, the table of corpora, and what a user is told where a directory is not a corpus."""
+
+from pathlib import Path
+
+import pytest
+
+from ser_ray import corpora
+from ser_ray.corpora.files import audio_files, from_names
+from ser_ray.schema import Rejected, UserError, Utterance
+
+
+def touch(directory, *names):
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def parse_any(path):
+    if path.stem == "bad":
+        raise ValueError("that is bad")
+    return Utterance(f"any/{path.stem}", "any", "any/1", "sad", path.as_posix())
+
+
+def test_audio_files_are_found_at_any_depth_in_order(tmp_path):
+    touch(tmp_path, "b.WAV", "a/deep/er/c.flac", "a/z.Flac", "a/notes.txt", "d.mp3", "wav", ".hidden.wav", "a/._c.flac")
+    touch(tmp_path, ".git/x.wav", "__MACOSX/._b.wav")
+    assert audio_files(tmp_path) == [Path("a/deep/er/c.flac"), Path("a/z.Flac"), Path("b.WAV")]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "shared/a.wav", "corpus/b.wav")
+    (tmp_path / "corpus/link").symlink_to(tmp_path / "shared")
+    (tmp_path / "corpus/loop").symlink_to(tmp_path / "corpus")
+    assert audio_files(tmp_path / "corpus") == [Path("b.wav"), Path("link/a.wav")]
+
+
+def test_from_names_sorts_by_id_and_reports_the_rest(tmp_path):
+    touch(tmp_path, "z/1.wav", "a/2.wav", "y/1.flac", "a/bad.wav")
+    utterances, rejected = from_names(tmp_path, parse_any)
+    assert [(u.utterance_id, u.path) for u in utterances] == [("any/1", "y/1.flac"), ("any/2", "a/2.wav")]
+    assert rejected == [
+        Rejected("a/bad.wav", "that is bad"),
+        Rejected("z/1.wav", "the same utterance as y/1.flac, which is used"),
+    ]
+
+
+def test_names_are_those_of_the_modules():
+    folder = Path(corpora.__file__).parent
+    shared = {"__init__", "files", "espeak"}
+    assert set(corpora.NAMES) == {path.stem for path in folder.glob("*.py")} - shared
+
+
+@pytest.mark.parametrize("name", corpora.NAMES)
+def test_read_says_what_is_missing(tmp_path, name):
+    with pytest.raises(UserError, match=rf"nowhere: no such directory; set experiment\.corpora\.{name} "):
+        corpora.read(name, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=rf"no recording \(.wav, .flac\) under a name of {name}; set experiment"):
+        corpora.read(name, tmp_path)
+    touch(tmp_path, "other.wav")
+    with pytest.raises(UserError, match=r"\(1 rejected, such as other.wav: the name is not ") as error:
+        corpora.read(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_read_names_the_known_corpora(tmp_path):
+    with pytest.raises(UserError, match=r"experiment\.corpora\.ravdes: .* crema_d, ravdess, synthetic, tess"):
+        corpora.read("ravdes", tmp_path)
+
+
+def test_a_corpus_twice_in_its_own_folder_counts_once(tmp_path):
+    name = "Actor_01/03-01-01-01-01-01-01.wav"
+    touch(tmp_path, name, f"audio_speech_actors_01-24/{name}")
+    utterances, rejected = corpora.read("ravdess", tmp_path)
+    assert [u.path for u in utterances] == [name]
+    assert [r.path for r in rejected] == [f"audio_speech_actors_01-24/{name}"]

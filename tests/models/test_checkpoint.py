@@ -1,0 +1,91 @@
+"""Checkpoints: nothing but safetensors, JSON and YAML; whole ones only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from backbone_fixtures import experiment, logits, noise_batch
+
+from ser_ray.models import checkpoint
+from ser_ray.models.classifier import build
+from ser_ray.schema import UserError
+from ser_ray.training.loop import make_optimizer
+
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+"""Protocols of pickle, and the archive that torch.save makes."""
+
+
+@pytest.mark.parametrize("method", ["frozen", "lora", "qlora", "full"])
+def test_no_file_is_a_pickle(backbones_dir: Path, tmp_path: Path, method: str) -> None:
+    model = build(experiment(backbones_dir / "whisper", adapter={"method": method}))
+    optimizer, batch = make_optimizer(model), noise_batch()
+    model(batch.waveform_BT, batch.lengths_B).sum().backward()
+    optimizer.step()
+    checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 1})
+    checkpoint.save(model, tmp_path, {"dev_uar": 0.5})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".yaml", ".md"}
+    assert not [path for path in files if path.read_bytes()[:4].startswith(PICKLE_STARTS)]
+    assert json.loads((tmp_path / "labels.json").read_text()) == {"0": "angry", "1": "happy", "2": "sad"}
+
+
+def test_torch_save_would_be_recognised(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "state")
+    assert (tmp_path / "state").read_bytes()[:4].startswith(PICKLE_STARTS)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("frozen", "experiment.yaml"),
+        ("frozen", "head.safetensors"),
+        ("frozen", "metrics.json"),
+        ("lora", "adapter/adapter_model.safetensors"),
+        ("full", "backbone/model.safetensors"),
+    ],
+)
+def test_a_part_that_is_missing_is_named(backbones_dir: Path, tmp_path: Path, method: str, name: str) -> None:
+    checkpoint.save(build(experiment(backbones_dir / "whisper", adapter={"method": method})), tmp_path, {})
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert Path(name).name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_that_has_moved_is_named(backbones_dir: Path, tmp_path: Path) -> None:
+    away = (backbones_dir / "whisper").rename(backbones_dir / "moved")
+    try:
+        model = build(experiment(away))
+        checkpoint.save(model, tmp_path, {})
+    finally:
+        away.rename(backbones_dir / "whisper")
+    with pytest.raises(UserError, match="moved: no such directory"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("head", [{"hidden": 8, "pooling": "attentive"}, {"layer_mix": "last", "pooling": "mean"}])
+def test_every_part_of_the_head_comes_back(backbones_dir: Path, tmp_path: Path, head: dict[str, object]) -> None:
+    model, batch = build(experiment(backbones_dir / "whisper", adapter={"method": "frozen"}, head=head)), noise_batch()
+    with torch.no_grad():
+        for tensor in model.head.state_dict().values():
+            tensor.add_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    checkpoint.save(model, tmp_path, {})
+    assert torch.equal(logits(checkpoint.load(tmp_path), batch), logits(model, batch))
+
+
+def test_a_loaded_checkpoint_is_in_evaluation_mode(backbones_dir: Path, tmp_path: Path) -> None:
+    checkpoint.save(build(experiment(backbones_dir / "whisper")), tmp_path, {})
+    assert not any(module.training for module in checkpoint.load(tmp_path).modules())
+
+
+def test_an_optimizer_without_steps_can_be_resumed(backbones_dir: Path, tmp_path: Path) -> None:
+    """As at epoch 0, where the probe is reported before any step."""
+    optimizer = make_optimizer(build(experiment(backbones_dir / "whisper")))
+    checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 0})
+    assert checkpoint.load_training_state(tmp_path, optimizer) == {"epoch": 0}
+    assert not optimizer.state_dict()["state"]

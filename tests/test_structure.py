@@ -1,0 +1,181 @@
+"""The order of the house, read from the imports of every file: nouns know no verbs, Ray stays at the edge."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ser_ray
+
+PACKAGE = Path(ser_ray.__file__).parent
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+VERBS = {"prepare", "audit", "train", "evaluate", "tune", "report", "predict", "serve", "export"}
+LEVELS = {
+    "schema": 0,
+    "config": 1,
+    "corpora": 2,
+    "speech": 2,
+    "protocols": 2,
+    "evaluation": 2,
+    "models": 3,
+    "training": 4,
+}
+"""Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""
+
+VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate"}
+"""The one exception beside tune: they prepare what is missing by themselves."""
+
+
+def _module(path: Path) -> str:
+    """``ser_ray.models.adapters``; a folder's ``__init__`` is the folder."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path): path for path in FILES}
+
+
+def _is_main_guard(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).replace('"', "'") == "__name__ == '__main__'"
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it (TYPE_CHECKING too); not what runs as ``__main__`` only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {id(inner) for node in ast.walk(tree) if _is_main_guard(node) for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it leads"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+    return found
+
+
+IMPORTS = {module: _imports(path) for module, path in MODULES.items()}
+
+
+def _own(module: str) -> set[str]:
+    """Imports from the project; the bare package holds the version alone."""
+    return {name for name in IMPORTS[module] if name.startswith("ser_ray.")}
+
+
+def _part(module: str) -> str:
+    """The noun, verb or file of the top level that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def _uses(module: str, library: str) -> bool:
+    return any(name.split(".")[0] == library for name in IMPORTS[module])
+
+
+def test_every_file_has_its_place() -> None:
+    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster"}
+    assert {_part(module) for module in MODULES} <= known
+    assert LEVELS.keys() <= {_part(module) for module in MODULES}
+
+
+def test_every_file_says_what_it_is() -> None:
+    assert not [module for module, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if _part(m) in LEVELS])
+def test_nouns_import_downwards_only(module: str) -> None:
+    level = LEVELS[_part(module)]
+    for imported in _own(module):
+        part = _part(imported)
+        assert part in LEVELS, f"{module} imports {imported}: a noun knows no verb"
+        beside = part == _part(module) or LEVELS[part] == level == 2
+        assert LEVELS[part] < level or beside, f"{module} imports {imported}, which is not below it"
+
+
+def test_schema_and_the_package_import_nothing_of_the_project() -> None:
+    assert _own("ser_ray.schema") == set()
+    assert IMPORTS["ser_ray"] == set()
+
+
+def test_only_verbs_and_cluster_import_ray() -> None:
+    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster"}
+
+
+def test_only_cluster_starts_ray() -> None:
+    starts = re.compile(r"\bray\.init\(")
+    found = [m for m, path in MODULES.items() if starts.search(path.read_text())]
+    assert found == ["ser_ray.cluster"]
+
+
+def test_of_the_verbs_only_tune_imports_others() -> None:
+    for verb in VERBS & {_part(module) for module in MODULES}:
+        others = {_part(imported) for imported in _own(f"ser_ray.{verb}")} & VERBS
+        allowed = {"train", "evaluate", "report"} if verb == "tune" else set()
+        if verb in VERBS_THAT_NEED_DATA:
+            allowed |= {"prepare"}
+        assert others <= allowed, f"{verb} imports {others - allowed}"
+
+
+def test_cluster_knows_no_verb() -> None:
+    assert not {_part(imported) for imported in _own("ser_ray.cluster")} & VERBS
+
+
+def test_nobody_imports_the_command_line() -> None:
+    assert not [module for module in MODULES if "ser_ray.__main__" in _own(module)]
+
+
+def test_there_is_no_circle_between_files() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module not in done:
+            for imported in sorted(_own(module) & MODULES.keys()):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_yaml_is_read_in_one_place() -> None:
+    assert [module for module in MODULES if _uses(module, "yaml")] == ["ser_ray.config"]
+
+
+def test_nothing_is_unpickled() -> None:
+    for library in ("pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"):
+        assert not [module for module in MODULES if _uses(module, library)], library
+    dangerous = re.compile(
+        r"torch\.load\(|yaml\.(unsafe_)?load\(|allow_pickle=True|trust_remote_code=True|strict=False\)?$", re.M
+    )
+    found = {
+        m: dangerous.findall(path.read_text()) for m, path in MODULES.items() if dangerous.search(path.read_text())
+    }
+    found.pop("ser_ray.config", None)  # yaml.load with its own safe loader
+    assert found == {}
+    assert "Loader=_Loader" in (config := MODULES["ser_ray.config"].read_text())
+    assert config.count("yaml.load(") == config.count("Loader=_Loader)")
+
+
+@pytest.mark.parametrize("module", ["ser_ray", "ser_ray.tune"])
+def test_help_loads_neither_torch_nor_ray(module: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = [{module!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n"
+        "    print('exit', end.code)\n"
+        "print('heavy', sorted({'torch', 'ray', 'transformers', 'pandas', 'sklearn'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "usage" in done.stdout
+    assert "exit 0" in done.stdout
+    assert "heavy []" in done.stdout
