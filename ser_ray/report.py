@@ -9,9 +9,15 @@ opens without a network.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # one command line for all verbs: it turns a UserError into one line
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["report", *sys.argv[1:]]))
+
 import argparse
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -81,8 +87,7 @@ def print_summary(results_dir: Path, console: Console) -> None:
     if leader := results.leader:
         console.print(f"\n[bold]{'chosen' if results.choice else 'best so far'}[/]: {escape(leader['trial_id'])}")
         for key, value in results.chosen_config.items():
-            if value is not None:
-                console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
+            console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
     if results.figures:
         console.print(_figures_table(results))
     if not results.test:
@@ -150,10 +155,14 @@ def _trial_counts(results: Results) -> str:
 def _trials_table(results: Results) -> Table:
     # A terminal is narrow: of the figures only the one that trials are compared by; the page has them all.
     others = {f"dev_{name}" for name in HEADLINE} - {results.space.tune.metric}
-    columns = [c for c in _trial_columns(results) if c not in {*others, "best_epoch", "trainable_parameters"}]
-    table = Table(box=SIMPLE_HEAD)
+    columns = [
+        c for c in _trial_columns(results) if c not in {*others, "best_epoch", "peak_memory_mb", "trainable_parameters"}
+    ]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(escape(TITLES.get(column, column)), overflow="fold")
+        searched = column in results.space.search
+        title = column.replace(".", ".\n") if searched else TITLES.get(column, column)
+        table.add_column(escape(title), overflow="fold", no_wrap=not searched)
     for row in results.trials:
         cells = [escape(show(column, row.get(column))) for column in columns]
         winner = row["trial_id"] == results.leader.get("trial_id")
@@ -162,7 +171,7 @@ def _trials_table(results: Results) -> Table:
 
 
 def _figures_table(results: Results) -> Table:
-    table = Table("", *map(escape, results.figures), box=SIMPLE_HEAD)  # as narrow as a terminal of 80 columns
+    table = Table("", *map(escape, results.figures), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     for name in HEADLINE:
         cells = [f"{show(name, row.get(name))} {_interval(row, name)}".strip() for row in results.figures.values()]
         table.add_row(TITLES[name], *map(escape, cells))
@@ -186,7 +195,7 @@ def _page(results: Results, drawn: dict[str, Markup]) -> str:
         columns=_trial_columns(results),
         counts=_trial_counts(results),
         protocol={key: value for key, value in protocol.items() if value is not None},
-        command=shlex.join(results.provenance.get("argv", [])),
+        command=shlex.join(["ser-ray", *results.provenance["argv"]]) if results.provenance else "",
         show=show,
         interval=_interval,
     )
@@ -196,7 +205,3 @@ def _write(path: Path, content: bytes) -> None:
     aside = path.with_name(path.name + ".part")
     aside.write_bytes(content)
     aside.replace(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

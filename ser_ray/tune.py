@@ -76,8 +76,9 @@ class Progress(tune.Callback):
 
     def __init__(self, space: SearchSpace, directory: Path, console: Console) -> None:
         self.space, self.directory, self.console = space, directory, console
-        self.rows: dict[str, folder.Record] = {}
-        self.numbers: dict[str, int] = {}
+        known = folder.read_trials(directory) if (directory / "trials.csv").is_file() else []
+        self.rows: dict[str, folder.Record] = {row["trial_id"]: dict(row) for row in known}
+        self.numbers = {trial_id: number for number, trial_id in enumerate(self.rows, start=1)}
         self.last_line = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Progress(tune.Callback):
         """Say how a trial ended: by itself, or stopped by the scheduler."""
         ended = trial.last_result.get("last", False)
         self._update(trial, "finished" if ended else "stopped")
-        done = sum(row["status"] in ("finished", "stopped", "failed") for row in self.rows.values())
+        done = sum(row["status"] != "running" for row in self.rows.values())
         self._say(
             trial,
             f"{'finished' if ended else 'stopped by the scheduler'}; {done} of {self.space.tune.trials} trials done",
@@ -108,8 +109,8 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why a trial failed."""
-        self._update(trial, "failed")
         reason = str(trial.get_error() or "unknown").strip().splitlines()[-1]
+        self._update(trial, "failed", reason)
         self._say(trial, f"failed: {reason}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -126,10 +127,11 @@ class Progress(tune.Callback):
     def _number(self, trial: Any) -> int:
         return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
 
-    def _update(self, trial: Any, status: str) -> None:
+    def _update(self, trial: Any, status: str, error: str = "") -> None:
         seconds = (trial.last_result or {}).get("time_total_s", 0.0)
         values = {key: trial.config.get(key, "") for key in self.space.search}
-        self.rows[trial.trial_id] = folder.trial_row(self.directory, trial.trial_id, status, values, seconds)
+        row = folder.trial_row(self.directory, trial.trial_id, status, values, seconds)
+        self.rows[trial.trial_id] = row | {"error": error}
         folder.write_trials(self.directory, self.rows.values())
 
     def _say(self, trial: Any, text: str) -> None:
@@ -168,6 +170,10 @@ def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Pa
             run_config=tune.RunConfig(name=STATE, storage_path=str(directory), verbose=0, callbacks=[progress]),
         )
     tuner.fit()
+    # Tune returns quietly from a Ctrl-C, with trials half done.
+    ended = [row for row in progress.rows.values() if row["status"] != "running"]
+    if len(ended) < space.tune.trials:
+        raise KeyboardInterrupt
 
 
 def main(arguments: list[str]) -> int:

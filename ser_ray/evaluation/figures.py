@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 _INK: Final = "#1c1e21"
 _ACCENT: Final = "#2f6fbb"
 _MUTED: Final = "#9aa3ad"
+_FILL: Final = "#1f5fae"
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 9.5,
     "text.color": _INK,
@@ -55,12 +56,14 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
         for row, column in np.ndindex(size, size):
             corner = (column - 0.47, row - 0.46)
             # Opacity instead of a colour map, so that an empty cell is the ground, whatever that is.
-            axes.add_patch(Rectangle(corner, 0.94, 0.92, color=_ACCENT, alpha=0.06 + 0.94 * share[row, column], lw=0))
-            ink = "white" if share[row, column] > 0.5 else _INK
-            axes.text(column, row - 0.1, f"{confusion[row, column]}", color=ink, ha="center", va="center")
-            axes.text(
-                column, row + 0.24, f"{share[row, column]:.0%}", color=ink, ha="center", va="center", fontsize=6.5
-            )
+            axes.add_patch(Rectangle(corner, 0.94, 0.92, color=_FILL, alpha=0.06 + 0.94 * share[row, column], lw=0))
+            ink = "white" if share[row, column] > 0.7 else _INK
+            text: dict[str, Any] = {"color": ink, "ha": "center", "va": "center"}
+            if confusion[row, column] == 0:
+                axes.text(column, row, "0", **text)
+            else:
+                axes.text(column, row - 0.1, str(confusion[row, column]), **text)
+                axes.text(column, row + 0.24, f"{share[row, column]:.0%}", fontsize=8, **text)
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="predicted", ylabel="true", title=title)
         axes.set_xticks(range(size), labels, rotation=40 if size > 4 else 0, ha="right" if size > 4 else "center")
         axes.set_yticks(range(size), [f"{label} ({n})" for label, n in zip(labels, occurs, strict=True)])
@@ -72,18 +75,18 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
 def learning_curves_figure(histories: Mapping[str, Sequence[Epoch]], winner: str | None, metric: str) -> Figure:
     """The dev metric of all trials, epoch by epoch, the winner in colour; beside it the winner's losses."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 3.1), layout="constrained")
+        figure = Figure(figsize=(10.2, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for trial, epochs in histories.items():
             if trial != winner:
                 _line(left, epochs, metric, color=_MUTED, alpha=0.7, linewidth=1, markersize=2)
         won = histories.get(winner, ()) if winner is not None else ()
         _line(left, won, metric, color=_ACCENT, linewidth=2, markersize=4)
-        name = metric.removeprefix("dev_")
-        left.set(title=f"dev {'UAR' if name == 'uar' else name.replace('_', ' ')}", xlabel="epoch")
+        name = metric.replace("_", " ").replace("uar", "UAR").replace("f1", "F1")
+        left.set(title=f"{name} of all trials" + (f", {winner} in blue" if won else ""), xlabel="epoch")
         _line(right, won, "train_loss", color=_MUTED, label="train")
         _line(right, won, "dev_loss", color=_ACCENT, label="dev")
-        right.set(title="loss of the winner", xlabel="epoch")
+        right.set(title=f"loss of {winner}" if won else "loss", xlabel="epoch")
         if right.lines:
             right.legend(frameon=False)
         for axes in (left, right):
@@ -100,7 +103,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An ``<svg>`` element for an HTML page, without a ground, its ink the page's text colour.
+    """An ``<svg>`` element for an HTML page, without a ground, in the page's ``color`` and ``--accent``.
 
     ``name`` must differ between the figures of a page: it makes their inner ids differ, and it is what is read aloud.
     """
@@ -108,7 +111,9 @@ def to_svg(figure: Figure, name: str) -> str:
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name, "svg.id": name.replace(" ", "-")}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     element = buffer.getvalue()
-    element = element[element.index("<svg") :].replace(_INK, "currentColor")
+    element = (
+        element[element.index("<svg") :].replace(_INK, "currentColor").replace(_ACCENT, f"var(--accent, {_ACCENT})")
+    )
     return element.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 

@@ -8,10 +8,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
 from ser_ray.schema import UserError
+
+_LORA_ONLY: Final = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class Results:
 
     @property
     def chosen_config(self) -> dict[str, Any]:
-        """The leader's backbone, adapter and searched keys, dotted."""
+        """The leader's backbone, adapter and searched keys, dotted; of an adapter without LoRA no rank or the like."""
         keys = dict.fromkeys(["backbone", *(f"adapter.{name}" for name in Adapter.model_fields), *self.space.search])
         base = to_dict(self.space.experiment)
-        values = {key: functools.reduce(lambda node, part: node[part], key.split("."), base) for key in keys}
-        return values | {key: self.leader[key] for key in self.space.search if self.leader.get(key)}
+        values: dict[str, Any] = {
+            key: functools.reduce(lambda node, part: node[part], key.split("."), base) for key in keys
+        }
+        values |= {key: self.leader[key] for key in self.space.search if self.leader.get(key)}
+        without = _LORA_ONLY if values["adapter.method"] in ("frozen", "full") else ()
+        return {key: value for key, value in values.items() if key not in without and value is not None}
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:

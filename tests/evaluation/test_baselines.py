@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -10,8 +10,11 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from ser_ray.evaluation.baselines import chance, majority
 from ser_ray.evaluation.metrics import confusion, headline
 
+UNHURRIED = settings(deadline=None)  # what an example takes says how busy the machine is
+
 
 @given(st.integers(2, 9))
+@UNHURRIED
 def test_chance_is_what_uniform_guesses_give(num_labels):
     labels = np.repeat(np.arange(num_labels), 40_000 // num_labels)
     guesses = np.random.default_rng(0).integers(0, num_labels, len(labels))
@@ -20,6 +23,7 @@ def test_chance_is_what_uniform_guesses_give(num_labels):
 
 
 @given(st.lists(st.integers(0, 4), min_size=1), st.lists(st.integers(0, 4), min_size=1))
+@UNHURRIED
 def test_majority_equals_scikit_learn(train, test):
     train_labels, test_labels = np.array(train), np.array(test)
     dummy = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), train_labels)

@@ -11,6 +11,8 @@ from sklearn import metrics as oracle
 
 from ser_ray.evaluation import metrics
 
+UNHURRIED = settings(deadline=None)  # what an example takes says how busy the machine is
+
 
 @st.composite
 def judged(draw, least=1):
@@ -22,6 +24,7 @@ def judged(draw, least=1):
 
 
 @given(judged(least=0))
+@UNHURRIED
 def test_confusion_equals_scikit_learn(case):
     labels, predicted, num_labels = case
     ours = metrics.confusion(labels, predicted, num_labels)
@@ -32,6 +35,7 @@ def test_confusion_equals_scikit_learn(case):
 
 
 @given(judged())
+@UNHURRIED
 def test_headline_equals_scikit_learn(case):
     labels, predicted, num_labels = case
     every = range(num_labels)
@@ -51,6 +55,7 @@ def test_headline_equals_scikit_learn(case):
 
 
 @given(judged())
+@UNHURRIED
 def test_per_emotion_equals_scikit_learn(case):
     labels, predicted, num_labels = case
     ours = metrics.per_emotion(metrics.confusion(labels, predicted, num_labels))
@@ -60,7 +65,7 @@ def test_per_emotion_equals_scikit_learn(case):
 
 
 @given(st.integers(2, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=30)
+@settings(UNHURRIED, max_examples=30)
 def test_stacked_matrices_equal_a_loop(num_labels, seed):
     rng = np.random.default_rng(seed)
     stacked = rng.poisson(0.7, size=(3, 4, num_labels, num_labels))
@@ -75,6 +80,7 @@ def test_stacked_matrices_equal_a_loop(num_labels, seed):
 
 
 @given(judged(), st.integers(1, 20), st.integers(0, 2**32 - 1))
+@UNHURRIED
 def test_ece_equals_a_plain_loop(case, bins, seed):
     labels, _, num_labels = case
     probabilities = np.random.default_rng(seed).dirichlet(np.full(num_labels, 0.3), size=len(labels))

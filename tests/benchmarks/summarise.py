@@ -1,0 +1,69 @@
+"""A results folder as a Markdown page for results/benchmarks/: every number read from the folder, none typed.
+
+python tests/benchmarks/summarise.py RESULTS_DIR "the command that made it" > results/benchmarks/NAME.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ser_ray.evaluation.results import Results, read_results
+
+HEADLINE = ("accuracy", "uar", "macro_f1", "weighted_f1", "kappa")
+
+
+def page(results: Results, command: str) -> str:
+    """Headline figures, trials, per emotion and per speaker."""
+    made = results.provenance
+    data = ", ".join(f"{d['corpus']} ({d['utterances']} utterances, {d['hours']:.2f} h)" for d in made["data"])
+    packages = ", ".join(
+        f"{name} {made['packages'][name]}" for name in ("torch", "transformers", "peft", "ray", "optuna")
+    )
+    lines = [
+        f"# {results.space.experiment.name}",
+        "",
+        f"```\n{command}\n```",
+        "",
+        f"{data}; {results.test['protocol']['description']}. "
+        f"{'LEAKY. ' if results.leaky else ''}Test set opened {len(results.openings)} time(s).",
+        f"Started {made['started']}, {made['seconds'] / 60:.0f} minutes, {len(made['gpus'])} GPUs; {packages}.",
+        "",
+        "| | " + " | ".join(HEADLINE) + " |",
+        "|---|" + "---|" * len(HEADLINE),
+    ]
+    for name, figures in (("test", results.test), ("dev", results.dev)):
+        cells = (f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in HEADLINE)
+        lines.append(f"| {name} (n = {figures['n']}) | {' | '.join(cells)} |")
+    for name, figures in results.test["baselines"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{figures[m]:.3f}" for m in HEADLINE) + " |")
+    lines += ["", f"95 % intervals: bootstrap over {results.test['ci95_unit']}.", "", "## Trials", ""]
+    keys = ["trial_id", "status", "epochs", *results.space.search, "best_epoch", "dev_uar", "seconds"]
+    lines += ["| " + " | ".join(keys) + " |", "|---|" + "---|" * (len(keys) - 1)]
+    for row in results.trials:
+        chosen = "**" if row["trial_id"] == results.choice["trial_id"] else ""
+        lines.append("| " + " | ".join(f"{chosen}{_short(row.get(key, ''))}{chosen}" for key in keys) + " |")
+    for title, group in (("emotion", "per_emotion"), ("speaker", "per_speaker")):
+        rows = results.test[group]
+        names = list(next(iter(rows.values())))
+        lines += [
+            "",
+            f"## Test, per {title}",
+            "",
+            f"| {title} | " + " | ".join(names) + " |",
+            "|---|" + "---|" * len(names),
+        ]
+        lines += [f"| {key} | " + " | ".join(_short(row[name]) for name in names) + " |" for key, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: object) -> str:
+    try:
+        number = float(str(value))
+    except ValueError:
+        return str(value)
+    return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(read_results(Path(sys.argv[1])), sys.argv[2]))

@@ -1,0 +1,350 @@
+"""The verbs on real Ray and a small corpus: train in three ways, tune, evaluate, report, predict, what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from backbone_fixtures import write_backbone
+
+from ser_ray import config
+from ser_ray.__main__ import main
+from ser_ray.evaluation.folder import trial_history
+from ser_ray.evaluation.summary import read_predictions
+from ser_ray.models import checkpoint
+
+SPACE = {
+    "experiment": {
+        "name": "tiny",
+        "emotions": ["angry", "fear", "happy", "sad"],
+        "protocol": {"scheme": "speaker_kfold", "folds": 3},
+        "backbone": "embedded/tiny-whisper",
+        "adapter": {"method": "full"},
+        "head": {"pooling": "statistics", "dropout": 0.0},
+        "optimizer": {"lr": 1.0e-3, "head_lr": 1.0e-3},
+        "batch_seconds": 8,
+        "epochs": 2,
+    },
+    "search": {
+        "adapter.method": {"choice": ["qlora", "full"]},
+        "adapter.rank": {"choice": [2, 4], "when": {"adapter.method": ["qlora"]}},
+        "optimizer.lr": {"loguniform": [1.0e-4, 1.0e-2]},
+    },
+    "tune": {
+        "trials": 3,
+        "grace": 1,
+        "finalists": 2,
+        "first": [
+            {"adapter.method": "qlora", "adapter.rank": 2, "optimizer.lr": 1.0e-3},
+            {"adapter.method": "full", "optimizer.lr": 1.0e-3},
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def space(tiny_corpus, tmp_path_factory) -> Path:
+    """The search space as a file, with results and cache in a temporary folder."""
+    folder = tmp_path_factory.mktemp("verbs")
+    content = json.loads(json.dumps(SPACE))
+    content["experiment"]["corpora"] = {"ravdess": str(tiny_corpus)}
+    content["storage"] = {"results": str(folder / "results"), "cache": str(folder / "cache")}
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def results_of(space: Path, name: str) -> Path:
+    return space.parent / "results" / name
+
+
+def train(space: Path, name: str, *overrides: str) -> list[dict]:
+    assert main(["train", str(space), f"experiment.name={name}", *overrides]) == 0
+    return trial_history(results_of(space, name) / "trials" / "single")
+
+
+@pytest.fixture(scope="module")
+def local(space) -> list[dict]:
+    """The history of one trial in this process."""
+    return train(space, "local", "resources.workers=0")
+
+
+@pytest.mark.ray
+def test_local_mode_and_one_worker_take_the_same_steps(space, local, ray_cluster):
+    worker = train(space, "one")
+    assert [r["epoch"] for r in worker] == [r["epoch"] for r in local] == [1, 2]
+    for ours, theirs in zip(worker, local, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-3)
+        assert ours["dev_uar"] == pytest.approx(theirs["dev_uar"], abs=0.05)
+
+
+@pytest.mark.ray
+def test_two_workers_see_all_of_dev_and_learn_the_same_task(space, local, ray_cluster):
+    """With rates of nearly nothing the dev loss is the untrained model's, to the last digits, however dev is shared."""
+    still = ["experiment.optimizer.lr=1e-12", "experiment.optimizer.head_lr=1e-12", "experiment.epochs=1"]
+    two = ["resources.workers=2", "resources.cpus_per_worker=1"]
+    alone, shared = train(space, "still-1", "resources.workers=0", *still), train(space, "still-2", *two, *still)
+    assert shared[0]["dev_loss"] == pytest.approx(alone[0]["dev_loss"], rel=1e-5)
+    assert shared[0]["dev_uar"] == pytest.approx(alone[0]["dev_uar"], abs=1e-9)
+    # Half the batch a worker and twice the workers: the same global batch, drawn in another order.
+    moved = train(space, "two", *two, "experiment.batch_seconds=4")
+    assert moved[-1]["train_loss"] < moved[0]["train_loss"]
+    assert moved[-1]["dev_loss"] == pytest.approx(local[-1]["dev_loss"], rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def tuned(space, ray_cluster) -> Path:
+    """The results folder of a finished search."""
+    assert main(["tune", str(space)]) == 0
+    return results_of(space, "tiny")
+
+
+@pytest.mark.ray
+def test_a_search_leaves_everything_that_it_promises(tuned):
+    made = """search.yaml provenance.json audit.json trials.csv report.html best/README.md best/head.safetensors
+        best/experiment.yaml best/labels.json evaluation/dev.json evaluation/test.json evaluation/choice.json
+        evaluation/test_openings.json evaluation/predictions.parquet evaluation/confusion_test.png"""
+    for name in made.split():
+        assert (tuned / name).is_file(), name
+    rows = list(csv.DictReader((tuned / "trials.csv").open()))
+    assert len(rows) == 3
+    assert {row["status"] for row in rows} <= {"finished", "stopped"}
+    assert {row["adapter.method"] for row in rows} == {"qlora", "full"}
+    assert all(bool(row["adapter.rank"]) == (row["adapter.method"] == "qlora") for row in rows), "rank is conditional"
+    for row in rows:
+        assert (tuned / row["checkpoint"] / "metrics.json").is_file()
+        history = trial_history(tuned / "trials" / row["trial_id"])
+        assert max(r["dev_uar"] for r in history) == pytest.approx(float(row["dev_uar"]))
+    assert len(json.loads((tuned / "evaluation/test_openings.json").read_text())) == 1
+
+
+@pytest.mark.ray
+def test_dev_chose_and_test_is_whole(tuned):
+    choice = json.loads((tuned / "evaluation/choice.json").read_text())
+    rows = sorted((float(r["dev_uar"]) for r in csv.DictReader((tuned / "trials.csv").open())), reverse=True)
+    assert choice["finalists"][0]["trial_id"] == choice["trial_id"]
+    assert choice["finalists"][0]["dev_uar"] == pytest.approx(rows[0]), "actors and loop agree on dev"
+    test = json.loads((tuned / "evaluation/test.json").read_text())
+    predictions = read_predictions(tuned / "evaluation/predictions.parquet")
+    splits = {split: set(p.speakers) for split, p in predictions.items()}
+    assert test["n"] == len(predictions["test"]) == 16
+    assert not splits["dev"] & splits["test"]
+    assert test["accuracy"] == pytest.approx(np.mean(predictions["test"].predicted == predictions["test"].labels))
+    assert test["leaky"] is False
+    low, high = test["ci95"]["uar"]
+    assert low <= test["uar"] <= high
+
+
+@pytest.mark.ray
+def test_a_finished_search_is_shown_not_repeated(tuned, space, capsys):
+    before = (tuned / "evaluation/test.json").stat().st_mtime_ns
+    assert main(["tune", str(space)]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (tuned / "evaluation/test.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.ray
+def test_another_configuration_under_the_same_name_is_refused(tuned, space, capsys):
+    assert main(["tune", str(space), "experiment.epochs=9"]) == 2
+    assert "experiment.epochs: 2 -> 9" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_random_split_is_stamped_leaky(space, ray_cluster):
+    overrides = ["experiment.protocol={scheme: random, folds: 3}", "tune.trials=1", "experiment.epochs=1"]
+    assert main(["tune", str(space), "experiment.name=leaky", *overrides]) == 0
+    results = results_of(space, "leaky")
+    assert json.loads((results / "evaluation/test.json").read_text())["leaky"] is True
+    assert json.loads((results / "audit.json").read_text())["leaky"] is True
+    assert "LEAKY" in (results / "best/README.md").read_text()
+    assert "LEAKY" in (results / "report.html").read_text()
+
+
+@pytest.mark.ray
+def test_a_second_opening_of_the_test_set_is_counted(tuned):
+    assert main(["evaluate", str(tuned)]) == 0
+    assert len(json.loads((tuned / "evaluation/test_openings.json").read_text())) == 2
+
+
+@pytest.mark.ray
+def test_the_winner_predicts_what_the_evaluation_said(tuned, tiny_corpus, capsys):
+    test = read_predictions(tuned / "evaluation/predictions.parquet")["test"]
+    capsys.readouterr()
+    files = [next(tiny_corpus.rglob(f"{i.split('/')[1]}.wav")) for i in test.utterance_ids]
+    assert main(["predict", str(tuned / "best"), *map(str, files), "--format", "jsonl"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = np.array([list(answer["probabilities"].values()) for answer in answers])
+    np.testing.assert_allclose(given, test.probabilities, atol=1e-4)
+
+
+@pytest.mark.ray
+def test_predict_says_what_it_cannot_use(tuned, tiny_corpus, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(next(tiny_corpus.rglob("*.wav")), folder / "good.wav")
+    (folder / "broken.wav").write_bytes(b"RIFF nothing")
+    soundfile.write(folder / "silent.flac", np.zeros(16_000), 16_000)
+    out = tmp_path / "answers.csv"
+    assert main(["predict", str(tuned / "best"), str(folder), "--format", "csv", "--output", str(out)]) == 1
+    rows = {Path(row["path"]).name: row for row in csv.DictReader(out.open())}
+    assert rows["good.wav"]["emotion"] in SPACE["experiment"]["emotions"]
+    assert sum(float(v) for k, v in rows["good.wav"].items() if k.startswith("p_")) == pytest.approx(1)
+    assert rows["broken.wav"]["reason"]
+    assert rows["silent.flac"]["reason"]
+    assert main(["predict", str(tuned / "best"), str(folder / "good.wav")]) == 0
+    assert "good.wav" in capsys.readouterr().out
+    for arguments in (
+        ["predict", str(tuned / "best"), str(tmp_path / "absent.wav")],
+        ["predict", str(tuned)],
+        ["predict"],
+    ):
+        assert main(arguments) == 2
+
+
+def test_an_interrupted_trial_continues_to_the_same_numbers(space, local, monkeypatch):
+    def interrupt(record, metric):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ser_ray.train.describe_epoch", interrupt)
+        assert main(["train", str(space), "experiment.name=cut", "resources.workers=0"]) == 130
+    assert len(trial_history(results_of(space, "cut") / "trials" / "single")) == 1
+    continued = train(space, "cut", "resources.workers=0")
+    same = ("epoch", "train_loss", "dev_loss", "dev_uar", "lr")
+    assert [[r[key] for key in same] for r in continued] == [[r[key] for key in same] for r in local]
+
+
+def one_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment.epochz=3"], ["experiment.epochz", "epochs"]),
+        (["experiment.corpora.ravdess=/nowhere/at/all"], ["experiment.corpora.ravdess", "/nowhere/at/all"]),
+        (["experiment.backbone=/nowhere/backbone"], ["/nowhere/backbone", "no such directory"]),
+        (["experiment.backbone=openai/whisper-large-v9"], ["openai/whisper-large-v9", "hub"]),
+        (["experiment.backbone=embedded/huge"], ["embedded/huge", "embedded/tiny-whisper"]),
+        (["resources.cpus_per_worker=900"], ["900 CPUs", "resources"]),
+        (["resources.workers=0"], ["resources.workers"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_trial(space, ray_cluster, overrides, words, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["tune", str(space), "experiment.name=never", *overrides]) == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not results_of(space, "never").exists()
+
+
+@pytest.mark.ray
+def test_a_corpus_with_one_speaker_is_refused(space, tiny_corpus, ray_cluster, tmp_path, capsys):
+    shutil.copytree(tiny_corpus / "Actor_01", tmp_path / "one" / "Actor_01")
+    corpus = f"experiment.corpora.ravdess={tmp_path / 'one'}"
+    assert main(["tune", str(space), "experiment.name=never", corpus]) == 2
+    assert "speaker" in one_line(capsys)
+    assert not results_of(space, "never").exists()
+
+
+@pytest.mark.ray
+def test_an_adapter_that_is_by_passed_stops_the_run_and_names_the_module(space, tmp_path, ray_cluster, capsys):
+    directory = write_backbone("wavlm-layer", tmp_path / "wavlm")
+    arguments = [f"experiment.backbone={directory}", "experiment.adapter={method: lora, rank: 2, targets: [q_proj]}"]
+    assert main(["train", str(space), "experiment.name=dead", *arguments]) == 2
+    line = one_line(capsys)
+    assert "q_proj" in line
+    assert "no gradient" in line
+
+
+def test_a_results_folder_that_cannot_be_written_is_said(space, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert main(["train", str(space), "resources.workers=0", f"storage.results={blocked}/results"]) == 2
+    assert "storage.results" in one_line(capsys)
+
+
+def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
+    from ser_ray import cluster
+    from ser_ray.schema import UserError
+
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    settled = cluster.settle_paths(config.load(config.default_space()))
+    assert settled.storage.results == str(Path.home() / "ser_ray" / "results")
+    for override in ("storage.results=results", "storage.cache=cache", "experiment.corpora.ravdess=data/ravdess"):
+        with pytest.raises(UserError, match="relative"):
+            cluster.settle_paths(config.load(config.default_space(), [override]))
+
+
+def test_checkpoints_load_outside_of_the_search(space, local):
+    best = results_of(space, "local") / "trials" / "single" / "epoch_002"
+    model = checkpoint.load(best)
+    assert not model.training
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main(["--help"]) == 0
+    assert main(["tune", "--help"]) == 0
+    assert "ser-ray tune" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["tuen"]) == 2
+    assert "tuen" in capsys.readouterr().err
+
+
+def start_tune(space: Path, name: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_search_continues_and_loses_nothing(space):
+    driver = start_tune(space, "killed")
+    for line in driver.stdout:
+        if "1 of 3 trials done" in line:
+            break
+    driver.kill()
+    driver.wait(60)
+    results = results_of(space, "killed")
+    before = {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
+    done = [trial_id for trial_id, row in before.items() if row["status"] in ("finished", "stopped")]
+    histories = {trial_id: (results / "trials" / trial_id / "history.jsonl").read_text() for trial_id in done}
+
+    again = start_tune(space, "killed")
+    text, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, text
+    assert "continuing the search" in text
+    after = {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
+    assert len(after) == 3
+    assert {row["status"] for row in after.values()} <= {"finished", "stopped"}
+    assert all((results / "trials" / i / "history.jsonl").read_text() == histories[i] for i in done), "trained again"
+    assert len(json.loads((results / "evaluation/test_openings.json").read_text())) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space):
+    driver = start_tune(space, "interrupted")
+    for line in driver.stdout:
+        if "epoch  1" in line:
+            break
+    driver.send_signal(signal.SIGINT)
+    text, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130, text
+    assert not (results_of(space, "interrupted") / "evaluation").exists()
