@@ -18,6 +18,7 @@ if __name__ == "__main__":  # one command line for all verbs: it turns a UserErr
 
 import argparse
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -108,8 +109,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("results_dir", type=Path, help="the folder of one search, results/<name>")
     results_dir = parser.parse_args(arguments).results_dir
     build(results_dir)
-    print_summary(results_dir, Console())
+    print_summary(results_dir, terminal())
     return 0
+
+
+def terminal() -> Console:
+    """A console for summaries; a log file has no width of its own, and tables need some."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
 def show(key: str, value: object) -> str:
@@ -158,13 +164,15 @@ def _trials_table(results: Results) -> Table:
     columns = [
         c for c in _trial_columns(results) if c not in {*others, "best_epoch", "peak_memory_mb", "trainable_parameters"}
     ]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in columns:
         searched = column in results.space.search
         title = column.replace(".", ".\n") if searched else TITLES.get(column, column)
         table.add_column(escape(title), overflow="fold", no_wrap=not searched)
     for row in results.trials:
-        cells = [escape(show(column, row.get(column))) for column in columns]
+        # Of a hub id or a directory the last part tells backbones apart.
+        short = row | {"backbone": row.get("backbone", "").rsplit("/", 1)[-1]}
+        cells = [escape(show(column, short.get(column))) for column in columns]
         winner = row["trial_id"] == results.leader.get("trial_id")
         table.add_row(*([f"* {cells[0]}", *cells[1:]] if winner else cells), style="bold green" if winner else None)
     return table

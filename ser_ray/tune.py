@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> int:
     space = cluster.settle_paths(config.load(path, arguments[has_file:]))
     if space.resources.workers == 0:
         raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
-    console = Console(highlight=False, soft_wrap=True)
+    console = report.terminal()
     started = time.monotonic()
     console.print(f"[bold]ser-ray tune[/bold] {path} -> {space.results_dir()}")
     _check_backbones(space, console)

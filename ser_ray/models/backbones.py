@@ -24,6 +24,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
 from transformers.masking_utils import create_bidirectional_mask
@@ -207,6 +208,7 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") 
     config, extractor = describe(name)
     with _weights(name, config) as source:
         model = _from_pretrained(source, name, config, quantize, device)
+        setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
     wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
     return wrap(model, config.model_type, extractor).to(device)
 
@@ -270,7 +272,10 @@ def _weights(name: str, config: Any) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _architecture(config)(config).save_pretrained(directory)
+        weights = _architecture(config)(config).state_dict()
+        # Not by save_pretrained: among several processes it writes on the first one only.
+        save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(directory)
         yield directory
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from backbone_fixtures import experiment, logits, noise_batch, tone_batches, with_sections
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
@@ -52,6 +52,7 @@ def test_class_weights_change_the_loss(tiny: Experiment) -> None:
 
 
 @given(counts=st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any))
+@settings(deadline=None)
 def test_class_weights_are_those_of_scikit_learn(counts: list[int]) -> None:
     found = loop.class_weights(experiment("none"), tuple(counts)).numpy()
     present = [label for label, count in enumerate(counts) if count]
@@ -64,6 +65,7 @@ def test_class_weights_are_those_of_scikit_learn(counts: list[int]) -> None:
 @given(
     total=st.integers(1, 500), warmup=st.floats(0, 0.99), steps=st.lists(st.integers(0, 600), min_size=2, max_size=2)
 )
+@settings(deadline=None)
 def test_the_rate_rises_to_one_and_falls_to_zero(total: int, warmup: float, steps: list[int]) -> None:
     low, high = sorted(steps)
     rising = max(1, round(total * warmup)) if warmup else 0
