@@ -11,6 +11,6 @@ logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-# Utterances come in every length, and oneDNN keeps a compiled kernel, with its buffers, for each of the last 1024 shapes:
+# Utterances come in every length, and oneDNN keeps a kernel and its buffers for each of the last 1024 shapes:
 # 0.8 of 2.6 GB for one epoch of the demo's wav2vec2, at no gain in speed. Read when the first kernel is made.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
