@@ -98,7 +98,9 @@ def _corpus_directory(name: str, given: str | None, cache: Path, console: Consol
     if name != "synthetic":
         raise UserError(f"experiment.corpora.{name} has no directory; write {name}: path/to/{name}")
     directory = cache / "corpora" / f"synthetic-{synthetic.VERSION}"
-    with _progress(console) as progress:
+    if (directory / synthetic.MANIFEST).is_file():
+        return directory
+    with _progress(console, "synthetic: speaking") as progress:
         task = progress.add_task("synthetic: speaking", total=None)
         synthetic.make(directory, on_progress=lambda done, total: progress.update(task, completed=done, total=total))
     return directory
@@ -151,7 +153,7 @@ def _write_chunks(
     if not chunks:
         return
     written = _with_ray(chunks, work) if use_ray else (write_chunk(chunk, **work) for chunk in chunks)
-    with _progress(console) as progress:
+    with _progress(console, title) as progress:
         for _ in progress.track(written, total=len(chunks), description=title):
             pass
 
@@ -188,6 +190,9 @@ def _summary(manifest: dict[str, Any], target: Path) -> str:
     )
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Console, title: str) -> Progress:
+    """A bar on a terminal; in a job's log, where a bar cannot move, the title as a line."""
+    if not console.is_terminal:
+        console.print(f"{title} ...", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
