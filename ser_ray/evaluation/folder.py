@@ -39,10 +39,13 @@ def read_json(path: Path) -> Any:
 
 
 def append_history(trial_dir: Path, record: Record) -> None:
-    """Add an epoch's line to a trial's history."""
+    """Add an epoch's line to a trial's history; a line that a kill cut short is dropped first."""
     trial_dir.mkdir(parents=True, exist_ok=True)
-    with (trial_dir / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with (trial_dir / "history.jsonl").open("a+b") as file:
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0] + whole[1]))
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def trial_history(trial_dir: Path) -> list[Record]:

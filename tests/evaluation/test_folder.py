@@ -1,0 +1,51 @@
+"""Writing a results folder: histories that repeat, rows of the best epoch, nothing half-written."""
+
+from __future__ import annotations
+
+import pytest
+
+from ser_ray.evaluation import folder
+
+
+def record(epoch: int, uar: float, best_epoch: int) -> dict:
+    figures = {"dev_uar": uar, "dev_accuracy": uar, "dev_macro_f1": uar, "dev_kappa": uar}
+    return {
+        "epoch": epoch,
+        "best_epoch": best_epoch,
+        "peak_memory_mb": 100.0 + epoch,
+        "trainable_parameters": 7,
+    } | figures
+
+
+def test_a_row_shows_the_best_epoch_and_its_checkpoint(tmp_path):
+    trial = tmp_path / "trials" / "a"
+    for line in (record(1, 0.3, 1), record(2, 0.6, 2), record(3, 0.5, 2)):
+        folder.append_history(trial, line)
+    row = folder.trial_row(tmp_path, "a", "finished", {"adapter.rank": 4}, 12.34)
+    assert (row["epochs"], row["best_epoch"], row["dev_uar"]) == (3, 2, 0.6)
+    assert row["checkpoint"] == "trials/a/epoch_002"
+    assert row["peak_memory_mb"] == 103.0
+    folder.write_trials(tmp_path, [row, folder.trial_row(tmp_path, "b", "failed", {"adapter.rank": 8}, 0)])
+    first, second = folder.read_trials(tmp_path)
+    assert first["adapter.rank"] == "4"
+    assert second["checkpoint"] == ""
+
+
+def test_an_epoch_trained_again_counts_once_with_its_last_line(tmp_path):
+    for line in (record(1, 0.3, 1), record(2, 0.6, 2), record(2, 0.7, 2)):
+        folder.append_history(tmp_path, line)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "dev_u')  # a kill in the middle of a line
+    assert [(r["epoch"], r["dev_uar"]) for r in folder.trial_history(tmp_path)] == [(1, 0.3), (2, 0.7)]
+    folder.append_history(tmp_path, record(3, 0.8, 3))
+    assert [r["epoch"] for r in folder.trial_history(tmp_path)] == [1, 2, 3]
+
+
+def test_writing_replaces_whole_files_and_leaves_nothing_aside(tmp_path):
+    folder.write_json(tmp_path / "deep" / "x.json", {"a": 1})
+    folder.write_json(tmp_path / "deep" / "x.json", {"a": 2})
+    assert folder.read_json(tmp_path / "deep" / "x.json") == {"a": 2}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.json"]
+    with pytest.raises(ValueError, match="JSON"):
+        folder.write_json(tmp_path / "deep" / "x.json", {"a": float("nan")})
+    assert folder.read_json(tmp_path / "deep" / "x.json") == {"a": 2}
