@@ -33,11 +33,14 @@ def head(tmp_path):
     temporary = Path(f"/tmp/ser_ray_{os.getpid()}")  # short: Ray's sockets live below it
     dashboard = free_port()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    # A job's "python" is the head's.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(tmp_path)}
+    # Ports of its own, so that other clusters on this machine do not matter.
     command = [
         *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=3",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
-        "--ray-client-server-port=0", "--block",
+        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--block",
     ]  # fmt: skip
     with (
         (tmp_path / "head.log").open("w") as log,
@@ -53,9 +56,20 @@ def head(tmp_path):
 
 def submit(environment: dict[str, str], address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*RAY, "job", "submit", f"--address={address}", "--working-dir=.", "--", "python", "-m", "ser_ray.tune"]
-    return subprocess.run(
-        [*command, *arguments], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
+    for _ in range(30):
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=CHECKOUT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            check=False,
+        )
+        if "No available agent" not in done.stderr:  # the dashboard answers before the node's agent is there
+            break
+        time.sleep(2)
+    return done
 
 
 def wait_for(environment: dict[str, str], address: str) -> None:
@@ -73,7 +87,6 @@ def wait_for(environment: dict[str, str], address: str) -> None:
 @pytest.mark.slow
 def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
     environment, address = head
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     wait_for(environment, address)
     done = submit(environment, address, f"storage.cache={tmp_path / 'cache'}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -8,6 +8,7 @@ checkpoint takes the steps that the unbroken one would have taken.
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
@@ -87,13 +88,18 @@ def fit(
             counters.update(best=record[metric], best_epoch=record["epoch"])
         record |= {f"best_{metric}": counters["best"], "best_epoch": counters["best_epoch"]}
         record |= {"last": not goes_on(record["epoch"] + 1), "trainable_parameters": learning}
+        tell(record)
 
+    def tell(record: Record) -> None:
         def save(directory: Path) -> None:
             checkpoint.save_training_state(directory, optimizer, counters | {"scaler": scaler.state_dict()})
             checkpoint.save(model, directory, record)
 
         on_epoch(record, save)
 
+    if resume_from is not None and not goes_on(counters["epoch"] + 1):
+        # Nothing is left to train, but whoever watched the last epoch may have died before it heard.
+        tell(json.loads((resume_from / "metrics.json").read_text(encoding="utf-8")))
     if resume_from is None and experiment.head.init == "probe":
         finish({"epoch": 0, "train_loss": None, "seconds": 0.0} | _memory(device))
     while goes_on(counters["epoch"] + 1):

@@ -170,10 +170,12 @@ def test_a_checkpoint_of_the_loop_loads_as_the_model_of_that_epoch(tiny: Experim
     assert json.loads((tmp_path / "1" / "metrics.json").read_text())["dev_uar"] == records[0]["dev_uar"]
 
 
-def test_a_finished_run_that_is_resumed_trains_no_further(tiny: Experiment, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_resumed_only_says_its_last_epoch_again(tiny: Experiment, tmp_path: Path) -> None:
     described = with_sections(tiny, epochs=1)
     _run(described, keep=tmp_path)
-    assert _run(described, resume_from=tmp_path / "1")[1] == []
+    again = _run(described, resume_from=tmp_path / "1")[1]
+    assert again == [json.loads((tmp_path / "1" / "metrics.json").read_text())]
+    assert again[0]["last"] is True
 
 
 # -- it stops
