@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,48 +300,3 @@ def test_help_and_unknown_commands(capsys):
     assert main([]) == 2
     assert main(["tuen"]) == 2
     assert "tuen" in capsys.readouterr().err
-
-
-def start_tune(space: Path, name: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_search_continues_and_loses_nothing(space):
-    driver = start_tune(space, "killed")
-    for line in driver.stdout:
-        if "1 of 3 trials done" in line:
-            break
-    driver.kill()
-    driver.wait(60)
-    results = results_of(space, "killed")
-    before = {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
-    done = [trial_id for trial_id, row in before.items() if row["status"] in ("finished", "stopped")]
-    histories = {trial_id: trial_history(results / "trials" / trial_id) for trial_id in done}
-
-    again = start_tune(space, "killed")
-    text, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, text
-    assert "continuing the search" in text
-    after = {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
-    assert len(after) == 3
-    assert {row["status"] for row in after.values()} <= {"finished", "stopped"}
-    # Losses and seconds too: an epoch may be told again, but not trained again.
-    assert {trial_id: trial_history(results / "trials" / trial_id) for trial_id in done} == histories
-    assert len(json.loads((results / "evaluation/test_openings.json").read_text())) == 1
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space):
-    driver = start_tune(space, "interrupted")
-    for line in driver.stdout:
-        if "epoch  1" in line:
-            break
-    driver.send_signal(signal.SIGINT)
-    text, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130, text
-    assert not (results_of(space, "interrupted") / "evaluation").exists()
