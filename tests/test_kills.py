@@ -15,22 +15,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from test_verbs import SPACE, results_of
+from test_verbs import results_of, write_space
 
 from ser_ray.evaluation.folder import trial_history
 
 
 @pytest.fixture(scope="module")
 def space(tiny_corpus, tmp_path_factory) -> Path:
-    """The search space of the tests of the verbs, with a folder of its own."""
-    folder = tmp_path_factory.mktemp("kills")
-    content = json.loads(json.dumps(SPACE))
-    content["experiment"]["corpora"] = {"ravdess": str(tiny_corpus)}
-    content["storage"] = {"results": str(folder / "results"), "cache": str(folder / "cache")}
-    path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return write_space(tmp_path_factory.mktemp("kills"), tiny_corpus)
 
 
 def start_tune(space: Path, name: str) -> subprocess.Popen[str]:

@@ -48,16 +48,19 @@ SPACE = {
 }
 
 
-@pytest.fixture(scope="module")
-def space(tiny_corpus, tmp_path_factory) -> Path:
-    """The search space as a file, with results and cache in a temporary folder."""
-    folder = tmp_path_factory.mktemp("verbs")
+def write_space(directory: Path, corpus: Path) -> Path:
+    """The search space as a file, with results and cache beside it."""
     content = json.loads(json.dumps(SPACE))
-    content["experiment"]["corpora"] = {"ravdess": str(tiny_corpus)}
-    content["storage"] = {"results": str(folder / "results"), "cache": str(folder / "cache")}
-    path = folder / "space.yaml"
+    content["experiment"]["corpora"] = {"ravdess": str(corpus)}
+    content["storage"] = {"results": str(directory / "results"), "cache": str(directory / "cache")}
+    path = directory / "space.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="module")
+def space(tiny_corpus, tmp_path_factory) -> Path:
+    return write_space(tmp_path_factory.mktemp("verbs"), tiny_corpus)
 
 
 def results_of(space: Path, name: str) -> Path:
