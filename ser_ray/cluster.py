@@ -14,6 +14,12 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.placement_group import (
+    PlacementGroup,
+    PlacementGroupID,
+    get_current_placement_group,
+    remove_placement_group,
+)
 
 from ser_ray import __version__
 from ser_ray.config import Experiment, SearchSpace
@@ -22,6 +28,9 @@ from ser_ray.speech import shards
 
 DATA_CPUS = 1
 """Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+
+GROUP = "placement_group"
+"""Under this name a worker tells what it holds, so that whoever stops its trial can free it."""
 
 # What Ray's defaults cost a short trial. The health check is also the poll that notices the end of a run: at its
 # default of 2 s a trial of three empty epochs takes twice as long.
@@ -112,6 +121,22 @@ def concurrency(space: SearchSpace) -> int:
             "cpus_per_worker or gpus_per_worker"
         )
     return min(fits, space.tune.concurrency or fits, space.tune.trials)
+
+
+def current_group() -> str:
+    """The placement group of this worker, as hexadecimal digits."""
+    group = get_current_placement_group()
+    assert group is not None, "Ray Train gives every worker a placement group"
+    return str(group.id.hex())
+
+
+def free_group(group: str) -> None:
+    """Give back what a stopped trial's workers held; a group that is gone already: nothing.
+
+    A trial that is stopped dies with its trainer's controller, and its placement group lives on. Ray Train has a
+    cleaner for that, which gives up where two Ray clusters run on a machine: it cannot tell which of them is its own.
+    """
+    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def settle_paths(space: SearchSpace) -> SearchSpace:

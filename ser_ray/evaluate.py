@@ -25,7 +25,7 @@ import ray
 import torch
 from rich.console import Console
 
-from ser_ray import cluster, config
+from ser_ray import cluster, config, disk
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import baselines, folder
 from ser_ray.evaluation.summary import summarise, write_predictions
@@ -64,7 +64,7 @@ def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[s
     Raises UserError where no trial left a checkpoint.
     """
     finalists = _finalists(directory, space)
-    provenance = folder.read_json(directory / "provenance.json")
+    provenance = disk.read_json(directory / "provenance.json")
     shard_dirs = [data["directory"] for data in provenance["data"]]
     one = cluster.worker(space)
     scorers = {
@@ -79,7 +79,7 @@ def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[s
     dev = _score_all(scorers, "dev", console)
     figures = {trial_id: summarise(predictions, protocol, task.fold.leaky) for trial_id, predictions in dev.items()}
     chosen = _choose(directory, finalists, figures, space.tune.metric.removeprefix("dev_"))
-    folder.write_json(directory / "evaluation" / "dev.json", figures[chosen])
+    disk.write_json(directory / "evaluation" / "dev.json", figures[chosen])
     console.print(f"chosen by dev: trial {chosen}; opening the test set")
     _record_opening(directory, chosen, argv)
     test = _score_all({chosen: scorers[chosen]}, "test", console)[chosen]
@@ -89,7 +89,7 @@ def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[s
     answer["baselines"] = _baselines(task, test)
     for split, predictions in (("dev", dev[chosen]), ("test", test)):
         write_predictions(predictions, split, directory / "evaluation" / "predictions.parquet")
-    folder.write_json(directory / "evaluation" / "test.json", answer)
+    disk.write_json(directory / "evaluation" / "test.json", answer)
     row = next(row for row in finalists if row["trial_id"] == chosen)
     _install_best(directory, directory / row["checkpoint"], figures[chosen], answer)
     return answer
@@ -155,7 +155,7 @@ def _choose(directory: Path, finalists: list[dict[str, str]], figures: dict[str,
         key=lambda row: (-figures[row["trial_id"]][metric], int(row["trainable_parameters"]), row["trial_id"]),
     )
     chosen: str = ranked[0]["trial_id"]
-    folder.write_json(
+    disk.write_json(
         directory / "evaluation" / "choice.json",
         {
             "trial_id": chosen,
@@ -173,9 +173,9 @@ def _choose(directory: Path, finalists: list[dict[str, str]], figures: dict[str,
 def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     """Written before the test set is predicted, so that no opening goes unrecorded."""
     path = directory / "evaluation" / "test_openings.json"
-    openings = folder.read_json(path) if path.is_file() else []
+    openings = disk.read_json(path) if path.is_file() else []
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    folder.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
+    disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
 
 
 def _baselines(task: Task, test: Predictions) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ser_ray.evaluation.folder import write_text
+from ser_ray.disk import write_text
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import UserError

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ser_ray import cluster, config, corpora
 from ser_ray.corpora import synthetic
+from ser_ray.disk import write_json
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, load_waveform, to_int16
@@ -84,7 +85,7 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
         )
     path = Path(shard_directory) / name
     shards.write_shard(pa.Table.from_pylist(rows, schema=shards.SCHEMA), path)
-    shards.write_json({"rejected": rejected}, path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), {"rejected": rejected})
     return pa.table({"shard": [name]})
 
 

@@ -32,6 +32,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ser_ray.config import to_dict
+from ser_ray.disk import write_bytes, write_text
 from ser_ray.evaluation.figures import confusion_figure, learning_curves_figure, to_png, to_svg
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import Results, as_number, read_results
@@ -67,13 +68,13 @@ def build(results_dir: Path) -> Path:
         if summary:
             title = f"{split}: {summary['n']} utterances"
             figure = confusion_figure(np.array(summary["confusion"]), summary["labels"], title)
-            _write(results.folder / "evaluation" / f"confusion_{split}.png", to_png(figure))
+            write_bytes(results.folder / "evaluation" / f"confusion_{split}.png", to_png(figure))
             drawn[split] = Markup(to_svg(figure, f"confusion matrix {split}"))  # noqa: S704 - matplotlib escapes
     if any(results.histories.values()):
         figure = learning_curves_figure(results.histories, results.leader.get("trial_id"), results.space.tune.metric)
-        _write(results.folder / "learning_curves.png", to_png(figure))
+        write_bytes(results.folder / "learning_curves.png", to_png(figure))
         drawn["curves"] = Markup(to_svg(figure, "learning curves"))  # noqa: S704 - matplotlib escapes
-    _write(results.folder / "report.html", _page(results, drawn).encode())
+    write_text(results.folder / "report.html", _page(results, drawn))
     return results.folder / "report.html"
 
 
@@ -207,9 +208,3 @@ def _page(results: Results, drawn: dict[str, Markup]) -> str:
         show=show,
         interval=_interval,
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_bytes(content)
-    aside.replace(path)

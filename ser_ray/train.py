@@ -30,7 +30,7 @@ import ray.data
 import ray.train
 from rich.console import Console
 
-from ser_ray import cluster, config, prepare
+from ser_ray import cluster, config, disk, prepare
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
@@ -218,9 +218,9 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
                 )
             return directory
         directory.mkdir(parents=True, exist_ok=True)
-        folder.write_json(directory / "audit.json", findings)
-        folder.write_json(directory / "provenance.json", cluster.provenance(space, shard_dirs, argv))
-        folder.write_text(existing, config.dump(space))
+        disk.write_json(directory / "audit.json", findings)
+        disk.write_json(directory / "provenance.json", cluster.provenance(space, shard_dirs, argv))
+        disk.write_text(existing, config.dump(space))
     except OSError as error:
         raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
     return directory
@@ -304,7 +304,7 @@ def _work(settings: dict[str, Any]) -> None:
         # Of equals Ray keeps the latest; the earliest is ours, having been trained least.
         keep = record[trial.metric] - 1e-9 * record["epoch"]
         ray.train.report(
-            record | {"keep": keep},
+            record | {"keep": keep, cluster.GROUP: cluster.current_group()},
             checkpoint=saved,
             checkpoint_dir_name=folder.checkpoint_name(record["epoch"]),
             delete_local_checkpoint_after_upload=True,

@@ -83,6 +83,17 @@ def _voice(emotion: str, actor: int, rate: int, rng: np.random.Generator) -> np.
 
 
 @pytest.fixture(scope="session")
+def backbones_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds one tiny backbone of every variant, by its name."""
+    from backbone_fixtures import VARIANTS, write_backbone
+
+    directory = tmp_path_factory.mktemp("backbones")
+    for variant in VARIANTS:
+        write_backbone(variant, directory / variant)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """The session's one local Ray."""
     import ray

@@ -1,7 +1,6 @@
 """A search that is killed or interrupted, as a process of its own: what continues, and what stays closed.
 
-Before the tests that start the session's Ray: beside another cluster on the same machine Ray's cleaner of placement
-groups does not know which one is meant, and a stopped trial keeps its resources.
+Beside the session's own Ray: with two clusters on a machine a stopped trial must still give back what it held.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ser_ray.evaluation.folder import trial_history
 
 
 @pytest.fixture(scope="module")
-def space(tiny_corpus, tmp_path_factory) -> Path:
+def space(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
     return write_space(tmp_path_factory.mktemp("kills"), tiny_corpus)
 
 

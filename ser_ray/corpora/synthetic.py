@@ -189,7 +189,10 @@ def _is_whole(directory: Path, settings: dict[str, int]) -> bool:
     path = directory / MANIFEST
     if not path.is_file():
         return False
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove {directory}, and the corpus is made again") from None
     return manifest["settings"] == settings and all((directory / u["file"]).is_file() for u in manifest["utterances"])
 
 

@@ -9,33 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ser_ray.disk import write_text
 from ser_ray.evaluation.results import read_history
 
 Record = dict[str, Any]
 DEV_FIGURES = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def write_json(path: Path, content: object) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def append_history(trial_dir: Path, record: Record) -> None:

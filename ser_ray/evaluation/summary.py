@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ser_ray.disk import replacing
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import accuracy, confusion, ece, headline, per_emotion, uar
 from ser_ray.schema import Predictions, UserError
@@ -94,9 +95,8 @@ def write_predictions(predictions: Predictions, split: str, path: Path) -> None:
                 f"{path}: holds {_emotions_of(before, path)}, not {predictions.emotions}; move the file away"
             )
         table = pa.concat_tables([before.filter(pc.not_equal(before["split"], split)), table])
-    aside = path.with_name(path.name + ".part")
-    pq.write_table(table, aside)
-    aside.replace(path)
+    with replacing(path) as aside:
+        pq.write_table(table, aside)
 
 
 def read_predictions(path: Path) -> dict[str, Predictions]:

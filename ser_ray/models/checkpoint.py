@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ser_ray import config
+from ser_ray.disk import write_json
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.schema import UserError
@@ -35,8 +36,8 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
         backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
     save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
     (directory / "experiment.yaml").write_text(config.dump(model.experiment), encoding="utf-8")
-    _write_json(directory / "labels.json", dict(enumerate(model.experiment.emotions)))
-    _write_json(directory / "metrics.json", metrics)
+    write_json(directory / "labels.json", dict(enumerate(model.experiment.emotions)))
+    write_json(directory / "metrics.json", metrics)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> EmotionClassifier:
@@ -70,7 +71,7 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
     moments = {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
     moments = {key: tensor.detach().cpu().contiguous() for key, tensor in moments.items()}
     save_file(moments, directory / "optimizer.safetensors")
-    _write_json(directory / "state.json", counters)
+    write_json(directory / "state.json", counters)
 
 
 def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -99,7 +100,3 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
     elif model.experiment.adapter.method == "full":
         weights = backbones.load(str(directory / "backbone"), device=device)
         model.backbone.model.load_state_dict(weights.model.state_dict())
-
-
-def _write_json(path: Path, content: dict[Any, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +21,7 @@ import pyarrow.parquet as pq
 
 import ser_ray
 from ser_ray.config import Audio, to_dict
+from ser_ray.disk import replacing, write_json
 from ser_ray.schema import Rejected, UserError
 
 FORMAT: Final = 1
@@ -48,28 +46,6 @@ SCHEMA: Final = pa.schema(
 )
 INDEX_COLUMNS: Final = tuple(name for name in SCHEMA.names if name != "audio")
 MANIFEST: Final = "manifest.json"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path aside to write to; at the end, and only after success, it takes the place of ``path``.
-
-    Readers see the old file, the new one, or none, never a part; two writers of the same content do no harm.
-    """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write ``content`` as readable JSON, atomically."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_shard(table: pa.Table, path: Path) -> None:
@@ -105,7 +81,7 @@ def write_manifest(
         "versions": {"ser_ray": ser_ray.__version__}
         | {name: version(name) for name in ("librosa", "numpy", "pyarrow", "soundfile", "soxr")},
     }
-    write_json(manifest, directory / MANIFEST)
+    write_json(directory / MANIFEST, manifest)
     return manifest
 
 

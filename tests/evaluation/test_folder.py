@@ -1,8 +1,6 @@
-"""Writing a results folder: histories that repeat, rows of the best epoch, nothing half-written."""
+"""Writing a results folder: histories that repeat, rows of the best epoch."""
 
 from __future__ import annotations
-
-import pytest
 
 from ser_ray.evaluation import folder
 
@@ -39,13 +37,3 @@ def test_an_epoch_trained_again_counts_once_with_its_last_line(tmp_path):
     assert [(r["epoch"], r["dev_uar"]) for r in folder.trial_history(tmp_path)] == [(1, 0.3), (2, 0.7)]
     folder.append_history(tmp_path, record(3, 0.8, 3))
     assert [r["epoch"] for r in folder.trial_history(tmp_path)] == [1, 2, 3]
-
-
-def test_writing_replaces_whole_files_and_leaves_nothing_aside(tmp_path):
-    folder.write_json(tmp_path / "deep" / "x.json", {"a": 1})
-    folder.write_json(tmp_path / "deep" / "x.json", {"a": 2})
-    assert folder.read_json(tmp_path / "deep" / "x.json") == {"a": 2}
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.json"]
-    with pytest.raises(ValueError, match="JSON"):
-        folder.write_json(tmp_path / "deep" / "x.json", {"a": float("nan")})
-    assert folder.read_json(tmp_path / "deep" / "x.json") == {"a": 2}
