@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -14,12 +15,6 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.util.placement_group import (
-    PlacementGroup,
-    PlacementGroupID,
-    get_current_placement_group,
-    remove_placement_group,
-)
 
 from ser_ray import __version__
 from ser_ray.config import Experiment, SearchSpace
@@ -28,9 +23,6 @@ from ser_ray.speech import shards
 
 DATA_CPUS = 1
 """Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
-
-GROUP = "placement_group"
-"""Under this name a worker tells what it holds, so that whoever stops its trial can free it."""
 
 # What Ray's defaults cost a short trial. The health check is also the poll that notices the end of a run: at its
 # default of 2 s a trial of three empty epochs takes twice as long.
@@ -64,22 +56,23 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
-    options: dict[str, Any] = {
-        "logging_level": "ERROR",
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
-    }
-    if _offered():
-        try:
-            ray.init(**options)
-        except ConnectionError:
-            where = os.environ.get("RAY_ADDRESS", "the cluster that ray start made here")
-            raise UserError(f"{where}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
-    else:
+    offered = _offered()
+    if offered is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A nested trial is several small processes, which Ray otherwise warns about as if they were a leak.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
-        ray.init(address="local", num_cpus=cpus + DATA_CPUS, dashboard_host="127.0.0.1", **options)
+        os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
+        address = f"127.0.0.1:{port}"
+        options: dict[str, Any] = {"address": "local", "num_cpus": cpus + DATA_CPUS, "dashboard_host": "127.0.0.1"}
+    else:
+        address, options = offered, {"address": offered}
+    # Every process of ours is told which cluster is its own. What frees the workers of a trial that was stopped (Ray
+    # Train's cleaner) asks for it by this variable, and gives up where it is not set and two clusters run on a machine.
+    variables = {key: os.environ[key] for key in _ENVIRONMENT} | {"RAY_ADDRESS": address}
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": variables}, **options)
+    except ConnectionError:
+        raise UserError(f"{address}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is Ray's own; ours is for people
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -121,22 +114,6 @@ def concurrency(space: SearchSpace) -> int:
             "cpus_per_worker or gpus_per_worker"
         )
     return min(fits, space.tune.concurrency or fits, space.tune.trials)
-
-
-def current_group() -> str:
-    """The placement group of this worker, as hexadecimal digits."""
-    group = get_current_placement_group()
-    assert group is not None, "Ray Train gives every worker a placement group"
-    return str(group.id.hex())
-
-
-def free_group(group: str) -> None:
-    """Give back what a stopped trial's workers held; a group that is gone already: nothing.
-
-    A trial that is stopped dies with its trainer's controller, and its placement group lives on. Ray Train has a
-    cleaner for that, which gives up where two Ray clusters run on a machine: it cannot tell which of them is its own.
-    """
-    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def settle_paths(space: SearchSpace) -> SearchSpace:
@@ -200,13 +177,24 @@ def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> d
 # -- below: how it is done
 
 
-def _offered() -> bool:
-    """Whether somebody offers a cluster: RAY_ADDRESS, or ``ray start`` on this machine.
+def _offered() -> str | None:
+    """The cluster that somebody offers: by RAY_ADDRESS, or by ``ray start`` on this machine.
 
     Ray's own "auto" would also join the private Ray of any other command that runs here.
     """
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named not in ("", "auto"):
+        return named
     started = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"  # noqa: S108 (Ray's own place)
-    return bool(os.environ.get("RAY_ADDRESS")) or started.is_file()
+    if started.is_file():
+        return started.read_text(encoding="utf-8").strip()
+    return named or None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _git_commit() -> str | None:

@@ -304,7 +304,7 @@ def _work(settings: dict[str, Any]) -> None:
         # Of equals Ray keeps the latest; the earliest is ours, having been trained least.
         keep = record[trial.metric] - 1e-9 * record["epoch"]
         ray.train.report(
-            record | {"keep": keep, cluster.GROUP: cluster.current_group()},
+            record | {"keep": keep},
             checkpoint=saved,
             checkpoint_dir_name=folder.checkpoint_name(record["epoch"]),
             delete_local_checkpoint_after_upload=True,

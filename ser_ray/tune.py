@@ -99,7 +99,6 @@ class Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say how a trial ended: by itself, or stopped by the scheduler."""
-        self._free(trial)
         ended = trial.last_result.get("last", False)
         self._update(trial, "finished" if ended else "stopped")
         done = sum(row["status"] != "running" for row in self.rows.values())
@@ -110,7 +109,6 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why a trial failed."""
-        self._free(trial)
         reason = str(trial.get_error() or "unknown").strip().splitlines()[-1]
         self._update(trial, "failed", reason)
         self._say(trial, f"failed: {reason}")
@@ -122,10 +120,6 @@ class Progress(tune.Callback):
             waiting = ", ".join(f"{self._number(t)} in epoch {self._epochs(t) + 1}" for t in running)
             self.console.print(f"  ... running: trial {waiting}", style="dim")
             self.last_line = time.monotonic()
-
-    def _free(self, trial: Any) -> None:
-        if trial.last_result:
-            cluster.free_group(trial.last_result[cluster.GROUP])
 
     def _epochs(self, trial: Any) -> int:
         return int(trial.last_result.get("epoch", 0)) if trial.last_result else 0

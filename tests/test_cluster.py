@@ -1,43 +1,47 @@
-"""The cluster as a trial meets it: what a stopped one held is given back."""
+"""The cluster as a trial meets it: every process knows which one is its own."""
 
 from __future__ import annotations
 
-import time
+import os
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, placement_group_table
 
 from ser_ray import cluster
-
-
-@ray.remote(num_cpus=0)
-class Controller:
-    """Like Ray Train's: it makes a placement group and dies without removing it."""
-
-    def reserve(self) -> str:
-        self.group = placement_group([{"CPU": 0.1}])
-        ray.get(self.group.ready())
-        return self.group.id.hex()
-
-
-def state(group: str) -> str:
-    return placement_group_table()[group]["state"]
+from ser_ray.schema import UserError
 
 
 @pytest.mark.ray
-def test_a_group_outlives_its_controller_until_it_is_freed(ray_cluster):
-    controller = Controller.remote()
-    group = ray.get(controller.reserve.remote())
-    ray.kill(controller)
-    time.sleep(2)
-    assert state(group) == "CREATED", "if Ray frees it by itself now, free_group can go"
-    cluster.free_group(group)
-    assert state(group) == "REMOVED"
-    cluster.free_group(group)
+def test_workers_know_their_cluster(ray_cluster):
+    """Without it Ray Train cannot free what a stopped trial held, where two clusters run on a machine."""
+
+    @ray.remote(num_cpus=0)
+    def told() -> str:
+        return os.environ["RAY_ADDRESS"]
+
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    assert ray.get(told.remote()).rpartition(":")[2] == port
 
 
-@pytest.mark.ray
-def test_a_group_of_an_earlier_cluster_is_nothing_to_free(ray_cluster):
-    cluster.free_group("0" * 35 + "1")
-    cluster.free_group("ab" * 18)
+def test_an_offered_cluster_is_found_by_variable_before_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster._offered() is None
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
+    assert cluster._offered() == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert cluster._offered() == "10.0.0.2:6379"
+
+
+def test_a_cluster_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(**options):
+        assert options["address"] == "127.0.0.1:9"
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        cluster.connect()
