@@ -40,7 +40,10 @@ class Audio(Section):
     min_seconds: float = Field(0.3, gt=0, le=30)
     """Shorter ones hold less than a syllable, and fewer frames than a backbone's receptive field needs."""
     max_seconds: float = Field(30.0, gt=0, le=30)
-    """Whisper has positions for 30 s and no more; longer recordings are rejected with a reason."""
+    """Whisper has positions for 30 s and no more; `too_long` says what becomes of longer recordings."""
+    too_long: Literal["reject", "split"] = "reject"
+    """split: into equal windows of at most `max_seconds`, each an utterance of the same speaker and emotion. Not by
+    default: an emotion given to a minute of speech need not hold in each of its parts."""
     trim_db: float | None = Field(40.0, gt=0)
     """Leading and trailing parts this far below the peak are cut (RAVDESS begins and ends with about 1 s of
     silence, a third of its audio); null keeps them."""
@@ -49,16 +52,29 @@ class Audio(Section):
 class Protocol(Section):
     """Who is trained on and who is tested on; see `ser_ray.protocols.folds`."""
 
-    scheme: Literal["speaker_kfold", "given_folds", "leave_one_corpus_out", "random"] = "speaker_kfold"
-    """Speaker-disjoint by default: speakers shared between splits inflate every figure. ``random`` is stamped LEAKY."""
+    scheme: Literal[
+        "speaker_kfold",
+        "given_folds",
+        "leave_one_speaker_out",
+        "leave_one_corpus_out",
+        "cross_corpus",
+        "official",
+        "random",
+    ] = "speaker_kfold"
+    """Speaker-disjoint by default: speakers shared between splits inflate every figure. ``official``: the split that
+    a table's column says. ``random`` is stamped LEAKY."""
     folds: int = Field(5, ge=2)
-    """Number of folds of ``speaker_kfold`` and ``random``. Test is fold `fold`, dev the next one."""
+    """Number of folds of ``speaker_kfold`` and ``random``: test is fold `fold`, dev the next one. Where only test is
+    given by the scheme, dev is one of so many balanced groups of the other speakers."""
     fold: int = Field(0, ge=0)
-    """Which fold is tested, from 0."""
+    """Which fold is tested, from 0; for ``leave_one_speaker_out`` which speaker, in order of name."""
     given: Annotated[str | tuple[Words, ...] | None, BeforeValidator(_as_tuple)] = None
-    """For ``given_folds``: ``emobox`` (RAVDESS's published folds) or lists of speakers such as ``ravdess/01``."""
+    """For ``given_folds``: ``emobox`` (RAVDESS's published folds), lists of speakers such as ``ravdess/01``, or a CSV
+    file with the columns speaker and fold (numbers from 0)."""
     held_out: str | None = None
-    """For ``leave_one_corpus_out``: the corpus that is tested on."""
+    """For ``leave_one_corpus_out`` and ``cross_corpus``: the corpus that is tested on."""
+    train_on: Words | None = None
+    """For ``cross_corpus``: the corpora that are trained on. Only emotions that both sides have are used."""
     seed: int = Field(0, ge=0)
     """Of the assignment of speakers to folds; apart from the training seed, so that folds stay put."""
 
@@ -66,8 +82,12 @@ class Protocol(Section):
     def _complete(self) -> Protocol:
         if self.scheme == "given_folds" and self.given is None:
             raise ValueError("scheme given_folds needs protocol.given: emobox, or lists of speakers")
-        if self.scheme == "leave_one_corpus_out" and self.held_out is None:
-            raise ValueError("scheme leave_one_corpus_out needs protocol.held_out: the corpus to test on")
+        if self.scheme in ("leave_one_corpus_out", "cross_corpus") and self.held_out is None:
+            raise ValueError(f"scheme {self.scheme} needs protocol.held_out: the corpus to test on")
+        if self.scheme == "cross_corpus" and not self.train_on:
+            raise ValueError("scheme cross_corpus needs protocol.train_on: the corpora to train on")
+        if self.train_on and self.held_out in self.train_on:
+            raise ValueError(f"protocol.train_on names {self.held_out!r}, which is held out")
         if self.scheme in ("speaker_kfold", "random") and self.fold >= self.folds:
             raise ValueError(f"protocol.fold is {self.fold}, but folds count from 0 to {self.folds - 1}")
         return self
@@ -116,6 +136,32 @@ class Head(Section):
         return self
 
 
+class Augment(Section):
+    """Variation of training speech, seeded; dev and test are never varied. All off by default: what pays depends on the
+    corpus, and a level or a speed can be part of an emotion."""
+
+    gain_db: float = Field(0.0, ge=0, le=40)
+    """Level, up to so many dB up or down: microphones and distances differ."""
+    noise_snr_db: Annotated[tuple[float, float] | None, BeforeValidator(_as_tuple)] = None
+    """White noise at a signal-to-noise ratio between these two, in dB."""
+    speed: float = Field(0.0, ge=0, le=0.3)
+    """Played slower, as it is, or faster by this share, each a third of the time (Ko et al. 2015, 0.1); moves the pitch
+    too, which carries emotion."""
+    crop_seconds: float | None = Field(None, gt=0)
+    """A stretch of at most this length, anywhere in the utterance."""
+    channel_mask: float = Field(0.0, ge=0, le=0.5)
+    """SpecAugment (arXiv 1904.08779) on log-mel bands, or on the channels that wav2vec2's convolutions give: two masks
+    of up to this share."""
+    time_mask: float = Field(0.0, ge=0, le=0.5)
+    """The same along time: two masks of up to this share of an utterance."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Augment:
+        if self.noise_snr_db is not None and self.noise_snr_db[0] > self.noise_snr_db[1]:
+            raise ValueError("noise_snr_db is [low, high]: the first is above the second")
+        return self
+
+
 class Optimizer(Section):
     """AdamW with linear warm-up and linear decay to zero."""
 
@@ -139,7 +185,14 @@ class Experiment(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The folder under `Storage.results`."""
     corpora: dict[str, str | None]
-    """Corpus: its directory. ``synthetic`` needs none."""
+    """Corpus: its directory. ``synthetic`` needs none. Under any other name a .csv or .parquet file that lists
+    recordings, as `ser_ray.corpora.table` says."""
+    labels: dict[str, dict[str, str]] = {}
+    """For a corpus in a table: the word that stands in its column emotion, and the emotion that it means. A word that
+    is not here must be an emotion already."""
+    label: Literal["intended", "perceived"] = "intended"
+    """What was acted, or what listeners heard where a corpus knows it (CREMA-D): by voice alone most
+    listeners heard the intended one for less than half of it."""
     emotions: Words = EMOTIONS[:7]
     """The labels, in order; utterances of other emotions are dropped, unless merged."""
     merge: dict[str, str] = {}
@@ -150,6 +203,7 @@ class Experiment(Section):
     """Hub id, local directory, or an embedded name (``embedded/tiny-whisper``, ``embedded/tiny-wav2vec2``)."""
     adapter: Adapter = Adapter()
     head: Head = Head()
+    augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
     batch_seconds: float = Field(60.0, gt=0)
     """Padded seconds of audio a batch: a bound on memory, whatever the lengths."""

@@ -51,6 +51,15 @@ class Utterance:
     intensity: str | None = None
     gender: str | None = None
     language: str | None = None
+    split: str | None = None
+    """Where the corpus itself says which split it belongs to."""
+    perceived: str | None = None
+    """The emotion that most listeners heard, where they were asked."""
+    agreement: float | None = None
+    """The share of listeners who heard it."""
+    start: float | None = None
+    """Seconds into the recording at which the utterance begins, where it is a part of one; and where it ends."""
+    end: float | None = None
 
     def __post_init__(self) -> None:
         if self.emotion not in EMOTIONS:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,19 +236,18 @@ def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray train SPACE.yaml [key=value ...]``."""
-    if not arguments:
-        raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
-    console = Console(highlight=False, soft_wrap=True)
+def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
+    """One trial from prepared data to the row in ``trials.csv``; returns its results folder.
+
+    On the Ray that `cluster.connect` joined, or in this process where ``resources.workers`` is 0. A trial that was cut
+    off is continued.
+    """
     here = space.resources.workers == 0
     if not here:
-        cluster.connect()
         cluster.concurrency(space)
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
-    directory = open_results(space, shard_dirs, audit_task(task, console), ["train", *arguments])
+    directory = open_results(space, shard_dirs, audit_task(task, console), argv)
     one = cluster.worker(space) if not here else cluster.Worker(1, 0)
     trial = Trial(
         config.to_dict(space.experiment),
@@ -272,6 +272,18 @@ def main(arguments: list[str]) -> int:
     row = folder.trial_row(directory, "single", "finished", {}, time.monotonic() - started)
     folder.write_trials(directory, [row])
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
+    return directory
+
+
+def main(arguments: list[str]) -> int:
+    """``ser-ray train SPACE.yaml [key=value ...]``."""
+    if not arguments:
+        raise UserError("name a search space, such as search_spaces/demo.yaml")
+    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    console = Console(highlight=False, soft_wrap=True)
+    if space.resources.workers > 0:
+        cluster.connect()
+    directory = train(space, console, ["train", *arguments])
     console.print(f"next: ser-ray evaluate {directory}")
     return 0
 
@@ -332,13 +344,16 @@ def _data(
     size: int = 1,
 ) -> loop.Data:
     """Batches for one process: its own part of train as it comes, every ``size``-th batch of dev."""
-    from ser_ray.speech import stream
+    from ser_ray.speech import augment, stream
     from ser_ray.training import loop
 
     planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
 
     def train_batches(epoch: int) -> Iterator[stream.Batch]:
-        return stream.batches(train(), experiment.batch_seconds, seed=experiment.seed * 10_000 + epoch)
+        seed = experiment.seed * 10_000 + epoch
+        # Epoch 0 is the probe's, which sees the speech as it is.
+        vary = partial(augment.vary, settings=experiment.augment, seed=seed) if epoch else None
+        return stream.batches(train(), experiment.batch_seconds, seed=seed, vary=vary)
 
     def dev_batches() -> Iterator[stream.Batch]:
         return itertools.islice(stream.batches(dev(), experiment.batch_seconds, seed=None), rank, None, size)

@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.models.logmel import LogMel
 from ser_ray.schema import UserError
+from ser_ray.speech.augment import mask
 
 FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
 ASSETS: Final = Path(__file__).parent.parent / "assets"
@@ -66,6 +67,9 @@ class Backbone(nn.Module):
         self.num_layers = self.model.config.num_hidden_layers
         self.first_trained: int | None = 0
         """Blocks from here on learn; None: nothing does. What is below stays in evaluation mode."""
+        self.masks = (0.0, 0.0)
+        """SpecAugment in training: the largest share of channels, and of frames, that a mask takes."""
+        self._varies = False
 
     def layers(self) -> nn.ModuleList:
         """The transformer blocks."""
@@ -88,6 +92,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for the part that learns; dropout in a frozen part would only add noise."""
         super().train(False)
+        self._varies = mode and max(self.masks) > 0
         if mode and self.first_trained is not None:
             if self._embedding_learns():
                 super().train(True)
@@ -116,6 +121,8 @@ class Whisper(Backbone):
 
     def embed(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features_BMF, mel_frames_B = self.logmel(waveform_BT, lengths_B)
+        if self._varies:
+            features_BMF = mask(features_BMF, mel_frames_B, *self.masks)
         hidden_BDF = nn.functional.gelu(self.model.conv1(features_BMF))
         # The first convolution leaks one frame beyond an utterance and adds its bias there: silence it again.
         hidden_BDF = hidden_BDF * _mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
@@ -150,6 +157,8 @@ class Wav2Vec2(Backbone):
         if self.normalize:
             waveform_BT = _standardise(waveform_BT, lengths_B)
         features_BCF, frames_B = self._convolve(waveform_BT, lengths_B)
+        if self._varies:
+            features_BCF = mask(features_BCF, frames_B, *self.masks)
         projected = self.model.feature_projection(features_BCF.transpose(1, 2))
         hidden_BFD = projected[0] if isinstance(projected, tuple) else projected  # HuBERT gives the tensor alone
         mask_BF = _mask(frames_B, hidden_BFD.shape[1])

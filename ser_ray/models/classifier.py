@@ -91,6 +91,7 @@ def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: s
     """
     quantize = experiment.adapter.method == "qlora"
     backbone = backbones.load(experiment.backbone, quantize, device)
+    backbone.masks = (experiment.augment.channel_mask, experiment.augment.time_mask)
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         peft = attach(backbone, adapter, experiment.adapter) if adapter else adapt(backbone, experiment.adapter)

@@ -3,18 +3,21 @@
 By default no speaker is on two sides: a network that has heard a speaker recognises the speaker, and every figure
 rises (RAVDESS, wav2vec2-base: 79.5 % with shared speakers, 66.7 % without; arXiv 2111.02735). The random split exists
 to measure that difference, and is stamped leaky. Every fold depends on the set of rows and the seed, not on the order
-of the rows.
+of the rows nor on the machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ser_ray.config import Protocol
+from ser_ray.protocols.balance import Rows, balanced_groups
+from ser_ray.protocols.given import read_folds
 from ser_ray.schema import SPLITS, Fold, UserError
 
 EMOBOX_RAVDESS: Final = (
@@ -28,8 +31,10 @@ EMOBOX_RAVDESS: Final = (
 """Test actors of the six folds of EmoBox (arXiv 2406.07162): the mean over the folds is comparable with its table."""
 
 
-def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str]) -> pa.Table:
+def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str], label: str = "intended") -> pa.Table:
     """The utterances that an experiment uses: emotions merged, others dropped, and an int64 column ``label``.
+
+    With ``label`` "perceived" the column ``perceived`` replaces the emotion wherever it is known.
 
     Raises UserError where nothing is left. An emotion that is absent is a finding of `leakage.audit`.
 
@@ -38,7 +43,8 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str])
     {'utterance_id': ['a', 'b'], 'emotion': ['neutral', 'sad'], 'label': [0, 1]}
     """
     label_of = {emotion: label for label, emotion in enumerate(emotions)}
-    merged = [merge.get(emotion, emotion) for emotion in index["emotion"].to_pylist()]
+    said = pc.coalesce(index["perceived"], index["emotion"]) if label == "perceived" else index["emotion"]
+    merged = [merge.get(emotion, emotion) for emotion in said.to_pylist()]
     labels = pa.array([label_of.get(emotion) for emotion in merged], pa.int64())
     if labels.null_count == len(labels):
         raise UserError(
@@ -49,55 +55,61 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str])
 
 
 def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
-    """Assign every utterance of a labelled index to train, dev or test.
+    """Assign the utterances of a labelled index to train, dev or test; ``cross_corpus`` leaves some out.
 
-    ``index`` needs the columns utterance_id, corpus, speaker, emotion and gender.
+    ``index`` needs the columns utterance_id, corpus, speaker, emotion and gender, and split for ``official``.
 
     Raises UserError, saying what to change, where the data do not admit the protocol.
     """
-    rows = sorted(index.select(["utterance_id", "corpus", "speaker", "emotion", "gender"]).to_pylist(), key=_id)
+    columns = ["utterance_id", "corpus", "speaker", "emotion", "gender"]
+    columns += ["split"] if protocol.scheme == "official" else []
+    rows = sorted(index.select(columns).to_pylist(), key=_id)
     splits = {
         "speaker_kfold": _speaker_kfold,
         "given_folds": _given_folds,
+        "leave_one_speaker_out": _leave_one_speaker_out,
         "leave_one_corpus_out": _leave_one_corpus_out,
+        "cross_corpus": _cross_corpus,
+        "official": _official,
         "random": _random,
     }[protocol.scheme](rows, protocol)
-    assert splits.keys() == {row["utterance_id"] for row in rows}, "a fold covers every utterance"
-    speakers = {split: {r["speaker"] for r in rows if splits[r["utterance_id"]] == split} for split in SPLITS}
+    if protocol.scheme != "cross_corpus":
+        assert splits.keys() == {row["utterance_id"] for row in rows}, "a fold covers every utterance"
+    speakers = {split: {r["speaker"] for r in rows if splits.get(_id(r)) == split} for split in SPLITS}
     for split in SPLITS:
         if not speakers[split]:
             raise UserError(
-                f"protocol: {protocol.scheme} leaves nothing for {split}: {len(rows)} utterances "
-                f"of {len({r['speaker'] for r in rows})} speakers; add data, or change the scheme"
+                f"protocol: {protocol.scheme} leaves nothing for {split}: {len(splits)} utterances "
+                f"of {len(set().union(*speakers.values()))} speakers; add data, or change the scheme"
             )
     counts = " / ".join(f"{len(speakers[split])} {split}" for split in SPLITS)
-    return Fold(splits, leaky=protocol.scheme == "random", description=f"{_scheme_words(protocol)}: speakers {counts}")
+    description = f"{_scheme_words(protocol, speakers['test'])}: speakers {counts}"
+    return Fold(splits, leaky=protocol.scheme == "random", description=description)
 
 
 # -- the schemes: sorted rows -> the split of each utterance_id
 
-Rows = Sequence[Mapping[str, str | None]]
-
 
 def _speaker_kfold(rows: Rows, protocol: Protocol) -> dict[str, str]:
-    speakers = {row["speaker"] for row in rows}
+    speakers = _enough_speakers(rows)
     if protocol.folds < 3:
         raise UserError("protocol.folds is 2: test and dev take one fold each and train has none; set 3 or more")
     if len(speakers) < protocol.folds:
-        change = f"set protocol.folds to {len(speakers)} or less" if len(speakers) >= 3 else "add a corpus"
         raise UserError(
             f"protocol: {_names(speakers)}: {len(speakers)} speakers do not fill {protocol.folds} speaker-disjoint "
-            f"folds; {change}, or set protocol.scheme to random (stamped LEAKY)"
+            f"folds; set protocol.folds to {len(speakers)} or less, or protocol.scheme to random (stamped LEAKY)"
         )
-    return _by_speaker(rows, _balanced(rows, protocol.folds, protocol.seed), protocol.folds, protocol.fold)
+    return _by_speaker(rows, balanced_groups(rows, protocol.folds, protocol.seed), protocol.folds, protocol.fold)
 
 
 def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
     given = protocol.given
-    if isinstance(given, str):
-        if given != "emobox":
-            raise UserError(f"protocol.given: {given!r} is not known; write emobox, or lists of speakers")
+    if given == "emobox":
         given = tuple(tuple(f"ravdess/{actor}" for actor in actors) for actors in EMOBOX_RAVDESS)
+    elif isinstance(given, str):
+        if not given.endswith(".csv"):
+            raise UserError(f"protocol.given: {given!r} is not known; write emobox, lists of speakers, or a .csv file")
+        given = read_folds(given)
     assert given is not None, "Protocol checks this"
     listed = [speaker for speakers in given for speaker in speakers]
     present = {row["speaker"] for row in rows}
@@ -115,6 +127,14 @@ def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
     return _by_speaker(rows, fold_of, len(given), protocol.fold)
 
 
+def _leave_one_speaker_out(rows: Rows, protocol: Protocol) -> dict[str, str]:
+    speakers = _enough_speakers(rows)
+    if protocol.fold >= len(speakers):
+        raise UserError(f"protocol.fold is {protocol.fold}, but the data have speakers 0 to {len(speakers) - 1}")
+    held_out = speakers[protocol.fold]
+    return _with_dev(rows, protocol, {_id(row) for row in rows if row["speaker"] == held_out})
+
+
 def _leave_one_corpus_out(rows: Rows, protocol: Protocol) -> dict[str, str]:
     corpora = sorted({str(row["corpus"]) for row in rows})
     if protocol.held_out not in corpora or len(corpora) < 2:
@@ -122,20 +142,31 @@ def _leave_one_corpus_out(rows: Rows, protocol: Protocol) -> dict[str, str]:
             f"protocol.held_out is {protocol.held_out!r}, the data have {', '.join(corpora)}: "
             "name one of them, and at least one other to train on"
         )
-    dev: set[str] = set()
-    for corpus in corpora:
-        own = [row for row in rows if row["corpus"] == corpus]
-        folds = min(protocol.folds, len({row["speaker"] for row in own}))
-        if corpus != protocol.held_out and folds > 1:
-            dev |= {speaker for speaker, fold in _balanced(own, folds, protocol.seed).items() if fold == 0}
-    return {
-        str(row["utterance_id"]): "test"
-        if row["corpus"] == protocol.held_out
-        else "dev"
-        if row["speaker"] in dev
-        else "train"
-        for row in rows
-    }
+    return _with_dev(rows, protocol, {_id(row) for row in rows if row["corpus"] == protocol.held_out})
+
+
+def _cross_corpus(rows: Rows, protocol: Protocol) -> dict[str, str]:
+    train_on, corpora = set(protocol.train_on or ()), {str(row["corpus"]) for row in rows}
+    if missing := {*train_on, str(protocol.held_out)} - corpora:
+        raise UserError(f"protocol: {_names(missing)} not in the data, which have {', '.join(sorted(corpora))}")
+    sides = [row for row in rows if row["corpus"] in train_on], [r for r in rows if r["corpus"] == protocol.held_out]
+    common = {row["emotion"] for row in sides[0]} & {row["emotion"] for row in sides[1]}
+    if not common:
+        raise UserError(f"protocol: {_names(train_on)} and {protocol.held_out} have no emotion in common")
+    kept = [row for side in sides for row in side if row["emotion"] in common]
+    return _with_dev(kept, protocol, {_id(row) for row in sides[1]})
+
+
+def _official(rows: Rows, protocol: Protocol) -> dict[str, str]:
+    if lacking := [row for row in rows if row["split"] not in SPLITS]:
+        raise UserError(
+            f"protocol: official needs a split of every utterance; {_names(row['corpus'] for row in lacking)} gives "
+            f"none for {len(lacking)} (such as {_id(lacking[0])}); fill the column split, or choose another scheme"
+        )
+    splits = {_id(row): str(row["split"]) for row in rows}
+    with_dev = {row["corpus"] for row in rows if row["split"] == "dev"}
+    rest = [row for row in rows if row["split"] == "train" and row["corpus"] not in with_dev]
+    return splits | _with_dev(rest, protocol, set())
 
 
 def _random(rows: Rows, protocol: Protocol) -> dict[str, str]:
@@ -143,41 +174,38 @@ def _random(rows: Rows, protocol: Protocol) -> dict[str, str]:
         raise UserError("protocol.folds is 2: test and dev take one fold each and train has none; set 3 or more")
     rng = np.random.default_rng(protocol.seed)
     order = sorted(rng.permutation(len(rows)).tolist(), key=lambda i: str(rows[i]["emotion"]))  # random within emotions
-    folds = {str(rows[i]["utterance_id"]): position % protocol.folds for position, i in enumerate(order)}
+    folds = {_id(rows[i]): position % protocol.folds for position, i in enumerate(order)}
     return {key: _split(fold, protocol.folds, protocol.fold) for key, fold in folds.items()}
 
 
 # -- what they share
 
 
-def _balanced(rows: Rows, folds: int, seed: int) -> dict[str, int]:
-    """Speakers to folds, equal as far as whole speakers allow in utterances, emotions, genders, corpora and speakers.
-
-    Greedy, larger speakers first: each goes to the fold that has least of what the speaker brings, which is the choice
-    that adds least to the sum of squared loads. The seed breaks ties.
-    """
+def _enough_speakers(rows: Rows) -> list[str]:
+    """All speakers by name. Raises UserError for fewer than train, dev and test need to be disjoint."""
     speakers = sorted({str(row["speaker"]) for row in rows})
-    traits = sorted({(key, str(row[key])) for row in rows for key in ("corpus", "emotion", "gender")})
-    number_of = {speaker: number for number, speaker in enumerate(speakers)}
-    column_of = {trait: column for column, trait in enumerate(traits)}
-    counts = np.zeros((len(speakers), len(traits)))
-    for row in rows:
-        for key in ("corpus", "emotion", "gender"):
-            counts[number_of[str(row["speaker"])], column_of[key, str(row[key])]] += 1
-    utterances = counts.sum(axis=1)
-    loads_of = np.column_stack([counts, utterances, np.ones(len(speakers))])
-    loads_of /= loads_of.sum(axis=0)  # a rare emotion weighs as much as a common one
-    shuffled = np.random.default_rng(seed).permutation(len(speakers))
-    loads, fold_of = np.zeros((folds, loads_of.shape[1])), {}
-    for number in shuffled[np.argsort(-utterances[shuffled], kind="stable")]:
-        fold = int(np.argmin((loads @ loads_of[number]).round(12)))
-        loads[fold] += loads_of[number]
-        fold_of[speakers[number]] = fold
-    return fold_of
+    if len(speakers) < 3:
+        raise UserError(
+            f"protocol: the only speakers are {_names(speakers)}: train, dev and test cannot be speaker-disjoint with "
+            "fewer than 3; add a corpus, or set protocol.scheme to random (stamped LEAKY)"
+        )
+    return speakers
+
+
+def _with_dev(rows: Rows, protocol: Protocol, test: set[str]) -> dict[str, str]:
+    """The rows of ``test``; of every corpus's other speakers one balanced group of `Protocol.folds` is dev."""
+    others = [row for row in rows if _id(row) not in test]
+    dev: set[str] = set()
+    for corpus in {row["corpus"] for row in others}:
+        own = [row for row in others if row["corpus"] == corpus]
+        groups = min(protocol.folds, len({row["speaker"] for row in own}))
+        if groups > 1:
+            dev |= {speaker for speaker, group in balanced_groups(own, groups, protocol.seed).items() if group == 0}
+    return {_id(row): "test" if _id(row) in test else "dev" if row["speaker"] in dev else "train" for row in rows}
 
 
 def _by_speaker(rows: Rows, fold_of: Mapping[str, int], folds: int, test: int) -> dict[str, str]:
-    return {str(row["utterance_id"]): _split(fold_of[str(row["speaker"])], folds, test) for row in rows}
+    return {_id(row): _split(fold_of[str(row["speaker"])], folds, test) for row in rows}
 
 
 def _split(fold: int, folds: int, test: int) -> str:
@@ -185,16 +213,22 @@ def _split(fold: int, folds: int, test: int) -> str:
     return "test" if fold == test else "dev" if fold == (test + 1) % folds else "train"
 
 
-def _scheme_words(protocol: Protocol) -> str:
-    if protocol.scheme == "leave_one_corpus_out":
-        return f"leave_one_corpus_out, {protocol.held_out} held out, seed {protocol.seed}"
-    if protocol.scheme == "given_folds":
-        return f"given_folds{' (emobox)' if protocol.given == 'emobox' else ''}, fold {protocol.fold}"
+def _scheme_words(protocol: Protocol, tested: Iterable[str | None]) -> str:
+    words = {
+        "given_folds": f"given_folds{f' ({protocol.given})' if isinstance(protocol.given, str) else ''}, "
+        f"fold {protocol.fold}",
+        "leave_one_speaker_out": f"leave_one_speaker_out, {_names(tested)} held out, seed {protocol.seed}",
+        "leave_one_corpus_out": f"leave_one_corpus_out, {protocol.held_out} held out, seed {protocol.seed}",
+        "cross_corpus": f"cross_corpus, {', '.join(protocol.train_on or ())} to {protocol.held_out}, "
+        f"seed {protocol.seed}",
+        "official": "official split",
+    }
     leaky = ", LEAKY: speakers are shared" if protocol.scheme == "random" else ""
-    return f"{protocol.scheme}, fold {protocol.fold} of {protocol.folds}, seed {protocol.seed}{leaky}"
+    kfold = f"{protocol.scheme}, fold {protocol.fold} of {protocol.folds}, seed {protocol.seed}{leaky}"
+    return words.get(protocol.scheme, kfold)
 
 
-def _names(names: Sequence[str] | set[str | None] | set[str]) -> str:
+def _names(names: Iterable[str | None]) -> str:
     """The first few names, sorted, and how many more."""
     names = sorted({str(name) for name in names})
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ser_ray.config import Experiment
 from ser_ray.protocols.folds import labelled, make_fold
@@ -16,7 +17,7 @@ from ser_ray.speech import shards
 
 @dataclass(frozen=True)
 class Task:
-    """``index`` has a row for every utterance in use (all columns of the shards but the audio, and ``label``)."""
+    """``index`` has a row for every utterance of the fold (all columns of the shards but the audio, and ``label``)."""
 
     emotions: tuple[str, ...]
     index: pa.Table
@@ -43,5 +44,8 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
 
     Raises UserError where the protocol does not fit the speakers.
     """
-    index = labelled(shards.read_index(list(shard_dirs)), experiment.emotions, experiment.merge)
-    return Task(experiment.emotions, index, make_fold(index, experiment.protocol))
+    everything = shards.read_index(list(shard_dirs))
+    index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
+    fold = make_fold(index, experiment.protocol)
+    used = pc.is_in(index["utterance_id"], value_set=pa.array(list(fold.splits), pa.string()))
+    return Task(experiment.emotions, index.filter(used), fold)

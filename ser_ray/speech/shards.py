@@ -24,7 +24,7 @@ from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
 from ser_ray.schema import Rejected, UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised when the meaning of a shard changes; part of the fingerprint of prepared data."""
 
 SCHEMA: Final = pa.schema(
@@ -40,6 +40,9 @@ SCHEMA: Final = pa.schema(
         pa.field("intensity", pa.string()),
         pa.field("gender", pa.string()),
         pa.field("language", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("perceived", pa.string()),
+        pa.field("agreement", pa.float64()),
         pa.field("audio_sha256", pa.string(), nullable=False),  # of the bytes in audio: finds identical recordings
         pa.field("audio", pa.large_binary(), nullable=False),  # int16 little-endian mono 16 kHz
     ]

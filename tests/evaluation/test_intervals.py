@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from ser_ray.evaluation.intervals import bootstrap_ci95
+from ser_ray.evaluation.intervals import bootstrap_ci95, bootstrap_gap95
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 
 
@@ -75,3 +75,31 @@ def test_refuses_lengths_that_do_not_fit(n, speakers):
     zeros = np.zeros(n, dtype=int)
     with pytest.raises(ValueError, match=f"{n}, {n} and {speakers}"):
         bootstrap_ci95(zeros, zeros, ["a"] * speakers, num_labels=2)
+
+
+def test_the_gap_of_equal_predictions_is_nothing():
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
+    speakers = [f"s{n % 6}" for n in range(60)]
+    assert set(bootstrap_gap95(labels, guesses, guesses, speakers, 3).values()) == {(0.0, 0.0)}
+
+
+def test_the_gap_is_a_plain_loop_over_draws_of_speakers():
+    rng = np.random.default_rng(1)
+    labels, one, other = (rng.integers(0, 3, 80) for _ in range(3))
+    one = np.where(rng.uniform(size=80) < 0.5, labels, one)
+    speaker = rng.integers(0, 8, 80)
+    limits = bootstrap_gap95(labels, one, other, [str(s) for s in speaker], 3, draws=4000)
+    gaps = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(speaker == s) for s in rng.integers(0, 8, 8)])
+        gaps.append(np.mean(labels[rows] == one[rows]) - np.mean(labels[rows] == other[rows]))
+    assert limits["accuracy"] == pytest.approx(np.percentile(gaps, (2.5, 97.5)), abs=0.015)
+
+
+def test_a_gap_needs_two_speakers_and_equal_lengths():
+    labels = np.array([0, 1])
+    with pytest.raises(ValueError, match="at least 2 speakers"):
+        bootstrap_gap95(labels, labels, labels, ["a", "a"], 2)
+    with pytest.raises(ValueError, match="one length"):
+        bootstrap_gap95(labels, labels[:1], labels, ["a", "b"], 2)

@@ -132,3 +132,22 @@ def test_logits_are_single_precision_and_one_a_class(backbones_dir: Path) -> Non
     assert len(hiddens) == LAYERS + 1
     assert logits_BK.shape == (3, 3)
     assert logits_BK.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", ["whisper", "wav2vec2-group", "wavlm-layer"])
+def test_features_are_masked_in_training_only(variant: str, backbones_dir: Path) -> None:
+    batch = noise_batch()
+    plain = build(experiment(backbones_dir / variant, adapter={"method": "frozen"}, head={"dropout": 0.0}))
+    varied = build(
+        experiment(
+            backbones_dir / variant,
+            adapter={"method": "frozen"},
+            head={"dropout": 0.0},
+            augment={"channel_mask": 0.3, "time_mask": 0.3},
+        )
+    )
+    with torch.inference_mode():
+        expected = plain.eval()(batch.waveform_BT, batch.lengths_B)
+        assert torch.equal(varied.eval()(batch.waveform_BT, batch.lengths_B), expected)
+        assert torch.allclose(plain.train()(batch.waveform_BT, batch.lengths_B), expected)
+        assert not torch.allclose(varied.train()(batch.waveform_BT, batch.lengths_B), expected)

@@ -149,3 +149,18 @@ def test_a_batch_moves_to_a_device():
     assert {t.device.type for t in (moved.waveform_BT, moved.lengths_B, moved.labels_B)} == {"meta"}
     assert batch.waveform_BT.dtype == torch.float32
     assert batch.labels_B.dtype == batch.lengths_B.dtype == torch.int64
+
+
+def test_variation_meets_each_utterance_once_wherever_it_is_packed():
+    lengths = [800 * n for n in range(1, 9)]
+    seen = []
+
+    def vary(waveform, utterance_id):
+        seen.append(utterance_id)
+        return waveform[: len(waveform) // 2] * 0.5
+
+    for batch in batches([table(lengths)], 0.5, seed=1, vary=vary):
+        assert batch.waveform_BT.shape[1] == int(batch.lengths_B.max())
+        for row, length in enumerate(batch.lengths_B.tolist()):
+            assert not batch.waveform_BT[row, length:].any()
+    assert sorted(seen) == sorted(table(lengths)["utterance_id"].to_pylist())

@@ -1,0 +1,152 @@
+"""The leakage premium: what a figure gains when the test speakers, or the test corpus, were heard in training.
+
+    python -m ser_ray.premium SPACE.yaml [key=value ...]
+
+One configuration is trained and tested under the random split, under speaker-disjoint folds and, with more than one
+corpus, with each corpus held out. Under each scheme every utterance is tested once, by a model that did not train on
+it, so that the schemes differ in nothing but who was heard. It takes twice or three times ``protocol.folds`` trials;
+the same command continues an interrupted run.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["premium", *sys.argv[1:]]))
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ser_ray import cluster, config, disk
+from ser_ray.config import Protocol, SearchSpace
+from ser_ray.evaluate import evaluate
+from ser_ray.evaluation.intervals import bootstrap_ci95, bootstrap_gap95
+from ser_ray.evaluation.metrics import confusion, headline
+from ser_ray.evaluation.summary import read_predictions
+from ser_ray.schema import Predictions, UserError
+from ser_ray.train import train
+
+DISJOINT = "speaker_kfold"
+"""What the other schemes are compared with."""
+FIGURES = ("accuracy", "uar", "macro_f1")
+
+
+def main(arguments: list[str]) -> int:
+    """``ser-ray premium SPACE.yaml [key=value ...]``."""
+    if not arguments:
+        raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
+    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    console = Console(highlight=False, soft_wrap=True)
+    cluster.connect()
+    home = space.results_dir()
+    predictions: dict[str, list[Predictions]] = {}
+    plan = list(schemes(space))
+    for number, (name, protocol) in enumerate(plan, start=1):
+        console.print(f"[bold]{number} of {len(plan)}: {name}[/bold]")
+        tested = _test(space, home, name, protocol, console, ["premium", *arguments])
+        predictions.setdefault(protocol.scheme, []).append(tested)
+    answer = compare({scheme: pool(parts) for scheme, parts in predictions.items()})
+    disk.write_json(home / "premium.json", {"argv": ["premium", *arguments], "runs": len(plan), **answer})
+    console.print(_table(answer))
+    console.print(f"in {home / 'premium.json'}")
+    return 0
+
+
+def schemes(space: SearchSpace) -> Iterator[tuple[str, Protocol]]:
+    """Every run that the comparison needs: a name and a protocol."""
+    own = space.experiment.protocol
+    shared = {"folds": own.folds, "seed": own.seed}
+    for scheme in ("random", DISJOINT):
+        for fold in range(own.folds):
+            yield f"{scheme}-{fold}", Protocol.model_validate({"scheme": scheme, "fold": fold} | shared)
+    if len(space.experiment.corpora) > 1:
+        for corpus in space.experiment.corpora:
+            held_out = {"scheme": "leave_one_corpus_out", "held_out": corpus}
+            yield f"without-{corpus}", Protocol.model_validate(held_out | shared)
+
+
+def pool(parts: list[Predictions]) -> Predictions:
+    """The test predictions of all folds as one, in order of utterance id."""
+    ids = [i for part in parts for i in part.utterance_ids]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    assert len(set(ids)) == len(ids), "an utterance was tested twice"
+
+    def joined(name: str) -> tuple[str, ...]:
+        column = [value for part in parts for value in getattr(part, name)]
+        return tuple(column[row] for row in order)
+
+    return Predictions(
+        parts[0].emotions,
+        joined("utterance_ids"),
+        joined("corpora"),
+        joined("speakers"),
+        np.concatenate([part.labels for part in parts])[order],
+        np.concatenate([part.probabilities for part in parts])[order],
+    )
+
+
+def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
+    """Figures of every scheme, and their gap to the speaker-disjoint one, pooled and per corpus, with 95 % intervals.
+
+    Raises UserError where a corpus has one speaker, who can be in one split only.
+    """
+    disjoint = predictions[DISJOINT]
+    emotions = len(disjoint.emotions)
+    answer: dict[str, Any] = {"schemes": {}, "gaps": {}}
+    for scheme, found in predictions.items():
+        assert found.utterance_ids == disjoint.utterance_ids, "the schemes tested different utterances"
+        answer["schemes"][scheme], answer["gaps"][scheme] = {}, {}
+        for group in ("all", *sorted(set(found.corpora))):
+            rows = np.array([group in ("all", corpus) for corpus in found.corpora])
+            speakers = [speaker for speaker, chosen in zip(found.speakers, rows, strict=True) if chosen]
+            if len(set(speakers)) < 2:
+                raise UserError(f"{group}: one speaker; no split of that corpus is speaker-disjoint")
+            labels, guesses, base = found.labels[rows], found.predicted[rows], disjoint.predicted[rows]
+            figures = headline(confusion(labels, guesses, emotions))
+            limits, _ = bootstrap_ci95(labels, guesses, speakers, emotions)
+            answer["schemes"][scheme][group] = {"n": len(labels)} | {
+                name: {"value": float(figures[name]), "ci95": list(limits[name])} for name in FIGURES
+            }
+            against = headline(confusion(labels, base, emotions))
+            gaps = bootstrap_gap95(labels, guesses, base, speakers, emotions)
+            answer["gaps"][scheme][group] = {
+                name: {"value": float(figures[name] - against[name]), "ci95": list(gaps[name])} for name in FIGURES
+            }
+    return answer
+
+
+# -- below: how it is done
+
+
+def _test(
+    space: SearchSpace, home: Path, name: str, protocol: Protocol, console: Console, argv: list[str]
+) -> Predictions:
+    experiment = space.experiment.model_copy(update={"name": name, "protocol": protocol})
+    storage = space.storage.model_copy(update={"results": str(home)})
+    run = space.model_copy(update={"experiment": experiment, "storage": storage, "search": {}})
+    directory = home / name
+    if not (directory / "evaluation" / "test.json").is_file():
+        train(run, console, argv)
+        evaluate(directory, run, console, argv)
+    return read_predictions(directory / "evaluation" / "predictions.parquet")["test"]
+
+
+def _table(answer: dict[str, Any]) -> Table:
+    table = Table("tested on", "split", *FIGURES, "uar above speaker-disjoint", title="leakage premium")
+    for scheme, groups in answer["schemes"].items():
+        for group, figures in groups.items():
+            gap = answer["gaps"][scheme][group]["uar"]
+            cells = [f"{figures[f]['value']:.3f} [{_limits(figures[f])}]" for f in FIGURES]
+            above = "" if scheme == DISJOINT else f"{gap['value']:+.3f} [{_limits(gap, '+')}]"
+            table.add_row(f"{group} ({figures['n']})", scheme, *cells, above)
+    return table
+
+
+def _limits(figure: dict[str, Any], sign: str = "") -> str:
+    return ", ".join(f"{limit:{sign}.3f}" for limit in figure["ci95"])

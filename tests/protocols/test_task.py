@@ -1,0 +1,96 @@
+"""A task holds the utterances of its fold, and only those, under the experiment's labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from ser_ray.config import Audio, Experiment
+from ser_ray.protocols.leakage import audit
+from ser_ray.protocols.task import load_task
+from ser_ray.speech import shards
+
+
+def shard_dir(directory: Path, corpus: str, emotions: tuple[str, ...], speakers: int = 4) -> Path:
+    rows = [
+        {
+            "utterance_id": f"{corpus}/{speaker}-{emotion}",
+            "corpus": corpus,
+            "speaker": f"{corpus}/{speaker}",
+            "emotion": emotion,
+            "path": f"{speaker}-{emotion}.wav",
+            "duration": 1.0 + speaker,
+            "num_samples": 1,
+            "split": ("train", "dev", "test", "train")[speaker % 4],
+            "perceived": "neutral" if emotion == "sad" and speaker % 2 else None,
+            "audio_sha256": f"{corpus}{speaker}{emotion}",
+            "audio": b"ab",
+        }
+        for speaker in range(speakers)
+        for emotion in emotions
+    ]
+    path = directory / corpus
+    shards.write_shard(pa.Table.from_pylist(rows, schema=shards.SCHEMA), path / "one.parquet")
+    shards.write_manifest(path, corpus, ["one.parquet"], [], Audio())
+    return path
+
+
+@pytest.fixture
+def shard_dirs(tmp_path) -> list[Path]:
+    return [
+        shard_dir(tmp_path, "ravdess", ("happy", "neutral", "sad")),
+        shard_dir(tmp_path, "emodb", ("neutral", "sad", "boredom")),
+        shard_dir(tmp_path, "tess", ("happy", "neutral", "sad"), speakers=2),
+    ]
+
+
+def experiment(protocol: dict[str, Any], **changes: Any) -> Experiment:
+    corpora = {"ravdess": "r", "emodb": "e", "tess": "t"}
+    return Experiment.model_validate(
+        {
+            "name": "x",
+            "corpora": corpora,
+            "backbone": "b",
+            "emotions": ["happy", "neutral", "sad"],
+            "protocol": protocol,
+            **changes,
+        }
+    )
+
+
+def test_every_utterance_of_the_fold_is_in_one_split(shard_dirs):
+    task = load_task(experiment({"folds": 3}), shard_dirs)
+    found = [set(task.labels(split)) for split in ("train", "dev", "test")]
+    assert sum(map(len, found)) == len(set.union(*found)) == task.index.num_rows == 4 * 3 + 4 * 2 + 2 * 3
+    assert sum(sum(task.counts(split)) for split in ("train", "dev", "test")) == task.index.num_rows
+
+
+def test_what_a_fold_leaves_out_is_not_in_the_task(shard_dirs):
+    task = load_task(experiment({"scheme": "cross_corpus", "held_out": "emodb", "train_on": ["ravdess"]}), shard_dirs)
+    assert set(task.index["corpus"].to_pylist()) == {"ravdess", "emodb"}
+    assert set(task.index["utterance_id"].to_pylist()) == set(task.fold.splits)
+    assert task.emotions == ("happy", "neutral", "sad")
+    assert task.labels("test") == {
+        f"emodb/{n}-{e}": label for n in range(4) for label, e in ((1, "neutral"), (2, "sad"))
+    }
+    assert task.counts("test") == (0, 4, 4)
+    assert sorted(task.durations("test")) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert audit(task.index, task.fold, task.emotions)["splits"]["test"]["utterances"] == 8
+
+
+def test_the_official_split_comes_from_the_shards(shard_dirs):
+    task = load_task(experiment({"scheme": "official"}), shard_dirs[:1])
+    assert set(task.labels("test")) == {f"ravdess/2-{emotion}" for emotion in ("happy", "neutral", "sad")}
+
+
+def test_perceived_labels_come_from_the_shards(shard_dirs):
+    intended, perceived = (
+        load_task(experiment({"scheme": "official"}, label=label), shard_dirs[:1])
+        for label in ("intended", "perceived")
+    )
+    assert intended.counts("dev") == (1, 1, 1)
+    assert perceived.counts("dev") == (1, 2, 0)
+    assert perceived.labels("dev")["ravdess/1-sad"] == 1

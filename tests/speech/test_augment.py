@@ -1,0 +1,107 @@
+"""Augmentation: nothing where it is off, the same for the same seed, and as strong as it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ser_ray.config import Augment
+from ser_ray.speech import augment
+
+RATE = 16_000
+
+
+def tone(seconds: float = 1.0, pitch: float = 200.0) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * pitch * np.arange(int(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+def pitch_of(waveform: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))
+    return float(spectrum.argmax() * RATE / len(waveform))
+
+
+EVERYTHING = Augment(gain_db=6, noise_snr_db=(10, 20), speed=0.1, crop_seconds=0.5)
+
+
+def test_off_is_identity():
+    assert np.array_equal(augment.vary(tone(), "a/1", Augment(), 3), tone())
+
+
+def test_it_depends_on_seed_and_utterance_alone():
+    first = augment.vary(tone(), "a/1", EVERYTHING, 3)
+    assert np.array_equal(first, augment.vary(tone(), "a/1", EVERYTHING, 3))
+    for other in (augment.vary(tone(), "a/2", EVERYTHING, 3), augment.vary(tone(), "a/1", EVERYTHING, 4)):
+        assert first.shape != other.shape or not np.allclose(first, other)
+
+
+def test_one_setting_leaves_the_draws_of_the_others():
+    quiet = augment.vary(tone(), "a/1", Augment(gain_db=6), 0)
+    both = augment.vary(tone(), "a/1", Augment(gain_db=6, crop_seconds=0.5), 0)
+    assert np.abs(both).max() == pytest.approx(np.abs(quiet).max(), rel=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), low=st.floats(0, 20), width=st.floats(0, 20))
+def test_the_noise_has_the_ratio_that_was_asked_for(seed, low, width):
+    clean = tone()
+    noise = augment.vary(clean, "a/1", Augment(noise_snr_db=(low, low + width)), seed) - clean
+    ratio = 10 * np.log10(np.square(clean).sum() / np.square(noise).sum())
+    assert low - 0.05 <= ratio <= low + width + 0.05
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), gain=st.floats(0.1, 20))
+def test_the_gain_is_within_its_bounds(seed, gain):
+    level = np.abs(augment.vary(tone(), "a/1", Augment(gain_db=gain), seed)).max() / 0.3
+    assert -gain - 0.01 <= 20 * np.log10(level) <= gain + 0.01
+
+
+def test_speed_moves_length_and_pitch_together():
+    seen = set()
+    for seed in range(12):
+        varied = augment.vary(tone(), "a/1", Augment(speed=0.1), seed)
+        factor = RATE / len(varied)
+        seen.add(round(factor, 2))
+        assert pitch_of(varied) == pytest.approx(200 * factor, abs=2)
+    assert seen == {0.9, 1.0, 1.1}
+
+
+def test_a_crop_is_a_stretch_of_the_utterance():
+    ramp = np.arange(RATE, dtype=np.float32) / RATE
+    starts = set()
+    for seed in range(20):
+        cropped = augment.vary(ramp, "a/1", Augment(crop_seconds=0.25), seed)
+        assert len(cropped) == RATE // 4
+        starts.add(float(cropped[0]))
+        assert np.array_equal(cropped, ramp[round(float(cropped[0]) * RATE) :][: len(cropped)])
+    assert len(starts) > 10
+    assert np.array_equal(augment.vary(ramp, "a/1", Augment(crop_seconds=2), 0), ramp)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), bands=st.floats(0, 0.5), stretch=st.floats(0, 0.5))
+def test_masks_stay_within_an_utterance_and_its_share(seed, bands, stretch):
+    torch.manual_seed(seed)
+    features = torch.randn(3, 40, 60)
+    frames = torch.tensor([60, 20, 7])
+    masked = augment.mask(features, frames, bands, stretch)
+    for row, own in enumerate(frames.tolist()):
+        changed = masked[row] != features[row]
+        assert not changed[:, own:].any()
+        whole_bands, whole_frames = changed[:, :own].all(dim=1).sum(), changed[:, :own].all(dim=0).sum()
+        assert whole_bands <= 2 * int(bands * 40)
+        assert whole_frames <= 2 * int(stretch * own)
+        inside = masked[row][changed]
+        assert torch.allclose(inside, features[row, :, :own].mean().expand_as(inside))
+
+
+def test_masks_are_drawn_anew_and_from_the_seed():
+    features, frames = torch.randn(2, 40, 60), torch.tensor([60, 50])
+    torch.manual_seed(0)
+    one, other = (augment.mask(features, frames, 0.3, 0.3) for _ in range(2))
+    assert not torch.equal(one, other)
+    torch.manual_seed(0)
+    assert torch.equal(augment.mask(features, frames, 0.3, 0.3), one)
