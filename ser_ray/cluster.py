@@ -128,6 +128,8 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
             _refuse_relative(f"storage.{key}", getattr(storage, key))
         for corpus, directory in space.experiment.corpora.items():
             _refuse_relative(f"experiment.corpora.{corpus}", directory)
+        if _is_file(given := space.experiment.protocol.given):
+            _refuse_relative("experiment.protocol.given", str(given))
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
@@ -208,13 +210,20 @@ def _git_commit() -> str | None:
 
 
 def _settle_experiment(experiment: Experiment) -> Experiment:
-    corpora = {name: directory and _absolute(directory) for name, directory in experiment.corpora.items()}
-    for name, directory in corpora.items():
-        if directory and not Path(directory).is_dir():
-            raise UserError(
-                f"experiment.corpora.{name}: {directory}: no such directory; set it to where the corpus lies"
-            )
-    return experiment.model_copy(update={"corpora": corpora, "backbone": _absolute_backbone(experiment.backbone)})
+    corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
+    for name, path in corpora.items():
+        if path and not Path(path).is_dir() and not (path.endswith((".csv", ".parquet")) and Path(path).is_file()):
+            raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus lies")
+    protocol = experiment.protocol
+    if _is_file(protocol.given):
+        protocol = protocol.model_copy(update={"given": _absolute(str(protocol.given))})
+    backbone = _absolute_backbone(experiment.backbone)
+    return experiment.model_copy(update={"corpora": corpora, "protocol": protocol, "backbone": backbone})
+
+
+def _is_file(given: object) -> bool:
+    """Whether ``protocol.given`` is a table of folds."""
+    return isinstance(given, str) and given.endswith(".csv")
 
 
 def _absolute(path: str) -> str:

@@ -2,9 +2,10 @@
 
 One directory of shards a corpus, under ``storage.cache``, named by a fingerprint of everything it is made from: files,
 labels, audio settings. A second run finds it and does nothing; a changed input makes another directory. Recordings
-are decoded in chunks; a chunk writes its own shard and then a note of what it rejected, so that a run that was cut off
-goes on where it stopped, a retried task overwrites what it left, and two runs at once write the same bytes. The
-manifest comes last and alone declares the directory whole.
+are decoded in chunks; a chunk writes its own shard and then a note of what it rejected and flagged, so that a run that
+was cut off goes on where it stopped, a retried task overwrites what it left, and two runs at once write the same bytes.
+A shard's name is the fingerprint of its chunk: after a change, the shards of chunks that are as before are linked from
+the older directory, and only the others are made. The manifest comes last and alone declares the directory whole.
 """
 
 from __future__ import annotations
@@ -17,34 +18,47 @@ if __name__ == "__main__":
     sys.exit(command(["prepare", *sys.argv[1:]]))
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import ray.data
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ser_ray import cluster, config, corpora
 from ser_ray.corpora import synthetic
-from ser_ray.disk import write_json
+from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
 from ser_ray.speech import shards
-from ser_ray.speech.audio import Unusable, load_waveform, to_int16
+from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 
 CHUNK: Final = 64
-"""Utterances a task and a shard: 6 MB of 3 s each, at most 60 MB; seconds of work, which is what a retry costs."""
+"""Utterances a task and a shard, about: 6 MB of 3 s each; seconds of work, which is what a retry costs."""
+CHUNK_BYTES: Final = 2**28
+"""A chunk of long recordings ends here, counting the files: it is held in memory, decoded."""
 
-CHUNK_SCHEMA: Final = pa.schema([("shard", pa.string()), *((field.name, pa.string()) for field in fields(Utterance))])
+CHUNK_SCHEMA: Final = pa.schema(
+    [
+        ("shard", pa.string()),
+        *((field.name, pa.float64() if "float" in str(field.type) else pa.string()) for field in fields(Utterance)),
+    ]
+)
 
 
 def main(arguments: list[str]) -> int:
     """The command: prepare every corpus of a search space."""
     path, *overrides = arguments or [str(config.default_space())]
-    prepare(cluster.settle_paths(config.load(path, overrides)))
+    console = Console(stderr=True)
+    directories = prepare(cluster.settle_paths(config.load(path, overrides)), console=console)
+    console.print(summary(shards.read_index(directories)))
     return 0
 
 
@@ -57,9 +71,29 @@ def prepare(space: config.SearchSpace, use_ray: bool = True, console: Console | 
     """
     console = console or Console(stderr=True)
     return [
-        _prepare_corpus(name, _corpus_directory(name, given, space.cache_dir(), console), space, use_ray, console)
+        _prepare_corpus(name, _corpus_path(name, given, space.cache_dir(), console), space, use_ray, console)
         for name, given in space.experiment.corpora.items()
     ]
+
+
+def summary(index: pa.Table) -> Table:
+    """Utterances, speakers and hours by corpus and emotion, for people."""
+    table = Table("corpus", "emotion", box=box.SIMPLE_HEAD)
+    for header in ("utterances", "speakers", "hours"):
+        table.add_column(header, justify="right")
+    measures = [("utterance_id", "count"), ("speaker", "count_distinct"), ("duration", "sum")]
+    for keys in (["corpus", "emotion"], ["corpus"]):
+        counts = index.group_by(keys).aggregate(measures).sort_by([(key, "ascending") for key in keys])
+        for row in counts.to_pylist():
+            table.add_row(
+                row["corpus"],
+                row.get("emotion", "all"),
+                str(row["utterance_id_count"]),
+                str(row["speaker_count_distinct"]),
+                f"{row['duration_sum'] / 3600:.2f}",
+            )
+        table.add_section()
+    return table
 
 
 def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, audio: config.Audio) -> pa.Table:
@@ -70,30 +104,48 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
     (name,) = set(chunk["shard"].to_pylist())
     directory = Path(corpus_directory)
     if not directory.is_dir():
-        return pa.table({"shard": [name]})  # no note is written: `_rejected` tells the user
-    rows, rejected = [], []
+        return pa.table({"shard": [name]})  # no note is written: `_notes` tells the user
+    rows: list[dict[str, Any]] = []
+    rejected: list[dict[str, str]] = []
+    flagged: list[dict[str, str]] = []
     for utterance in chunk.drop_columns(["shard"]).to_pylist():
+        place = _place(utterance)
         try:
-            samples = to_int16(load_waveform(directory / utterance["path"], audio))
+            recording = load_recording(directory / utterance["path"], audio, utterance["start"], utterance["end"])
         except Unusable as reason:
-            rejected.append({"path": utterance["path"], "reason": str(reason)})
+            rejected.append({"path": place, "reason": str(reason)})
             continue
-        rows.append(
-            utterance
-            | {"duration": len(samples) / SAMPLING_RATE, "num_samples": len(samples), "audio": samples.tobytes()}
-            | {"audio_sha256": hashlib.sha256(samples.tobytes()).hexdigest()}
-        )
+        flagged += [{"path": place, "reason": flag} for flag in recording.flags]
+        for number, window in enumerate(recording.windows, start=1):
+            suffix = f"#{number}" if len(recording.windows) > 1 else ""
+            if is_silent(window):
+                rejected.append({"path": place + suffix, "reason": "silent: the window's peak is below -60 dBFS"})
+            else:
+                rows.append(_row(utterance | {"utterance_id": utterance["utterance_id"] + suffix}, to_int16(window)))
     path = Path(shard_directory) / name
     shards.write_shard(pa.Table.from_pylist(rows, schema=shards.SCHEMA), path)
-    write_json(path.with_suffix(".json"), {"rejected": rejected})
+    write_json(path.with_suffix(".json"), {"utterances": len(rows), "rejected": rejected, "flagged": flagged})
     return pa.table({"shard": [name]})
 
 
 # -- below: how it is done
 
 
-def _corpus_directory(name: str, given: str | None, cache: Path, console: Console) -> Path:
-    """Where a corpus lies; the synthetic one is made first where nobody gave a directory."""
+def _place(utterance: Mapping[str, Any]) -> str:
+    """The path of a recording and, where only a part of it is meant, from where to where in seconds."""
+    start, end = utterance["start"], utterance["end"]
+    part = "" if start is None and end is None else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
+    return f"{utterance['path']}{part}"
+
+
+def _row(utterance: dict[str, Any], samples: np.ndarray) -> dict[str, Any]:
+    content = samples.tobytes()
+    length = {"duration": len(samples) / SAMPLING_RATE, "num_samples": len(samples)}
+    return utterance | length | {"audio": content, "audio_sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> Path:
+    """Where a corpus lies, a directory or a table; the synthetic one is made first where nobody gave a directory."""
     if given is not None:
         return Path(given).expanduser().resolve()
     if name != "synthetic":
@@ -107,45 +159,76 @@ def _corpus_directory(name: str, given: str | None, cache: Path, console: Consol
     return directory
 
 
-def _prepare_corpus(name: str, directory: Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
-    utterances, rejected = corpora.read(name, directory)
+def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
+    labels = space.experiment.labels.get(name, {})
+    utterances, rejected = corpora.read(name, path, **({"labels": labels} if labels else {}))
+    directory = path.parent if path.is_file() else path
     audio = space.experiment.audio
-    target = space.cache_dir() / "shards" / f"{name}-{_fingerprint(directory, utterances, rejected, audio)}"
+    chunks = _chunks(utterances, directory, audio)
+    fingerprint = config.fingerprint(shards.FORMAT, list(chunks), [asdict(r) for r in rejected], labels)
+    target = space.cache_dir() / "shards" / f"{name}-{fingerprint}"
     if not shards.is_whole(target):
         target.mkdir(parents=True, exist_ok=True)
-        chunks = _chunks(utterances)
         work = {"corpus_directory": str(directory), "shard_directory": str(target), "audio": audio}
-        missing = [chunk for shard, chunk in chunks.items() if not (target / shard).with_suffix(".json").is_file()]
+        missing = [chunk for shard, chunk in chunks.items() if not _found(target, shard)]
         _write_chunks(missing, work, use_ray, f"{name}: decoding", console)
-        unusable = _rejected(target, chunks)
-        if len(unusable) == len(utterances):
+        notes = _notes(target, chunks)
+        unusable, flagged = (
+            [Rejected(**entry) for note in notes for entry in note[k]] for k in ("rejected", "flagged")
+        )
+        if not any(note["utterances"] for note in notes):
             such = f"{unusable[0].path}: {unusable[0].reason}"
-            raise UserError(f"experiment.corpora.{name}: {directory} holds no usable recording, such as {such}")
-        shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio)
-    console.print(_summary(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
+            raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording, such as {such}")
+        shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged)
+    console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
 
 
-def _fingerprint(
-    directory: Path, utterances: Sequence[Utterance], rejected: Sequence[Rejected], audio: config.Audio
-) -> str:
-    """Of all that shards are made from: what the corpus says of each file, its size and its time of change."""
-    rows = []
+def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audio) -> dict[str, pa.Table]:
+    """Shard name -> its utterances. The name is a fingerprint of all that the shard is made from: what the corpus says
+    of each file, its size, its time of change, and the audio settings."""
+    chunks = {}
+    for run in _runs(utterances, directory):
+        rows = [[*asdict(utterance).values(), stat and [stat.st_size, stat.st_mtime_ns]] for utterance, stat in run]
+        shard = f"{config.fingerprint(shards.FORMAT, audio, rows)}.parquet"
+        chunks[shard] = pa.Table.from_pylist([{"shard": shard} | asdict(u) for u, _ in run], schema=CHUNK_SCHEMA)
+    return chunks
+
+
+def _runs(utterances: Iterable[Utterance], directory: Path) -> Iterator[list[tuple[Utterance, os.stat_result | None]]]:
+    """Half to one and a half times `CHUNK` utterances each. Where a run ends depends on ids near by, not on how many
+    come before, so that an utterance more or less changes one run or two, not all that follow."""
+    run: list[tuple[Utterance, os.stat_result | None]] = []
+    size = 0
     for utterance in utterances:
         path = directory / utterance.path
         stat = path.stat() if path.exists() else None  # a dangling link is rejected later, with a reason
-        rows.append([*asdict(utterance).values(), stat and [stat.st_size, stat.st_mtime_ns]])
-    return config.fingerprint(shards.FORMAT, CHUNK, audio, rows, [asdict(r) for r in rejected])
+        run.append((utterance, stat))
+        size += stat.st_size if stat and utterance.end is None else 0
+        ends = hashlib.sha256(utterance.utterance_id.encode()).digest()[0] % (CHUNK // 2) == 0
+        if (ends and len(run) >= CHUNK // 2) or len(run) == CHUNK + CHUNK // 2 or size > CHUNK_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
 
 
-def _chunks(utterances: Sequence[Utterance]) -> dict[str, pa.Table]:
-    """Shard name -> its utterances."""
-    chunks = {}
-    for number, start in enumerate(range(0, len(utterances), CHUNK)):
-        shard = f"shard-{number:05d}.parquet"
-        rows = [{"shard": shard} | asdict(utterance) for utterance in utterances[start : start + CHUNK]]
-        chunks[shard] = pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
-    return chunks
+def _found(target: Path, shard: str) -> bool:
+    """Whether a shard and its note are there; if an older directory has them, they are linked from it."""
+    note = Path(shard).with_suffix(".json").name
+    if (target / note).is_file():
+        return True
+    corpus = target.name.rpartition("-")[0]
+    for older in sorted(target.parent.glob(f"{corpus}-*/{note}")):
+        if (older.parent / shard).is_file():
+            for name in (shard, note):  # the note last, as it says that the shard is whole
+                with replacing(target / name) as aside:
+                    try:
+                        aside.hardlink_to(older.parent / name)
+                    except OSError:  # a file system without links
+                        shutil.copyfile(older.parent / name, aside)
+            return True
+    return False
 
 
 def _write_chunks(
@@ -168,9 +251,9 @@ def _with_ray(chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[obje
     return iter(dataset.iter_rows())
 
 
-def _rejected(target: Path, names: Iterable[str]) -> list[Rejected]:
-    """What the chunks left out, from the notes beside their shards."""
-    found: list[Rejected] = []
+def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """What the chunks wrote beside their shards."""
+    notes = []
     for name in names:
         path = (target / name).with_suffix(".json")
         if not path.is_file():
@@ -178,17 +261,22 @@ def _rejected(target: Path, names: Iterable[str]) -> list[Rejected]:
                 f"{path} is missing, though its task has run: on a cluster, storage.cache and the directories under "
                 "experiment.corpora must be paths that every node sees"
             )
-        found += [Rejected(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rejected"]]
-    return found
+        notes.append(read_json(path))
+    return notes
 
 
-def _summary(manifest: dict[str, Any], target: Path) -> str:
-    reasons = [f"{entry['path']}: {entry['reason']}" for entry in manifest["rejected"]]
-    shown = f" ({'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
+def _line(manifest: Mapping[str, Any], target: Path) -> str:
     return (
         f"{manifest['corpus']}: {manifest['utterances']} utterances, {manifest['speakers']} speakers, "
-        f"{manifest['hours']:.2f} h, {len(reasons)} rejected{shown}, in {target}"
+        f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
     )
+
+
+def _some(what: str, manifest: Mapping[str, Any]) -> str:
+    """How many recordings were rejected or flagged, and the first few with their reasons."""
+    reasons = [f"{entry['path']}: {entry['reason']}" for entry in manifest[what]]
+    shown = f" ({'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
+    return f"{len(reasons)} {what}{shown}"
 
 
 def _progress(console: Console, title: str) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -16,15 +17,15 @@ from rich.console import Console
 from ser_ray import prepare as verb
 from ser_ray.config import Audio, SearchSpace
 from ser_ray.prepare import main, prepare
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, Utterance
 from ser_ray.speech import shards
-from ser_ray.speech.audio import from_int16, load_waveform, to_int16
+from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
 
 UTTERANCES = 96
-"""In the tiny corpus: a shard of 64 and one of 32."""
+"""In the tiny corpus: more than one shard."""
 
 
-def space(cache: Path, directory: Path | None, corpus: str = "ravdess", **audio: float) -> SearchSpace:
+def space(cache: Path, directory: Path | None, corpus: str = "ravdess", **audio: object) -> SearchSpace:
     return SearchSpace.model_validate(
         {
             "experiment": {
@@ -38,7 +39,7 @@ def space(cache: Path, directory: Path | None, corpus: str = "ravdess", **audio:
     )
 
 
-def prepare_here(cache: Path, directory: Path, **audio: float) -> Path:
+def prepare_here(cache: Path, directory: Path, **audio: object) -> Path:
     (target,) = prepare(space(cache, directory, **audio), use_ray=False)
     return target
 
@@ -85,12 +86,13 @@ def test_with_ray_as_without(tiny_corpus, tmp_path):
 def test_ray_continues_and_repeats_what_has_no_note(tiny_corpus, tmp_path):
     (target,) = prepare(space(tmp_path, tiny_corpus))
     whole, manifest = times(target), shards.read_manifest(target)
-    for name in ("manifest.json", "shard-00001.json"):
+    shard = shards.shard_paths(target)[1]
+    for name in ("manifest.json", shard.with_suffix(".json").name):
         (target / name).unlink()
-    (target / "shard-00001.parquet").write_bytes(b"half a shard")
+    shard.write_bytes(b"half a shard")
     assert prepare(space(tmp_path, tiny_corpus)) == [target]
     changed = {name for name, time in times(target).items() if time != whole[name]}
-    assert changed == {"manifest.json", "shard-00001.json", "shard-00001.parquet"}
+    assert changed == {"manifest.json", shard.with_suffix(".json").name, shard.name}
     assert shards.read_manifest(target) == manifest
     assert sum(table.num_rows for table in shards.read_tables([target])) == UTTERANCES
 
@@ -98,7 +100,7 @@ def test_ray_continues_and_repeats_what_has_no_note(tiny_corpus, tmp_path):
 def test_a_second_run_does_nothing(tiny_corpus, tmp_path, monkeypatch):
     target = prepare_here(tmp_path, tiny_corpus)
     before = times(target)
-    monkeypatch.setattr(verb, "load_waveform", None)  # calling it would fail
+    monkeypatch.setattr(verb, "load_recording", None)  # calling it would fail
     assert prepare_here(tmp_path, tiny_corpus) == target
     assert times(target) == before
 
@@ -115,26 +117,100 @@ def test_a_changed_input_is_noticed(corpus, tmp_path):
     assert [shards.read_manifest(d)["utterances"] for d in (first, second, third)] == [96, 96, 95]
 
 
-def test_an_interrupted_run_is_not_whole_and_is_continued(tiny_corpus, tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def decoded(monkeypatch) -> list[Path]:
+    """The recordings that are decoded, as they are."""
+    calls: list[Path] = []
 
-    def interrupted(path, audio):
+    def counting(path: Path, *options: object) -> Recording:
         calls.append(path)
-        if len(calls) == 70:
-            raise KeyboardInterrupt
-        return load_waveform(path, audio)
+        return load_recording(path, *options)
 
-    monkeypatch.setattr(verb, "load_waveform", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_here(tmp_path, tiny_corpus)
-    (half,) = (tmp_path / "shards").iterdir()
+    monkeypatch.setattr(verb, "load_recording", counting)
+    return calls
+
+
+def sizes(target: Path) -> list[int]:
+    return [table.num_rows for table in shards.read_tables([target])]
+
+
+def test_an_interrupted_run_is_not_whole_and_is_continued(tiny_corpus, tmp_path, monkeypatch, decoded):
+    first_shard, *others = sizes(prepare_here(tmp_path / "whole", tiny_corpus))
+    assert others
+    decoded.clear()
+    counting = verb.load_recording
+
+    def interrupted(*options: object) -> Recording:
+        if len(decoded) == first_shard + 5:
+            raise KeyboardInterrupt
+        return counting(*options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "load_recording", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_here(tmp_path / "half", tiny_corpus)
+    (half,) = (tmp_path / "half" / "shards").iterdir()
     with pytest.raises(UserError, match="not prepared"):
         shards.read_index([half])
-    calls = [None] * 100
-    assert prepare_here(tmp_path, tiny_corpus) == half
-    assert len(calls) == 100 + 32
+    decoded.clear()
+    assert prepare_here(tmp_path / "half", tiny_corpus) == half
+    assert len(decoded) == UTTERANCES - first_shard
     assert shards.read_index([half]).num_rows == UTTERANCES
     assert {path.suffix for path in half.iterdir()} == {".parquet", ".json"}
+
+
+def test_a_changed_file_redoes_its_chunk_and_nothing_else(corpus, tmp_path, decoded):
+    first = prepare_here(tmp_path, corpus)
+    decoded.clear()
+    soundfile.write(corpus / "Actor_01" / "03-01-01-01-01-01-01.wav", 0.5 * np.sin(np.arange(16_000)), 16_000)
+    second = prepare_here(tmp_path, corpus)
+    assert len(decoded) == sizes(first)[0] < UTTERANCES
+    assert shards.shard_paths(second)[0].name != shards.shard_paths(first)[0].name
+    for old, new in zip(shards.shard_paths(first)[1:], shards.shard_paths(second)[1:], strict=True):
+        assert old.name == new.name
+        assert old.read_bytes() == new.read_bytes()
+    shutil.rmtree(first)
+    assert sum(sizes(second)) == UTTERANCES
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_file_more_or_less_redoes_few_chunks(tmp_path, decoded, where):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    names = [f"{n:04d}" for n in range(1000)]
+    for name in names:
+        (corpus / name).write_bytes(name.encode())
+    utterances = [Utterance(f"mine/{name}", "mine", "mine/1", "sad", name) for name in names]
+    whole = verb._chunks(utterances, corpus, Audio())
+    fewer = verb._chunks(utterances[1:] if where == "first" else utterances[:-1], corpus, Audio())
+    assert 1000 / 96 <= len(whole) <= 1000 / 32
+    assert len(fewer.keys() - whole.keys()) <= 2
+    assert all(chunk.num_rows <= 96 for chunk in whole.values())
+    assert [i for chunk in whole.values() for i in chunk["utterance_id"].to_pylist()] == [f"mine/{n}" for n in names]
+
+
+def test_another_fingerprint_without_another_chunk_decodes_nothing(corpus, tmp_path, decoded):
+    first = prepare_here(tmp_path, corpus)
+    decoded.clear()
+    (corpus / "Actor_01" / "unknown-name.wav").write_bytes(b"")
+    second = prepare_here(tmp_path, corpus)
+    assert second != first
+    assert not decoded
+    assert [entry["path"] for entry in shards.read_manifest(second)["rejected"]] == ["Actor_01/unknown-name.wav"]
+    assert shards.read_index([first]).equals(shards.read_index([second]))
+
+
+def test_a_cache_without_links_is_copied_to(corpus, tmp_path, decoded, monkeypatch):
+    prepare_here(tmp_path, corpus)
+    decoded.clear()
+
+    def refused(self: Path, target: Path) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    (corpus / "Actor_01" / "unknown-name.wav").write_bytes(b"")
+    assert sum(sizes(prepare_here(tmp_path, corpus))) == UTTERANCES
+    assert not decoded
 
 
 def test_rejected_recordings_are_listed_with_reasons(corpus, tmp_path):
@@ -153,7 +229,92 @@ def test_rejected_recordings_are_listed_with_reasons(corpus, tmp_path):
     assert reasons[str(silent.relative_to(corpus))] == "silent: the peak is below -60 dBFS"
     assert "ravdess: 92 utterances, 6 speakers" in printed.getvalue()
     assert "4 rejected (Actor_01/" in printed.getvalue()
+    assert "0 flagged" in printed.getvalue()
     assert str(target) in printed.getvalue()
+
+
+def test_flagged_recordings_are_used_and_listed(corpus, tmp_path):
+    clipped, renamed, short = sorted(corpus.rglob("*.wav"))[:3]
+    soundfile.write(clipped, np.clip(3 * np.sin(np.arange(16_000)), -1, 1), 16_000)
+    soundfile.write(renamed, 0.5 * np.sin(np.arange(16_000)), 16_000, format="FLAC")
+    content = short.read_bytes()
+    short.write_bytes(content[: len(content) // 2])
+    target = prepare_here(tmp_path, corpus)
+    manifest = shards.read_manifest(target)
+    assert manifest["utterances"] == UTTERANCES
+    assert manifest["rejected"] == []
+    flagged = {entry["path"]: entry["reason"] for entry in manifest["flagged"]}
+    assert flagged.keys() == {str(path.relative_to(corpus)) for path in (clipped, renamed, short)}
+    assert flagged[str(renamed.relative_to(corpus))] == "named .wav, but holds FLAC"
+
+
+def tone(seconds: float) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(16_000 * seconds)) / 16_000)
+
+
+def recordings(directory: Path, *waveforms: np.ndarray) -> Path:
+    """A corpus of a few recordings under RAVDESS's names."""
+    for number, waveform in enumerate(waveforms, start=1):
+        path = directory / "Actor_01" / f"03-01-03-01-01-0{number}-01.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, waveform, 16_000)
+    return directory
+
+
+def test_a_long_recording_is_rejected_or_split_into_equal_windows(tmp_path):
+    corpus = recordings(tmp_path / "corpus", tone(7), tone(2))
+    whole = prepare_here(tmp_path, corpus, max_seconds=3.0)
+    assert [entry["reason"][:8] for entry in shards.read_manifest(whole)["rejected"]] == ["too long"]
+    split = prepare_here(tmp_path, corpus, max_seconds=3.0, too_long="split")
+    rows = shards.read_index([split]).to_pylist()
+    name = "ravdess/03-01-03-01-01-01-01"
+    assert [row["utterance_id"] for row in rows] == [
+        f"{name}#1",
+        f"{name}#2",
+        f"{name}#3",
+        "ravdess/03-01-03-01-01-02-01",
+    ]
+    assert {row["num_samples"] for row in rows[:3]} <= {37_333, 37_334}
+    assert sum(row["num_samples"] for row in rows[:3]) == 7 * 16_000
+    assert {(row["speaker"], row["emotion"]) for row in rows} == {("ravdess/01", "happy")}
+    (table,) = shards.read_tables([split])
+    audio = np.concatenate([from_int16(content) for content in table["audio"].to_pylist()[:3]])
+    np.testing.assert_allclose(audio, tone(7), atol=1e-4)
+
+
+def test_a_silent_window_is_rejected(tmp_path):
+    corpus = recordings(tmp_path / "corpus", np.concatenate([tone(2), np.zeros(2 * 16_000), tone(2)]))
+    manifest = shards.read_manifest(prepare_here(tmp_path, corpus, max_seconds=2.0, too_long="split"))
+    assert manifest["utterances"] == 2
+    assert [entry["path"] for entry in manifest["rejected"]] == ["Actor_01/03-01-03-01-01-01-01.wav#2"]
+
+
+def test_utterances_with_a_start_and_an_end_are_cut_from_their_recording(tmp_path, monkeypatch):
+    corpus = recordings(tmp_path / "corpus", np.concatenate([tone(2), 0.2 * tone(1), np.zeros(16_000)]))
+    path = "Actor_01/03-01-03-01-01-01-01.wav"
+    parts = [(0.0, 2.0), (2.0, 3.0), (3.0, None), (9.0, 10.0)]
+    found = [
+        Utterance(f"mine/{number}", "mine", "mine/1", "sad", path, start=start, end=end)
+        for number, (start, end) in enumerate(parts)
+    ]
+    monkeypatch.setattr(verb.corpora, "read", lambda name, path, labels=None: (found, []))
+    (target,) = prepare(space(tmp_path, corpus, "mine"), use_ray=False)
+    (table,) = shards.read_tables([target])
+    first, second = (from_int16(content) for content in table["audio"].to_pylist())
+    np.testing.assert_allclose(first, tone(2), atol=1e-4)
+    np.testing.assert_allclose(second, 0.2 * tone(1), atol=1e-4)
+    assert [tuple(entry.values()) for entry in shards.read_manifest(target)["rejected"]] == [
+        (f"{path}#3-", "silent: the peak is below -60 dBFS"),
+        (f"{path}#9-10", "begins at 9 s, but the recording ends at 4.00 s"),
+    ]
+
+
+def test_a_summary_counts_by_corpus_and_emotion(tiny_corpus, tmp_path):
+    printed = io.StringIO()
+    Console(file=printed, width=100).print(verb.summary(shards.read_index([prepare_here(tmp_path, tiny_corpus)])))
+    rows = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["ravdess", "calm", "12", "6", "0.00"] in rows
+    assert ["ravdess", "all", "96", "6", "0.03"] in rows
 
 
 def test_nothing_usable_is_an_error_every_time(corpus, tmp_path):
@@ -201,7 +362,7 @@ def test_the_command(tiny_corpus, tmp_path, capsys):
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_directory_that_a_node_does_not_see_is_said(tiny_corpus, tmp_path, monkeypatch):
     found = verb.corpora.read("ravdess", tiny_corpus)
-    monkeypatch.setattr(verb.corpora, "read", lambda name, directory: found)
+    monkeypatch.setattr(verb.corpora, "read", lambda name, directory, labels=None: found)
     with pytest.raises(UserError, match="must be paths that every node sees"):
         prepare(space(tmp_path, tmp_path / "elsewhere"))
 

@@ -1,11 +1,17 @@
-"""One recording -> one checked waveform: decode, downmix, resample, trim.
+"""One recording -> checked waveforms: decode, downmix, resample, trim.
 
-Every waveform of the project, in training as in prediction, comes through `load_waveform`, so that a backbone never
-hears a recording at the wrong rate, with seconds of silence around it, or with numbers that are no audio.
+Every waveform of the project, in training as in prediction, comes through here, so that a backbone never hears a
+recording at the wrong rate, with seconds of silence around it, or with numbers that are no audio. A recording is
+refused with a reason (`Unusable`), or used; what is used but worth a look is flagged. Whatever a file contains, memory
+is bounded by `MAX_MINUTES` and `MAX_VALUES`.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,53 +19,108 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 import soxr
-from librosa.effects import trim
 
 from ser_ray.config import Audio
 from ser_ray.schema import SAMPLING_RATE
 
 MAX_MINUTES: Final = 10
-"""A header that claims more is refused before anything is decoded: a claim costs nothing, memory does."""
+"""A header that claims more is refused before anything is decoded: a claim costs nothing, memory does. Of a part that
+is cut from a recording, only its own length counts."""
 MAX_VALUES: Final = MAX_MINUTES * 60 * 48_000 * 2
-"""Frames x channels, 230 MB as float32: the same for a header with many channels or a very high rate."""
+"""Frames x channels: the same for a header with many channels or a very high rate."""
+BLOCK: Final = 2**22
+"""Values decoded at once: 16 MB, of which only the mean over the channels is kept."""
 RATES: Final = (4_000, 768_000)
 """Hz. Outside, the header is nonsense."""
 SILENCE_PEAK: Final = 10 ** (-60 / 20)
 """-60 dBFS: a peak of 33 of 32768, what is left of speech recorded with the microphone off."""
 MARGIN: Final = int(0.05 * SAMPLING_RATE)
 """Samples kept around what trimming finds, so that soft onsets and releases survive."""
+FRAME: Final = 2048
+"""Samples over which trimming averages; every `HOP` samples. Both as in librosa."""
+HOP: Final = 512
+FULL_SCALE: Final = 0.99
+"""Samples from here on count as clipped; 8-bit recordings have no step above 0.992."""
+CLIPPED_SHARE: Final = 0.001
+"""Flagged as clipped from here on, in any channel. Speech that was merely scaled to full scale stays far below."""
+SLACK: Final = 0.1
+"""Seconds by which a header may be wrong about the length unflagged: MP3 encoders pad."""
+MAX_CHUNKS: Final = 1000
+"""Of a WAV file that are looked at before its audio; a few are usual."""
+CONTAINERS: Final = {
+    ".wav": ("WAV", "WAVEX", "RF64"),
+    ".flac": ("FLAC",),
+    ".ogg": ("OGG",),
+    ".opus": ("OGG",),
+    ".mp3": ("MP3",),
+    ".aiff": ("AIFF",),
+    ".aif": ("AIFF",),
+    ".au": ("AU",),
+}
+"""What a name promises, in libsndfile's words."""
 
 
 class Unusable(ValueError):  # noqa: N818 (a finding, not a failure)
     """A recording that is not used; the message is the reason, in words, without the path."""
 
 
-def load_waveform(path: str | Path, audio: Audio) -> np.ndarray:
-    """Read any recording as (T,) float32 mono at 16 kHz in [-1, 1], without the silence around it.
+@dataclass(frozen=True)
+class Recording:
+    """``windows``: (T,) float32 mono at 16 kHz each, several only of a recording that was too long; ``flags``: what is
+    worth a look, in words."""
+
+    windows: tuple[np.ndarray, ...]
+    flags: tuple[str, ...]
+
+
+def load_recording(path: str | Path, audio: Audio, start: float | None = None, end: float | None = None) -> Recording:
+    """Read any recording, or the part from ``start`` to ``end`` seconds, without the silence around it.
 
     Channels are averaged, rates converted by soxr (HQ), and leading and trailing parts more than ``audio.trim_db``
-    below the loudest frame cut (`librosa.effects.trim`). What exceeds [-1, 1], as float files and resampling may, is
-    scaled down, not clipped.
+    below the loudest frame cut. What exceeds [-1, 1], as float files and resampling may, is scaled down, not clipped.
+    What is longer than ``audio.max_seconds`` becomes equal windows if ``audio.too_long`` is "split". Flagged are
+    clipping, a header that is wrong about the length, and a container that is not what the name says.
 
     Raises Unusable for a recording that cannot be decoded, is empty, not finite, silent, too short or too long.
     """
-    values_TC, rate = _decode(path)
-    waveform = values_TC.mean(axis=1)
-    if not np.isfinite(waveform).all():
-        raise Unusable("holds values that are not finite")
+    waveform, rate, flags = _decode(Path(path), start, end)
     if rate != SAMPLING_RATE:
         waveform = soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
-    peak = float(np.abs(waveform).max(initial=0.0))
-    if peak < SILENCE_PEAK:
+    if not np.isfinite(waveform).all():
+        raise Unusable("holds values that are not finite")
+    if is_silent(waveform):
         raise Unusable("silent: the peak is below -60 dBFS")
-    waveform = _trim(waveform / np.float32(max(peak, 1.0)), audio.trim_db)
+    waveform = _trim(waveform / np.float32(max(np.abs(waveform).max(), 1.0)), audio.trim_db)
     seconds = len(waveform) / SAMPLING_RATE
     trimmed = "" if audio.trim_db is None else " after trimming"
     if seconds < audio.min_seconds:
         raise Unusable(f"too short: {seconds:.2f} s{trimmed}, less than {audio.min_seconds:g} s")
-    if seconds > audio.max_seconds:
+    if seconds <= audio.max_seconds:
+        return Recording((waveform,), flags)
+    if audio.too_long == "reject":
         raise Unusable(f"too long: {seconds:.1f} s{trimmed}, more than {audio.max_seconds:g} s")
+    windows = np.array_split(waveform, -(-len(waveform) // int(audio.max_seconds * SAMPLING_RATE)))
+    if len(windows[-1]) / SAMPLING_RATE < audio.min_seconds:
+        raise Unusable(
+            f"too long: {seconds:.1f} s{trimmed}, and {len(windows)} equal windows of it too short: "
+            f"{seconds / len(windows):.2f} s, less than {audio.min_seconds:g} s"
+        )
+    return Recording(tuple(windows), flags)
+
+
+def load_waveform(path: str | Path, audio: Audio, start: float | None = None, end: float | None = None) -> np.ndarray:
+    """The one waveform of a recording, (T,) float32: `load_recording`, where too long is refused in any case."""
+    (waveform,) = load_recording(path, audio.model_copy(update={"too_long": "reject"}), start, end).windows
     return waveform
+
+
+def is_silent(waveform: np.ndarray) -> bool:
+    """Whether nothing in it reaches -60 dBFS.
+
+    >>> is_silent(np.array([0.0, 0.0009])), is_silent(np.array([0.0, -0.0011]))
+    (True, False)
+    """
+    return float(np.abs(waveform).max(initial=0.0)) < SILENCE_PEAK
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
@@ -80,29 +141,102 @@ def from_int16(buffer: bytes | pa.Buffer | np.ndarray) -> np.ndarray:
     return np.frombuffer(buffer, dtype="<i2").astype(np.float32) / np.float32(32768)
 
 
-def _decode(path: str | Path) -> tuple[np.ndarray, int]:
-    """(T, C) float32 and its rate; the header is checked first."""
-    if not Path(path).is_file():
+def _decode(path: Path, start: float | None, end: float | None) -> tuple[np.ndarray, int, tuple[str, ...]]:
+    """(T,) float32 mono, its rate, and what is worth a look; the header is checked first."""
+    if not path.is_file():
         raise Unusable("no such file")
+    if path.suffix.lower() == ".raw":
+        raise Unusable("cannot be decoded: a .raw file does not say what it holds")
     try:
         with soundfile.SoundFile(path) as file:
-            minutes = file.frames / max(file.samplerate, 1) / 60
-            if not RATES[0] <= file.samplerate <= RATES[1]:
-                raise Unusable(f"claims a sampling rate of {file.samplerate} Hz")
-            if minutes > MAX_MINUTES:
-                raise Unusable(f"claims {minutes:.0f} minutes of audio, more than {MAX_MINUTES}")
-            if file.frames * file.channels > MAX_VALUES:
-                raise Unusable(f"claims {file.frames} frames of {file.channels} channels, too many to decode")
-            values_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+            first, count = _part(file, start, end)
+            waveform, clipped = _read(file, first, count)
+            rate, container = file.samplerate, file.format
     except soundfile.LibsndfileError as error:
         raise Unusable(f"cannot be decoded: {error.error_string}") from error
-    if not len(values_TC):
+    if not len(waveform):
         raise Unusable("empty: no audio in the file")
-    return values_TC, rate
+    flags = [f"clipped: {clipped:.1%} of the samples at full scale"] if clipped >= CLIPPED_SHARE else []
+    if container not in CONTAINERS.get(path.suffix.lower(), (container,)):
+        flags.append(f"named {path.suffix}, but holds {container}")
+    if count - len(waveform) > SLACK * rate:
+        flags.append(f"the header claims {count / rate:.1f} s, the file holds {len(waveform) / rate:.1f} s")
+    if end is not None and end * rate - (first + count) > SLACK * rate:
+        flags.append(f"should end at {end:g} s, but the recording ends at {(first + count) / rate:.2f} s")
+    return waveform, rate, (*flags, *_wav_length(path))
+
+
+def _part(file: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
+    """The first frame to read and how many, as the header claims them."""
+    rate = file.samplerate
+    if not RATES[0] <= rate <= RATES[1]:
+        raise Unusable(f"claims a sampling rate of {rate} Hz")
+    begin, stop = start or 0.0, math.inf if end is None else end
+    if not 0 <= begin < stop:
+        raise Unusable(f"a part from {begin:g} to {stop:g} s is none")
+    first, last = (round(min(seconds * rate, file.frames)) for seconds in (begin, stop))
+    if first and first == last:
+        raise Unusable(f"begins at {begin:g} s, but the recording ends at {file.frames / rate:.2f} s")
+    count = last - first
+    if count / rate / 60 > MAX_MINUTES:
+        raise Unusable(f"claims {count / rate / 60:.0f} minutes of audio, more than {MAX_MINUTES}")
+    if count * file.channels > MAX_VALUES:
+        raise Unusable(f"claims {count} frames of {file.channels} channels, too many to decode")
+    return first, count
+
+
+def _read(file: soundfile.SoundFile, first: int, count: int) -> tuple[np.ndarray, float]:
+    """(T,) float32, the mean over the channels, and the share of clipped samples in the worst channel.
+
+    Block by block: a claim that the file does not keep costs no memory.
+    """
+    if first:
+        file.seek(first)
+    blocks: list[np.ndarray] = []
+    clipped_C = np.zeros(file.channels, np.int64)
+    while count > 0:
+        block_TC = file.read(min(count, max(1, BLOCK // file.channels)), dtype="float32", always_2d=True)
+        if not len(block_TC):
+            break
+        count -= len(block_TC)
+        clipped_C += np.count_nonzero(np.abs(block_TC) >= FULL_SCALE, axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes out is checked
+            blocks.append(block_TC.mean(axis=1))
+    waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    return waveform, float(clipped_C.max()) / max(len(waveform), 1)
+
+
+def _wav_length(path: Path) -> Sequence[str]:
+    """What is wrong with the length that a WAV file gives for its audio; decoding stops silently at either end."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        header = file.read(12)
+        if header[:4] != b"RIFF" or header[8:] != b"WAVE":
+            return ()
+        for _ in range(MAX_CHUNKS):
+            if len(chunk := file.read(8)) < 8:
+                break
+            name, claimed = struct.unpack("<4sI", chunk)
+            held = size - file.tell()
+            file.seek(claimed + claimed % 2, 1)  # chunks begin at even places
+            if name != b"data":
+                continue
+            if claimed > held:
+                return (f"the header claims {claimed} bytes of audio, the file holds {held}",)
+            following = file.read(4)
+            more = len(following) == 4 and not (following.isascii() and following.decode("ascii").isprintable())
+            return (f"the header claims {claimed} bytes of audio, the file holds more",) if more else ()
+    return ()
 
 
 def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
+    """Cut what is quiet at both ends: the rule of librosa.effects.trim, which takes seconds to load and compile."""
     if trim_db is None:
         return waveform
-    _, (start, end) = trim(waveform, top_db=trim_db)
-    return waveform[max(0, start - MARGIN) : end + MARGIN]
+    squared = np.square(np.pad(waveform, FRAME // 2))
+    power_F = np.lib.stride_tricks.sliding_window_view(squared, FRAME)[::HOP].mean(axis=1)
+    power_F = np.maximum(power_F, 1e-10)  # -100 dB, where librosa's decibels end
+    loud = np.flatnonzero(10 * np.log10(power_F / power_F.max()) > -trim_db)
+    start, end = loud[0] * HOP, (loud[-1] + 1) * HOP
+    return waveform[max(0, start - MARGIN) : min(end, len(waveform)) + MARGIN]

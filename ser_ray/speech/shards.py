@@ -62,12 +62,17 @@ def write_shard(table: pa.Table, path: Path) -> None:
 
 
 def write_manifest(
-    directory: Path, corpus: str, shards: Sequence[str], rejected: Iterable[Rejected], audio: Audio
+    directory: Path,
+    corpus: str,
+    shards: Sequence[str],
+    rejected: Iterable[Rejected],
+    audio: Audio,
+    flagged: Iterable[Rejected] = (),
 ) -> dict[str, Any]:
     """Describe the shards and thereby declare the directory whole; returns the manifest.
 
     ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data, equal digest, however
-    the rows are spread over files.
+    the rows are spread over files. ``flagged`` recordings are used, but worth a look.
     """
     index = _read([directory / name for name in shards]).sort_by("utterance_id")
     manifest = {
@@ -77,7 +82,8 @@ def write_manifest(
         "speakers": len(index["speaker"].unique()),
         "hours": sum(index["duration"].to_pylist()) / 3600,
         "emotions": dict(Counter(index["emotion"].to_pylist())),
-        "rejected": [{"path": r.path, "reason": r.reason} for r in sorted(rejected, key=lambda r: r.path)],
+        "rejected": _findings(rejected),
+        "flagged": _findings(flagged),
         "content_sha256": hashlib.sha256(json.dumps(index.to_pylist(), sort_keys=True).encode()).hexdigest(),
         "shards": list(shards),
         "audio": to_dict(audio),
@@ -137,6 +143,10 @@ def select(table: pa.Table, labels: Mapping[str, int]) -> pa.Table:
     label = pc.take(pa.array(list(labels.values()), pa.int64()), position)
     table = table.append_column("label", label)
     return table.filter(label.is_valid()) if label.null_count else table
+
+
+def _findings(findings: Iterable[Rejected]) -> list[dict[str, str]]:
+    return [{"path": f.path, "reason": f.reason} for f in sorted(findings, key=lambda f: (f.path, f.reason))]
 
 
 def _read(paths: Sequence[Path]) -> pa.Table:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ser_ray.config import Audio
-from ser_ray.speech.audio import Unusable, from_int16, load_waveform, to_int16
+from ser_ray.speech.audio import MARGIN, Unusable, _trim, from_int16, load_recording, load_waveform, to_int16
 
 AUDIO = Audio()
 
@@ -34,7 +34,7 @@ def loudest_frequency(waveform: np.ndarray) -> float:
     return float(spectrum.argmax() * 16_000 / 2**18)
 
 
-@pytest.mark.parametrize("rate", [48_000, 44_100, 24_414, 22_050, 16_000, 8_000])
+@pytest.mark.parametrize("rate", [96_000, 48_000, 44_100, 24_414, 22_050, 16_000, 8_000])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_sine_keeps_frequency_duration_and_level_whatever_its_rate(tmp_path, rate, channels):
     values = np.stack([sine(rate)] * channels, axis=1)
@@ -65,6 +65,34 @@ def test_channels_are_averaged(tmp_path):
 def test_other_containers(tmp_path, name, subtype):
     waveform = load_waveform(write(tmp_path / name, sine(16_000), 16_000, subtype), AUDIO)
     assert loudest_frequency(waveform) == pytest.approx(440, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "step"),
+    [("PCM_U8", 1 / 128), ("PCM_16", 1 / 32768), ("PCM_24", 1e-6), ("FLOAT", 1e-6), ("DOUBLE", 1e-6)],
+)
+def test_sample_formats(tmp_path, subtype, step):
+    values = np.stack([sine(16_000)] * 2, axis=1)
+    recording = load_recording(write(tmp_path / "a.wav", values, subtype=subtype), AUDIO)
+    np.testing.assert_allclose(recording.windows[0], sine(16_000), atol=step)
+    assert recording.flags == ()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1e-4, 0.003, 0.01, 0.3]), st.integers(1, 6_000)), min_size=1, max_size=6),
+    st.sampled_from([20.0, 40.0, 60.0]),
+    st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_trimming_is_that_of_librosa(parts, trim_db, seed):
+    from librosa.effects import trim
+
+    noise = np.random.default_rng(seed)
+    waveform = np.concatenate([level * noise.standard_normal(n) for level, n in parts]).astype(np.float32)
+    if not waveform.any():
+        return
+    _, (start, end) = trim(waveform, top_db=trim_db)
+    np.testing.assert_array_equal(_trim(waveform, trim_db), waveform[max(0, start - MARGIN) : end + MARGIN])
 
 
 def test_silence_around_speech_is_cut_up_to_a_margin(tmp_path):
@@ -151,6 +179,169 @@ def test_absurd_claims_are_refused_before_memory_is_spent(tmp_path, frames, rate
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000
+
+
+def test_a_recording_of_24_hours_is_refused_by_its_header(tmp_path):
+    path = write(tmp_path / "a.wav", sine(16_000))
+    size = 24 * 3600 * 16_000 * 2
+    header = bytearray(path.read_bytes()[:44])
+    header[4:8], header[40:44] = struct.pack("<I", size + 36), struct.pack("<I", size)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(44 + size)  # sparse: takes no disk
+    tracemalloc.start()
+    with pytest.raises(Unusable, match="claims 1440 minutes of audio, more than 10"):
+        load_waveform(path, AUDIO)
+    with pytest.raises(Unusable, match="silent"):
+        load_waveform(path, AUDIO, start=80_000, end=80_010)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("claimed", [2**32 - 1, 2**32 - 2, 2**31])
+def test_a_wav_header_that_claims_4_gb_is_flagged_and_read_as_far_as_it_goes(tmp_path, claimed):
+    path = write(tmp_path / "a.wav", sine(16_000))
+    content = bytearray(path.read_bytes())
+    content[40:44] = struct.pack("<I", claimed)
+    path.write_bytes(content)
+    recording = load_recording(path, AUDIO)
+    assert len(recording.windows[0]) == 32_000
+    assert recording.flags == (f"the header claims {claimed} bytes of audio, the file holds 64000",)
+
+
+def test_a_wav_header_that_claims_less_than_there_is_is_flagged(tmp_path):
+    path = write(tmp_path / "a.wav", sine(16_000))
+    content = bytearray(path.read_bytes())
+    content[40:44] = struct.pack("<I", 32_000)
+    path.write_bytes(content)
+    assert load_recording(path, AUDIO).flags == ("the header claims 32000 bytes of audio, the file holds more",)
+
+
+def test_chunks_around_the_audio_are_no_lie(tmp_path):
+    path = write(tmp_path / "a.wav", sine(16_000))
+    content = path.read_bytes()
+    note = b"LIST" + struct.pack("<I", 3) + b"abc\0"
+    path.write_bytes(content[:36] + note + content[36:] + note)
+    recording = load_recording(path, AUDIO)
+    assert recording.flags == ()
+    assert len(recording.windows[0]) == 32_000
+
+
+def test_half_an_mp3_is_flagged(tmp_path):
+    path = write(tmp_path / "a.mp3", sine(16_000), 16_000, "MPEG_LAYER_III")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    (flag,) = load_recording(path, AUDIO).flags
+    assert flag.startswith("the header claims 2.0 s, the file holds 0.")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.other"])
+def test_a_name_that_promises_another_container_is_flagged(tmp_path, suffix, name):
+    with (tmp_path / name).open("wb") as file:
+        soundfile.write(file, sine(16_000), 16_000, format=suffix.upper())
+    flags = load_recording(tmp_path / name, AUDIO).flags
+    expected = () if name in (f"a.{suffix}", "a.other") else (f"named .{name[2:]}, but holds {suffix.upper()}",)
+    assert flags == expected
+
+
+def test_raw_audio_is_refused(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(32_000))
+    with pytest.raises(Unusable, match="does not say what it holds"):
+        load_waveform(tmp_path / "a.raw", AUDIO)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_clipping_is_flagged_in_any_channel(tmp_path, subtype, channel):
+    values = np.zeros((32_000, 2))
+    values[:, channel] = np.clip(2 * sine(16_000, level=1.0), -1, 1)
+    (flag,) = load_recording(write(tmp_path / "a.wav", values, subtype=subtype), AUDIO).flags
+    assert flag.startswith("clipped: ")
+    share = 100 * np.mean(np.abs(values[:, channel]) >= 0.99)
+    assert float(flag.split("%")[0].removeprefix("clipped: ")) == pytest.approx(share, abs=1)  # 8 bit: coarse steps
+
+
+def test_a_few_peaks_at_full_scale_are_not_flagged(tmp_path):
+    values = sine(16_000)
+    values[:31] = 1.0
+    assert load_recording(write(tmp_path / "a.wav", values), AUDIO).flags == ()
+    values[:32] = 1.0
+    assert load_recording(write(tmp_path / "a.wav", values), AUDIO).flags != ()
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_a_part_is_that_of_the_whole(tmp_path, name):
+    values = np.concatenate([sine(22_050, 1.0, 440), sine(22_050, 1.0, 880), sine(22_050, 1.0, 1760)])
+    path = write(tmp_path / name, values, 22_050)
+    for number, frequency in enumerate((440, 880, 1760)):
+        waveform = load_waveform(path, AUDIO, start=float(number), end=number + 1.0)
+        assert len(waveform) == 16_000
+        assert loudest_frequency(waveform) == pytest.approx(frequency, rel=1e-3)
+    assert len(load_waveform(path, AUDIO, end=1.5)) == 24_000
+    assert len(load_waveform(path, AUDIO, start=1.5)) == 24_000
+    beyond = load_recording(path, AUDIO, start=2.0, end=5.0)
+    assert len(beyond.windows[0]) == 16_000
+    assert beyond.flags == ("should end at 5 s, but the recording ends at 3.00 s",)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "reason"),
+    [
+        (3.0, 4.0, r"begins at 3 s, but the recording ends at 2.00 s"),
+        (float("inf"), None, "is none"),
+        (float("nan"), 1.0, "is none"),
+        (1.0, 1.0, "a part from 1 to 1 s is none"),
+        (-1.0, 1.0, "is none"),
+        (0.0, 0.1, "too short"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(tmp_path, start, end, reason):
+    with pytest.raises(Unusable, match=reason):
+        load_waveform(write(tmp_path / "a.wav", sine(16_000)), AUDIO, start, end)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seconds=st.floats(0.3, 6), longest=st.floats(0.3, 3), shortest=st.floats(0.1, 0.3))
+def test_windows_are_equal_within_bounds_and_miss_nothing(tmp_path_factory, seconds, longest, shortest):
+    path = write(tmp_path_factory.mktemp("w") / "a.wav", sine(16_000, seconds))
+    audio = Audio(min_seconds=shortest, max_seconds=longest, too_long="split", trim_db=None)
+    try:
+        windows = load_recording(path, audio).windows
+    except Unusable as reason:
+        assert "equal windows of it too short" in str(reason)  # noqa: PT017
+        assert longest < 2 * shortest
+        return
+    np.testing.assert_array_equal(np.concatenate(windows), load_waveform(path, Audio(trim_db=None)))
+    lengths = [len(window) for window in windows]
+    assert max(lengths) - min(lengths) <= 1
+    assert shortest <= min(lengths) / 16_000
+    assert max(lengths) / 16_000 <= longest
+
+
+def test_one_waveform_is_never_split(tmp_path):
+    path = write(tmp_path / "a.wav", sine(16_000, 4.0))
+    with pytest.raises(Unusable, match=r"too long: 4.0 s"):
+        load_waveform(path, Audio(max_seconds=3.0, too_long="split"))
+
+
+def test_a_claim_of_many_channels_costs_no_memory(tmp_path):
+    path = write(tmp_path / "a.wav", np.stack([sine(16_000)] * 200, axis=1))
+    tracemalloc.start()
+    assert len(load_waveform(path, AUDIO)) == 32_000
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize(("corpus", "pattern"), [("ravdess", "Actor_0[12]/*.flac"), ("emodb", "0*.flac")])
+def test_real_speech_is_trimmed_as_by_librosa(shared_data, corpus, pattern):
+    from librosa.effects import trim
+
+    for path in sorted((shared_data / corpus).glob(pattern))[::7]:
+        whole = load_waveform(path, Audio(trim_db=None))
+        _, (start, end) = trim(whole, top_db=40)
+        np.testing.assert_array_equal(load_waveform(path, AUDIO), whole[max(0, start - MARGIN) : end + MARGIN])
 
 
 @given(arrays("<i2", st.integers(0, 200)))
