@@ -36,6 +36,8 @@ def head(tmp_path):
     # A job's "python" is the head's.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(tmp_path)}
+    # On two cores Ray takes the small processes of nested trials for a leak, and says so in the job's log.
+    environment["RAY_worker_maximum_startup_concurrency"] = "8"
     # Ports of its own, so that other clusters on this machine do not matter.
     command = [
         *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=3",

@@ -51,7 +51,7 @@ NONE: Final = np.uint32(0xFFFFFFFF)
 """In place of a landmark where too little changes."""
 NEIGHBOURS: Final = 8
 """Utterances with the same landmark that each is paired with: a bound on the work, whatever the speech repeats."""
-VOTES: Final = 3
+VOTES: Final = 2
 """Landmarks that must agree on the time between two utterances before their bits are compared."""
 MIN_OVERLAP: Final = 0.5
 """Of the shorter utterance."""
