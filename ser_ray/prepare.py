@@ -35,6 +35,7 @@ from rich.table import Table
 
 from ser_ray import cluster, config, corpora
 from ser_ray.corpora import synthetic
+from ser_ray.corpora.describe import differences
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
 from ser_ray.speech import shards
@@ -161,7 +162,7 @@ def _corpus_path(name: str, given: str | None, cache: Path, console: Console) ->
 
 def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
     labels = space.experiment.labels.get(name, {})
-    utterances, rejected = corpora.read(name, path, **({"labels": labels} if labels else {}))
+    utterances, rejected = corpora.read(name, path, labels)
     directory = path.parent if path.is_file() else path
     audio = space.experiment.audio
     chunks = _chunks(utterances, directory, audio)
@@ -266,9 +267,11 @@ def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _line(manifest: Mapping[str, Any], target: Path) -> str:
+    differs = differences(manifest["corpus"], manifest)
     return (
         f"{manifest['corpus']}: {manifest['utterances']} utterances, {manifest['speakers']} speakers, "
         f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
+        + (f"\n{manifest['corpus']} is not as published: {', '.join(differs)}" if differs else "")
     )
 
 

@@ -1,44 +1,62 @@
-"""From a directory of recordings to utterances: one short file a corpus, which reads its file names.
+"""From a corpus on disk to utterances: one short file a corpus, which reads its file names.
 
-Every corpus module has one function, ``parse(path) -> Utterance``, which raises ValueError with the reason where a name
-is not one of the corpus's. To add a corpus, write such a file and name it in `MODULES`.
+Every corpus module has ``parse(path) -> Utterance``, which raises ValueError with the reason where a name is not one
+of the corpus's; where the corpus brings tables, ``annotate(directory, utterances)`` adds what they say; ``PUBLISHED``
+has its published counts. To add a corpus, write such a file and name it in `MODULES`, or describe it in a `table`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
 from ser_ray.schema import Rejected, UserError, Utterance
 
 MODULES: Final = {
     "crema_d": "ser_ray.corpora.crema_d",
+    "emodb": "ser_ray.corpora.emodb",
     "ravdess": "ser_ray.corpora.ravdess",
+    "ravdess_song": "ser_ray.corpora.ravdess_song",
+    "savee": "ser_ray.corpora.savee",
     "synthetic": "ser_ray.corpora.synthetic",
     "tess": "ser_ray.corpora.tess",
 }
 NAMES: Final = tuple(MODULES)
+NO_LABELS: Final[Mapping[str, str]] = {}
 
 
-def read(name: str, directory: Path) -> tuple[list[Utterance], list[Rejected]]:
+def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of a corpus, sorted by id, and the audio files that are not used, with reasons.
 
-    Paths are relative to ``directory``, with ``/`` between their parts. Recordings are not opened.
+    ``path`` is a corpus's directory, or under any name of your own a table (.csv or .parquet), whose words for emotions
+    ``labels`` explains. Paths are relative to the directory, or to the table's, with ``/`` between their parts.
+    Recordings are not opened.
 
     Raises UserError for a corpus that is not known, a directory that is not there, and one without an utterance.
     """
+    path = Path(path)
+    if path.suffix in table.SUFFIXES and path.is_file():
+        if name in MODULES:
+            raise UserError(
+                f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its files"
+            )
+        return table.read(name, path, labels)
     if name not in MODULES:
-        raise UserError(f"experiment.corpora.{name}: not a known corpus; they are {', '.join(NAMES)}")
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; set experiment.corpora.{name} to where {name} lies")
-    utterances, rejected = from_names(directory, import_module(MODULES[name]).parse)
+        raise UserError(
+            f"experiment.corpora.{name}: not a known corpus; they are {', '.join(NAMES)}, or a table (.csv, .parquet)"
+        )
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to where {name} lies")
+    module = import_module(MODULES[name])
+    utterances, rejected = from_names(path, module.parse)
     if not utterances:
         such = f" ({len(rejected)} rejected, such as {rejected[0].path}: {rejected[0].reason})" if rejected else ""
         raise UserError(
-            f"{directory}: no recording (.wav, .flac) under a name of {name}{such}; "
+            f"{path}: no recording (.wav, .flac) under a name of {name}{such}; "
             f"set experiment.corpora.{name} to where {name} lies"
         )
-    return utterances, rejected
+    return (module.annotate(path, utterances) if hasattr(module, "annotate") else utterances), rejected

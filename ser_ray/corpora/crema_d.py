@@ -1,7 +1,8 @@
 """CREMA-D, the Crowd-sourced Emotional Multimodal Actors Dataset.
 
 91 actors (48 men, 43 women), American English, 12 sentences, 6 emotions (no surprise), one sentence in three
-intensities: 7442 utterances. Emotions are the intended ones.
+intensities: 7442 utterances. Emotions are the intended ones; what listeners heard by voice alone is read from the
+corpus's own tables where they lie beside the audio.
 
 Cao, Cooper, Keutmann, Gur, Nenkova and Verma (2014), IEEE Transactions on Affective Computing 5(4), 377-390,
 https://doi.org/10.1109/TAFFC.2014.2336244
@@ -10,16 +11,29 @@ Home: https://github.com/CheyneyComputerScience/CREMA-D (AudioWAV). Licence: Ope
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from ser_ray.schema import Utterance
+from ser_ray.schema import UserError, Utterance
 
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
 """XX is unspecified; at least one published file (1040_ITH_SAD_X) spells it X."""
 SENTENCES: Final = ("DFA", "IEO", "IOM", "ITH", "ITS", "IWL", "IWW", "MTI", "TAI", "TIE", "TSI", "WSI")
 ACTORS: Final = tuple(str(actor) for actor in range(1001, 1092))
+VOTES: Final = {emotion[0]: name for emotion, name in EMOTIONS.items()}
+"""The letters of the tables; several, as in A:D, are a tie."""
+PLACES: Final = ("", "processedResults", "data/InfoAndStats/processedResults", "data/InfoAndStats")
+"""Where the corpus keeps its tables, beside or above the audio."""
+PUBLISHED: Final = {
+    "utterances": 7442,
+    "speakers": 91,
+    "emotions": {emotion: 1087 if emotion == "neutral" else 1271 for emotion in EMOTIONS.values()},
+}
+"""The home page and its SentenceFilenames.csv."""
 
 
 def parse(path: Path) -> Utterance:
@@ -53,3 +67,80 @@ def parse(path: Path) -> Utterance:
         intensity=INTENSITIES[level],
         language="en",
     )
+
+
+def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Add what the corpus's tables say: gender, and the emotion that most listeners heard with their agreement.
+
+    ``VideoDemographics.csv`` has the actors' sex; ``tabulatedVotes.csv`` the votes on every clip, of which the rows
+    whose name begins with 1 are those by voice alone; ``summaryTable.csv``, where the former is absent, the winners
+    without the agreement. A tie leaves the perceived emotion open.
+
+    Raises UserError, with file and line, for a table that is not what it should be.
+    """
+    gender_of = {row["ActorID"]: _gender(row, where) for row, where in _rows(directory, "VideoDemographics.csv")}
+    heard: dict[str, tuple[str | None, float | None]] = {}
+    for row, where in _rows(directory, "summaryTable.csv"):
+        heard[row["FileName"]] = (_winner(row["VoiceVote"], where), None)
+    for row, where in _rows(directory, "tabulatedVotes.csv"):
+        if row[""].startswith("1"):
+            heard[row["fileName"]] = (_winner(row["emoVote"], where), _share(row["agreement"], where))
+    annotated = []
+    for utterance in utterances:
+        perceived, agreement = heard.get(utterance.utterance_id.removeprefix("crema_d/"), (None, None))
+        gender = gender_of.get(utterance.speaker.removeprefix("crema_d/"))
+        annotated.append(replace(utterance, gender=gender, perceived=perceived, agreement=agreement))
+    return annotated
+
+
+# -- below: how it is done
+
+_COLUMNS: Final = {
+    "VideoDemographics.csv": ("ActorID", "Sex"),
+    "summaryTable.csv": ("FileName", "VoiceVote"),
+    "tabulatedVotes.csv": ("", "fileName", "emoVote", "agreement"),
+}
+
+
+def _rows(directory: Path, name: str) -> Iterator[tuple[dict[str, str], str]]:
+    """The rows of one of the corpus's tables with their place, for messages; none where it is absent."""
+    candidates = (root / place / name for root in (directory, directory.parent) for place in PLACES)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if missing := [column for column in _COLUMNS[name] if column not in (reader.fieldnames or ())]:
+                raise UserError(f"{path}, line 1: no column {missing[0]!r}; take the file from the corpus's home again")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if any(row[column] is None for column in _COLUMNS[name]):
+                    raise UserError(f"{where}: cut short; take the file from the corpus's home again")
+                yield row, where
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as CSV: {error}; take the file from the corpus's home again") from None
+
+
+def _winner(votes: str, where: str) -> str | None:
+    letters = votes.split(":")
+    if unknown := [letter for letter in letters if letter not in VOTES]:
+        raise UserError(f"{where}: vote {unknown[0]!r} is none of {', '.join(VOTES)}")
+    return VOTES[letters[0]] if len(letters) == 1 else None
+
+
+def _share(text: str, where: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"{where}: agreement {text!r} is no share between 0 and 1")
+    return share
+
+
+def _gender(row: dict[str, str], where: str) -> str:
+    gender = row["Sex"].lower()
+    if gender not in ("male", "female"):
+        raise UserError(f"{where}: Sex {row['Sex']!r} is neither Male nor Female")
+    return gender

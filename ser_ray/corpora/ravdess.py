@@ -1,7 +1,8 @@
 """RAVDESS, the Ryerson Audio-Visual Database of Emotional Speech and Song: its speech.
 
 24 actors (12 women, 12 men), North American English, 2 statements, 8 emotions, each twice in two intensities (neutral
-in one): 1440 utterances. Song and video are left out: other tasks.
+in one): 1440 utterances. Song is
+`ravdess_song`; video is left out.
 
 Livingstone and Russo (2018), PLoS ONE 13(5): e0196391, https://doi.org/10.1371/journal.pone.0196391
 Home: https://zenodo.org/records/1188976 (Audio_Speech_Actors_01-24.zip). Licence: CC BY-NC-SA 4.0.
@@ -30,8 +31,15 @@ MODALITIES: Final = {"01": "audio-video", "02": "video"}
 """The ones that are left out; 03 is audio."""
 STATEMENTS: Final = ("01", "02")
 """Kids are talking by the door; dogs are sitting by the door."""
+CHANNELS: Final = {"01": "speech", "02": "song"}
 ACTORS: Final = tuple(f"{actor:02}" for actor in range(1, 25))
 """Odd ones are men, even ones women."""
+PUBLISHED: Final = {
+    "utterances": 1440,
+    "speakers": 24,
+    "emotions": {emotion: 96 if emotion == "neutral" else 192 for emotion in EMOTIONS.values()},
+}
+"""The home page."""
 
 
 def parse(path: Path) -> Utterance:
@@ -42,16 +50,21 @@ def parse(path: Path) -> Utterance:
 
     Raises ValueError for every other name, and where the folder names another actor.
     """
+    return parse_channel(path, "01")
+
+
+def parse_channel(path: Path, wanted: str) -> Utterance:
+    """The utterance of a name of either channel (01 speech, 02 song) as one of RAVDESS's; see `parse`."""
     if not re.fullmatch(r"\d\d(-\d\d){6}", path.stem, re.ASCII):
         raise ValueError("the name is not seven two-digit numbers, such as 03-01-05-01-02-01-12")
     modality, channel, emotion, intensity, statement, repetition, actor = path.stem.split("-")
     if modality in MODALITIES:
         raise ValueError(f"{MODALITIES[modality]} (modality {modality}); only audio (03) is used")
-    if channel == "02":
-        raise ValueError("song (channel 02); only speech (01) is used")
+    if channel in CHANNELS and channel != wanted:
+        raise ValueError(f"{CHANNELS[channel]} (channel {channel}); only {CHANNELS[wanted]} ({wanted}) is used")
     for field, value, known in (
         ("modality", modality, ("03",)),
-        ("channel", channel, ("01",)),
+        ("channel", channel, tuple(CHANNELS)),
         ("emotion", emotion, EMOTIONS),
         ("intensity", intensity, INTENSITIES),
         ("statement", statement, STATEMENTS),

@@ -28,15 +28,18 @@ EMOTIONS: Final = {
 }
 SPEAKERS: Final = {"OAF": "OAF", "OA": "OAF", "YAF": "YAF"}
 """A published file, OA_bite_neutral.wav, lacks a letter."""
+PUBLISHED: Final = {"utterances": 2800, "speakers": 2, "emotions": dict.fromkeys(EMOTIONS.values(), 400)}
+"""The home page."""
 
 
 def parse(path: Path) -> Utterance:
-    """``OAF_back_angry.wav``: speaker, word, emotion, in capitals or not.
+    """``OAF_back_angry.wav``: speaker, word, emotion, in capitals or not; in a folder such as ``OAF_Pleasant_surprise``
+    or ``YAF_pleasant_surprised``, or in any other.
 
     >>> parse(Path("YAF_dog_ps.wav")).emotion
     'surprised'
 
-    Raises ValueError for every other name.
+    Raises ValueError for every other name, and where the folder names another speaker or emotion.
     """
     match = re.fullmatch(r"([A-Za-z]+)_([A-Za-z]+)_([A-Za-z_]+)", path.stem)
     if not match:
@@ -46,6 +49,11 @@ def parse(path: Path) -> Utterance:
         raise ValueError(f"speaker {match[1]!r} does not exist; known: {', '.join(SPEAKERS)}")
     if emotion not in EMOTIONS:
         raise ValueError(f"emotion {match[3]!r} does not exist; known: {', '.join(EMOTIONS)}")
+    folder = re.fullmatch(r"([A-Za-z]+)_([A-Za-z_]+)", path.parent.name)
+    if folder and folder[1].upper() in SPEAKERS and folder[2].lower() in EMOTIONS:
+        said = (SPEAKERS[folder[1].upper()], EMOTIONS[folder[2].lower()])
+        if said != (SPEAKERS[speaker], EMOTIONS[emotion]):
+            raise ValueError(f"the name says {SPEAKERS[speaker]}, {EMOTIONS[emotion]}, the folder {' '.join(said)}")
     return Utterance(
         utterance_id=f"tess/{path.stem}",
         corpus="tess",

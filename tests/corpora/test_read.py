@@ -47,7 +47,7 @@ def test_from_names_sorts_by_id_and_reports_the_rest(tmp_path):
 
 def test_names_are_those_of_the_modules():
     folder = Path(corpora.__file__).parent
-    shared = {"__init__", "files", "espeak"}
+    shared = {"__init__", "files", "espeak", "table", "describe"}
     assert set(corpora.NAMES) == {path.stem for path in folder.glob("*.py")} - shared
 
 
@@ -64,7 +64,10 @@ def test_read_says_what_is_missing(tmp_path, name):
 
 
 def test_read_names_the_known_corpora(tmp_path):
-    with pytest.raises(UserError, match=r"experiment\.corpora\.ravdes: .* crema_d, ravdess, synthetic, tess"):
+    with pytest.raises(
+        UserError,
+        match=r"experiment\.corpora\.ravdes: .* crema_d, emodb, ravdess, ravdess_song, savee, synthetic, tess",
+    ):
         corpora.read("ravdes", tmp_path)
 
 

@@ -1,0 +1,48 @@
+"""What a corpus holds, and how that differs from what was published."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from ser_ray.corpora import MODULES
+from ser_ray.schema import Utterance
+
+
+def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Counts of utterances, speakers and emotions; hours too where ``durations`` (utterance id -> seconds) are known.
+
+    >>> describe([Utterance("a/1", "a", "a/x", "sad", "1.wav")])
+    {'utterances': 1, 'speakers': 1, 'emotions': {'sad': 1}}
+    """
+    counts: dict[str, Any] = {
+        "utterances": len(utterances),
+        "speakers": len({utterance.speaker for utterance in utterances}),
+        "emotions": dict(sorted(Counter(utterance.emotion for utterance in utterances).items())),
+    }
+    if durations is not None:
+        counts["hours"] = sum(durations[utterance.utterance_id] for utterance in utterances) / 3600
+    return counts
+
+
+def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
+    """In words, where counts as `describe` gives them differ from the published ones; nothing where there are none.
+
+    >>> differences("tess", {"utterances": 2799, "speakers": 2, "emotions": {"angry": 400}})[:2]
+    ['2799 utterances of 2800 published', '0 disgust of 400']
+    """
+    published = getattr(import_module(MODULES[corpus]), "PUBLISHED", None) if corpus in MODULES else None
+    if published is None:
+        return []
+    found = [
+        f"{counts[what]} {what} of {published[what]} published"
+        for what in ("utterances", "speakers")
+        if counts[what] != published[what]
+    ]
+    emotions = dict.fromkeys(published["emotions"], 0) | dict(counts["emotions"])
+    expected = dict.fromkeys(emotions, 0) | published["emotions"]
+    return found + [
+        f"{n} {emotion} of {expected[emotion]}" for emotion, n in emotions.items() if n != expected[emotion]
+    ]

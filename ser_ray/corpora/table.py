@@ -1,0 +1,137 @@
+"""Any corpus that a CSV or Parquet file describes: a row an utterance.
+
+Columns: path, speaker, emotion; and, where known, split (train, dev or test), text, language, gender, start and end
+(seconds, of a part of a recording). Paths are relative to the file's folder. Whoever has several corpora in one table
+splits it by corpus: the key under ``experiment.corpora`` is the corpus's name.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ser_ray.schema import EMOTIONS, Rejected, UserError, Utterance
+
+SUFFIXES: Final = (".csv", ".parquet")
+REQUIRED: Final = ("path", "speaker", "emotion")
+OPTIONAL: Final = ("split", "text", "language", "gender", "start", "end")
+SPLITS: Final = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "development": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "test": "test",
+    "eval": "test",
+}
+"""What others call them."""
+
+
+def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utterance], list[Rejected]]:
+    """The utterances of the corpus ``name``, sorted by id, and the rows that are not used, with reasons.
+
+    ``labels`` maps words of the column emotion to emotions; a word that is not in it must be one already.
+
+    Raises UserError for a file that cannot be read, lacks a column, or holds no row that can be used.
+    """
+    if unknown := sorted(set(labels.values()) - set(EMOTIONS)):
+        raise UserError(f"experiment.labels.{name}: {unknown[0]!r} is not an emotion; they are {', '.join(EMOTIONS)}")
+    utterances: dict[str, Utterance] = {}
+    rejected: list[Rejected] = []
+    for row, line in _rows(path):
+        try:
+            utterance = _utterance(name, row, labels, path.parent)
+        except ValueError as reason:
+            rejected.append(Rejected(row.get("path") or f"line {line}", f"line {line}: {reason}"))
+            continue
+        if utterances.setdefault(utterance.utterance_id, utterance) is not utterance:
+            rejected.append(Rejected(utterance.path, f"line {line}: the same utterance again"))
+    if not utterances:
+        such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+        raise UserError(f"{path}: no row can be used{such}; set experiment.labels.{name} or mend the table")
+    return sorted(utterances.values(), key=lambda utterance: utterance.utterance_id), rejected
+
+
+# -- below: how it is done
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
+    """Rows as text, empty where nothing is said, with their line (of Parquet: their number)."""
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            _check_columns(path, table.column_names)
+            wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in table.column_names]
+            for number, row in enumerate(table.select(wanted).to_pylist(), start=1):
+                yield {key: "" if value is None else str(value) for key, value in row.items()}, number
+            return
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_columns(path, list(reader.fieldnames or ()))
+            for row in reader:
+                yield (
+                    {key: (value or "").strip() for key, value in row.items() if key in REQUIRED + OPTIONAL},
+                    (reader.line_num),
+                )
+    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not readable as {path.suffix[1:]}: {' '.join(str(error).split())}") from None
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    if missing := [column for column in REQUIRED if column not in columns]:
+        raise UserError(
+            f"{path}: no column {missing[0]!r}; it has {', '.join(columns)}, and needs {', '.join(REQUIRED)}"
+        )
+
+
+def _utterance(name: str, row: Mapping[str, str], labels: Mapping[str, str], folder: Path) -> Utterance:
+    for column in REQUIRED:
+        if not row[column]:
+            raise ValueError(f"no {column}")
+    emotion = labels.get(row["emotion"], row["emotion"])
+    if emotion not in EMOTIONS:
+        raise ValueError(f"emotion {row['emotion']!r} is none, and not in experiment.labels.{name}")
+    split = row.get("split", "")
+    if split and split.lower() not in SPLITS:
+        raise ValueError(f"split {split!r} is none of train, dev, test")
+    start, end = _seconds(row, "start"), _seconds(row, "end")
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"ends at {end:g} s, before it begins at {start or 0:g} s")
+    if not (folder / row["path"]).is_file():
+        raise ValueError("no such file")
+    path = Path(row["path"])
+    part = "" if start is None and end is None else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
+    return Utterance(
+        utterance_id=f"{name}/{path.with_suffix('').as_posix()}{part}",
+        corpus=name,
+        speaker=f"{name}/{row['speaker']}",
+        emotion=emotion,
+        path=path.as_posix(),
+        text_id=row.get("text") or None,
+        gender=row.get("gender") or None,
+        language=row.get("language") or None,
+        split=SPLITS[split.lower()] if split else None,
+        start=start,
+        end=end,
+    )
+
+
+def _seconds(row: Mapping[str, str], column: str) -> float | None:
+    text = row.get(column, "")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{column} {text!r} is no time in seconds")
+    return seconds
