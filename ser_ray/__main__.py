@@ -13,6 +13,7 @@ from ser_ray.schema import UserError
 
 VERBS = {
     "prepare": "SPACE.yaml [key=value ...]      corpora -> checked 16 kHz shards",
+    "audit": "SPACE.yaml [key=value ...]      what crosses the splits: speakers, recordings, versions of one take",
     "train": "SPACE.yaml [key=value ...]      one trial; resources.workers=0 runs it in this process, for a debugger",
     "tune": "[SPACE.yaml] [key=value ...]    search, evaluate, report; without a file: the embedded demo",
     "evaluate": "RESULTS_DIR                     score the finalists on dev, choose, open the test set",

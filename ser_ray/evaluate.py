@@ -77,7 +77,8 @@ def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[s
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
     protocol = config.to_dict(space.experiment.protocol) | {"description": task.fold.description}
     dev = _score_all(scorers, "dev", console)
-    figures = {trial_id: summarise(predictions, protocol, task.fold.leaky) for trial_id, predictions in dev.items()}
+    leaky = task.fold.leaky or disk.read_json(directory / "audit.json")["leaky"]
+    figures = {trial_id: summarise(predictions, protocol, leaky) for trial_id, predictions in dev.items()}
     chosen = _choose(directory, finalists, figures, space.tune.metric.removeprefix("dev_"))
     disk.write_json(directory / "evaluation" / "dev.json", figures[chosen])
     console.print(f"chosen by dev: trial {chosen}; opening the test set")
@@ -85,7 +86,7 @@ def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[s
     test = _score_all({chosen: scorers[chosen]}, "test", console)[chosen]
     for scorer in scorers.values():
         ray.kill(scorer)
-    answer = summarise(test, protocol, task.fold.leaky)
+    answer = summarise(test, protocol, leaky)
     answer["baselines"] = _baselines(task, test)
     for split, predictions in (("dev", dev[chosen]), ("test", test)):
         write_predictions(predictions, split, directory / "evaluation" / "predictions.parquet")

@@ -81,6 +81,8 @@ class Fold:
     splits: Mapping[str, str]
     leaky: bool
     description: str
+    common_emotions: bool = False
+    """Whether emotions that train or test lack are left out by design."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
 from ser_ray.speech import shards
+from ser_ray.speech.fingerprint import same_takes_in
 
 # The model and its loop take seconds to import. They are imported where they run, for the processes that only start
 # and watch a trial are many.
@@ -186,9 +187,10 @@ def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda r
     )
 
 
-def audit_task(task: Task, console: Console) -> dict[str, Any]:
+def audit_task(task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
     """The audit of a split, its findings shown. Raises UserError for one that makes training pointless."""
-    findings = audit(task.index, task.fold, task.emotions)
+    with console.status("audit: fingerprints of the audio"):
+        findings = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs))
     sizes = (
         f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
     )
@@ -247,7 +249,7 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
         cluster.concurrency(space)
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
-    directory = open_results(space, shard_dirs, audit_task(task, console), argv)
+    directory = open_results(space, shard_dirs, audit_task(task, console, shard_dirs), argv)
     one = cluster.worker(space) if not here else cluster.Worker(1, 0)
     trial = Trial(
         config.to_dict(space.experiment),

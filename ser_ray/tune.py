@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     console.print(f"Ray: {cluster.describe()}; {at_once} trial{'s' * (at_once != 1)} at once")
     shard_dirs = prepare.prepare(space, console=console)
     task = load_task(space.experiment, shard_dirs)
-    findings = audit_task(task, console)
+    findings = audit_task(task, console, shard_dirs)
     directory = open_results(space, shard_dirs, findings, ["tune", *arguments])
     if not (directory / "evaluation" / "test.json").is_file():
         console.print(

@@ -84,7 +84,7 @@ def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
             )
     counts = " / ".join(f"{len(speakers[split])} {split}" for split in SPLITS)
     description = f"{_scheme_words(protocol, speakers['test'])}: speakers {counts}"
-    return Fold(splits, leaky=protocol.scheme == "random", description=description)
+    return Fold(splits, protocol.scheme == "random", description, protocol.scheme == "cross_corpus")
 
 
 # -- the schemes: sorted rows -> the split of each utterance_id
