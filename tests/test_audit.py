@@ -167,6 +167,19 @@ def test_the_audit_before_training_finds_the_same_and_stamps_the_results(corpus,
     assert (results / "audit.json").read_text() == "{}"
 
 
+@pytest.mark.ray
+def test_a_leak_that_only_the_audio_shows_stamps_the_figures(corpus, tmp_path, ray_cluster):
+    waveform, _ = soundfile.read(corpus / name(7, "05", 1))
+    as_cut(waveform, corpus / name(2, "05", 1))
+    path = write_space(tmp_path, corpus)
+    assert main(["train", str(path)]) == 0
+    results = tmp_path / "results" / "planted"
+    assert main(["evaluate", str(results)]) == 0
+    for split in ("dev", "test"):
+        assert json.loads((results / "evaluation" / f"{split}.json").read_text())["leaky"] is True
+    assert "LEAKY" in (results / "best" / "README.md").read_text()
+
+
 def test_no_search_space_is_said(capsys):
     assert main(["audit"]) == 2
     assert "name a search space" in capsys.readouterr().err
