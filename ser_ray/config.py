@@ -226,6 +226,8 @@ class Experiment(Section):
         for emotion in (*self.emotions, *self.merge):
             if emotion not in EMOTIONS:
                 raise ValueError(f"{emotion!r} is not an emotion; they are {', '.join(EMOTIONS)}")
+        if strange := sorted(self.labels.keys() - self.corpora.keys()):
+            raise ValueError(f"labels: {strange[0]!r} is not among the corpora")
         for source, target in self.merge.items():
             if target not in self.emotions:
                 raise ValueError(f"merge: {source}: {target!r} is not among the experiment's emotions")

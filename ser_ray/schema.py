@@ -39,7 +39,7 @@ class Utterance:
     """One recording of one speaker, as a corpus describes it.
 
     ``utterance_id`` and ``speaker`` begin with the corpus's name (``ravdess/03-01-05-01-01-01-12``,
-    ``ravdess/12``), so that both are unique over all corpora of an experiment.
+    ``ravdess/12``), so that both are unique over all corpora of an experiment; a speaker of two corpora has one name.
     """
 
     utterance_id: str

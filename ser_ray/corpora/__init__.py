@@ -36,19 +36,24 @@ def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[
     ``labels`` explains. Paths are relative to the directory, or to the table's, with ``/`` between their parts.
     Recordings are not opened.
 
-    Raises UserError for a corpus that is not known, a directory that is not there, and one without an utterance.
+    Raises UserError for a corpus that is not known, a directory or table that is not there, one without an utterance,
+    and labels for a corpus that is no table.
     """
     path = Path(path)
-    if path.suffix in table.SUFFIXES and path.is_file():
+    if path.suffix in table.SUFFIXES and not path.is_dir():
         if name in MODULES:
             raise UserError(
                 f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its files"
             )
+        if not path.is_file():
+            raise UserError(f"{path}: no such table; set experiment.corpora.{name} to where it lies")
         return table.read(name, path, labels)
     if name not in MODULES:
         raise UserError(
             f"experiment.corpora.{name}: not a known corpus; they are {', '.join(NAMES)}, or a table (.csv, .parquet)"
         )
+    if labels:
+        raise UserError(f"experiment.labels.{name}: only for tables; for {name} use experiment.merge")
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to where {name} lies")
     module = import_module(MODULES[name])

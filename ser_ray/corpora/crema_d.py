@@ -15,13 +15,15 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from ser_ray.schema import UserError, Utterance
 
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
-"""XX is unspecified; at least one published file (1040_ITH_SAD_X) spells it X."""
+"""XX is unspecified; a published recording spells it X."""
+MISSPELT: Final = {"1040_ITH_SAD_X": "1040_ITH_SAD_XX"}
+"""That recording, and what the tables call it."""
 SENTENCES: Final = ("DFA", "IEO", "IOM", "ITH", "ITS", "IWL", "IWW", "MTI", "TAI", "TIE", "TSI", "WSI")
 ACTORS: Final = tuple(str(actor) for actor in range(1001, 1092))
 VOTES: Final = {emotion[0]: name for emotion, name in EMOTIONS.items()}
@@ -76,24 +78,32 @@ def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance
     whose name begins with 1 are those by voice alone; ``summaryTable.csv``, where the former is absent, the winners
     without the agreement. A tie leaves the perceived emotion open.
 
-    Raises UserError, with file and line, for a table that is not what it should be.
+    Raises UserError, with file and line, for a table that is not what it should be or contradicts itself.
     """
-    gender_of = {row["ActorID"]: _gender(row, where) for row, where in _rows(directory, "VideoDemographics.csv")}
-    heard: dict[str, tuple[str | None, float | None]] = {}
+    gender_of: dict[str, str] = {}
+    for row, where in _rows(directory, "VideoDemographics.csv"):
+        _note(gender_of, row["ActorID"], _gender(row, where), where)
+    winners: dict[str, Heard] = {}
     for row, where in _rows(directory, "summaryTable.csv"):
-        heard[row["FileName"]] = (_winner(row["VoiceVote"], where), None)
+        _note(winners, row["FileName"], (_winner(row["VoiceVote"], where), None), where)
+    shares: dict[str, Heard] = {}
     for row, where in _rows(directory, "tabulatedVotes.csv"):
         if row[""].startswith("1"):
-            heard[row["fileName"]] = (_winner(row["emoVote"], where), _share(row["agreement"], where))
+            _note(shares, row["fileName"], (_winner(row["emoVote"], where), _share(row["agreement"], where)), where)
+    heard = winners | shares
     annotated = []
     for utterance in utterances:
-        perceived, agreement = heard.get(utterance.utterance_id.removeprefix("crema_d/"), (None, None))
+        clip = utterance.utterance_id.removeprefix("crema_d/")
+        perceived, agreement = heard.get(MISSPELT.get(clip, clip), (None, None))
         gender = gender_of.get(utterance.speaker.removeprefix("crema_d/"))
         annotated.append(replace(utterance, gender=gender, perceived=perceived, agreement=agreement))
     return annotated
 
 
 # -- below: how it is done
+
+T = TypeVar("T")
+Heard = tuple[str | None, float | None]
 
 _COLUMNS: Final = {
     "VideoDemographics.csv": ("ActorID", "Sex"),
@@ -120,6 +130,11 @@ def _rows(directory: Path, name: str) -> Iterator[tuple[dict[str, str], str]]:
                 yield row, where
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as CSV: {error}; take the file from the corpus's home again") from None
+
+
+def _note(known: dict[str, T], key: str, value: T, where: str) -> None:
+    if known.setdefault(key, value) != value:
+        raise UserError(f"{where}: {key} occurs before, and otherwise; take the file from the corpus's home again")
 
 
 def _winner(votes: str, where: str) -> str | None:

@@ -1,8 +1,7 @@
 """RAVDESS, the Ryerson Audio-Visual Database of Emotional Speech and Song: its speech.
 
 24 actors (12 women, 12 men), North American English, 2 statements, 8 emotions, each twice in two intensities (neutral
-in one): 1440 utterances. Song is
-`ravdess_song`; video is left out.
+in one): 1440 utterances. Song is `ravdess_song`; video is left out.
 
 Livingstone and Russo (2018), PLoS ONE 13(5): e0196391, https://doi.org/10.1371/journal.pone.0196391
 Home: https://zenodo.org/records/1188976 (Audio_Speech_Actors_01-24.zip). Licence: CC BY-NC-SA 4.0.

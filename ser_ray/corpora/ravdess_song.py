@@ -1,7 +1,8 @@
 """RAVDESS, the Ryerson Audio-Visual Database of Emotional Speech and Song: its song.
 
 23 of the 24 actors (18 did not sing), 2 statements on one melody, 6 emotions (no disgust, no surprise), each twice in
-two intensities (neutral in one): 1012 utterances. Singing is another task than speaking: a corpus of its own here.
+two intensities (neutral in one): 1012 utterances. Singing is another task than speaking: a corpus of its own here. Its
+speakers are named as in `ravdess`, for they are the same people: a fold over both corpora must not part them.
 
 Paper, home and licence as in `ravdess` (Audio_Song_Actors_01-24.zip).
 """
@@ -23,20 +24,15 @@ PUBLISHED: Final = {"utterances": 1012, "speakers": 23, "emotions": SUNG}
 def parse(path: Path) -> Utterance:
     """``Actor_12/03-02-05-01-02-01-12.wav``, as RAVDESS's speech with channel 02.
 
-    >>> parse(Path("03-02-05-01-02-01-12.wav")).speaker
-    'ravdess_song/12'
+    >>> song = parse(Path("03-02-05-01-02-01-12.wav"))
+    >>> song.utterance_id, song.speaker
+    ('ravdess_song/03-02-05-01-02-01-12', 'ravdess/12')
 
     Raises ValueError for every other name, for what nobody sang, and where the folder names another actor.
     """
-    spoken = parse_channel(path, "02")
-    if spoken.emotion not in SUNG:
-        raise ValueError(f"emotion {spoken.emotion} was not sung")
-    if spoken.speaker == "ravdess/18":
+    sung = parse_channel(path, "02")
+    if sung.emotion not in SUNG:
+        raise ValueError(f"emotion {sung.emotion} was not sung")
+    if sung.speaker == "ravdess/18":
         raise ValueError("actor 18 did not sing")
-    corpus = "ravdess_song"
-    return replace(
-        spoken,
-        utterance_id=f"{corpus}/{path.stem}",
-        corpus=corpus,
-        speaker=f"{corpus}/{spoken.speaker.removeprefix('ravdess/')}",
-    )
+    return replace(sung, utterance_id=f"ravdess_song/{path.stem}", corpus="ravdess_song")

@@ -31,7 +31,7 @@ PUBLISHED: Final = {
     "speakers": 4,
     "emotions": {name: 4 * SENTENCES[code] for code, name in EMOTIONS.items()},
 }
-"""Info.txt of the corpus."""
+"""The home page; names and layout as in the corpus's Info.txt."""
 
 
 def parse(path: Path) -> Utterance:

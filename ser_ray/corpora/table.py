@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -67,29 +68,32 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
     """Rows as text, empty where nothing is said, with their line (of Parquet: their number)."""
     try:
         if path.suffix == ".parquet":
-            table = pq.read_table(path)
-            _check_columns(path, table.column_names)
-            wanted = [column for column in (*REQUIRED, *OPTIONAL) if column in table.column_names]
-            for number, row in enumerate(table.select(wanted).to_pylist(), start=1):
+            with pq.ParquetFile(path) as table:
+                wanted = _known_columns(path, table.schema_arrow.names)
+                rows = table.read(columns=wanted).to_pylist()  # others may hold the audio itself
+            for number, row in enumerate(rows, start=1):
                 yield {key: "" if value is None else str(value) for key, value in row.items()}, number
             return
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            _check_columns(path, list(reader.fieldnames or ()))
-            for row in reader:
-                yield (
-                    {key: (value or "").strip() for key, value in row.items() if key in REQUIRED + OPTIONAL},
-                    (reader.line_num),
-                )
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+            wanted = _known_columns(path, list(reader.fieldnames or ()))
+            for fields in reader:
+                if any(fields.get(None) or ()):
+                    raise UserError(f"{path}, line {reader.line_num}: more fields than columns; quote text with commas")
+                yield {column: (fields[column] or "").strip() for column in wanted}, reader.line_num
+    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]}: {' '.join(str(error).split())}") from None
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
+def _known_columns(path: Path, columns: list[str]) -> list[str]:
     if missing := [column for column in REQUIRED if column not in columns]:
         raise UserError(
             f"{path}: no column {missing[0]!r}; it has {', '.join(columns)}, and needs {', '.join(REQUIRED)}"
         )
+    known = [column for column in columns if column in REQUIRED + OPTIONAL]
+    if twice := [column for column in known if known.count(column) > 1]:
+        raise UserError(f"{path}: the column {twice[0]!r} occurs more than once; keep one")
+    return known
 
 
 def _utterance(name: str, row: Mapping[str, str], labels: Mapping[str, str], folder: Path) -> Utterance:
@@ -105,10 +109,10 @@ def _utterance(name: str, row: Mapping[str, str], labels: Mapping[str, str], fol
     start, end = _seconds(row, "start"), _seconds(row, "end")
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"ends at {end:g} s, before it begins at {start or 0:g} s")
-    if not (folder / row["path"]).is_file():
+    if not os.path.isfile(folder / row["path"]):  # noqa: PTH113  (false, not an error, for an impossible name)
         raise ValueError("no such file")
     path = Path(row["path"])
-    part = "" if start is None and end is None else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
+    part = "" if start is None and end is None else f"#{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
     return Utterance(
         utterance_id=f"{name}/{path.with_suffix('').as_posix()}{part}",
         corpus=name,

@@ -4,7 +4,7 @@
 With two speakers a speaker-disjoint test has one voice to train on: read its figures with that in mind.
 
 Pichora-Fuller and Dupuis (2020), Toronto emotional speech set, https://doi.org/10.5683/SP2/E8H2MF
-(home and download). Licence: CC BY-NC-ND 4.0.
+(home and download). Licence: Creative Commons, non-commercial; see there for its version.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def parse(path: Path) -> Utterance:
     if folder and folder[1].upper() in SPEAKERS and folder[2].lower() in EMOTIONS:
         said = (SPEAKERS[folder[1].upper()], EMOTIONS[folder[2].lower()])
         if said != (SPEAKERS[speaker], EMOTIONS[emotion]):
-            raise ValueError(f"the name says {SPEAKERS[speaker]}, {EMOTIONS[emotion]}, the folder {' '.join(said)}")
+            raise ValueError(f"the name says {SPEAKERS[speaker]}, {EMOTIONS[emotion]}, the folder {', '.join(said)}")
     return Utterance(
         utterance_id=f"tess/{path.stem}",
         corpus="tess",

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray import corpora
@@ -185,6 +185,7 @@ def test_tess_rejects(name, reason):
         tess.parse(Path(name))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_characters="/\0"), min_size=1).filter(lambda text: text.strip(".")))
 def test_no_name_is_guessed(stem):
     """Whatever the name, it is an utterance of the corpus under its own id, or a ValueError with a reason."""

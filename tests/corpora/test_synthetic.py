@@ -8,7 +8,7 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray import corpora
@@ -167,6 +167,7 @@ def test_espeak_that_does_not_start_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "corpus").exists()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 200), st.sampled_from(sorted(synthetic.RULES)))
 def test_drawn_prosody_can_be_spoken(seed, number, emotion):
     speaker = synthetic._draw_speaker(seed, number)

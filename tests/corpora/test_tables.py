@@ -64,9 +64,26 @@ def test_crema_d_reads_the_votes_by_voice(crema, place, directory):
     assert heard(root)[:2] == [("male", "neutral", 0.4), ("male", "fear", None)]
 
 
+def test_crema_d_finds_the_votes_on_the_misspelt_recording(crema):
+    (crema / "AudioWAV" / "1040_ITH_SAD_X.wav").touch()
+    write(crema / "processedResults/summaryTable.csv", '"","FileName","VoiceVote"', '"3234","1040_ITH_SAD_XX","N"')
+    assert heard(crema)[-1] == (None, "neutral", None)
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "words"),
     [
+        (
+            "summaryTable.csv",
+            ['"FileName","VoiceVote"', '"x","A"', '"x","N"'],
+            "line 3: x occurs before, and otherwise",
+        ),
+        ("VideoDemographics.csv", ["ActorID,Sex", "1001,Male", "1001,Female"], "line 3: 1001 occurs before"),
+        (
+            "tabulatedVotes.csv",
+            ['"","fileName","emoVote","agreement"', '"100001","x","A","0.5"', '"100002","x","A","0.6"'],
+            "line 3: x occurs before",
+        ),
         ("summaryTable.csv", ["version https://git-lfs.github.com/spec/v1"], "line 1: no column 'FileName'"),
         ("summaryTable.csv", ['"FileName","VoiceVote"', '"1001_IEO_FEA_LO","X"'], "line 2: vote 'X'"),
         ("summaryTable.csv", ['"FileName","VoiceVote"', '"1001_IEO_FEA_LO"'], "line 2: cut short"),
@@ -85,6 +102,9 @@ def test_a_damaged_table_of_crema_d_is_named(crema, name, lines, words):
 
 
 # -- any table
+
+
+PARTS = "path,speaker,emotion,start,end"
 
 
 def table(directory: Path, *rows: str, header: str = "path,speaker,emotion") -> Path:
@@ -144,7 +164,7 @@ def test_rows_that_cannot_be_used_are_reported(tmp_path):
     ("start", "end", "words"), [("2", "1", "before it begins"), ("-1", "", "no time"), ("nan", "", "no time")]
 )
 def test_a_part_that_is_none_is_reported(tmp_path, start, end, words):
-    path = table(tmp_path, "b.wav,1,sad,,", f"a.wav,1,sad,{start},{end}", header="path,speaker,emotion,start,end")
+    path = table(tmp_path, "b.wav,1,sad,,", f"a.wav,1,sad,{start},{end}", header=PARTS)
     _, (rejected,) = read("mine", path, {})
     assert words in rejected.reason
 
@@ -156,6 +176,8 @@ def test_a_part_that_is_none_is_reported(tmp_path, start, end, words):
         (["a.wav,1,blue"], "path,speaker,emotion", {}, r"no row can be used, such as a.wav"),
         ([], "path,speaker,emotion", {}, "no row can be used"),
         (["a.wav,1,x"], "path,speaker,emotion", {"x": "blue"}, "'blue' is not an emotion"),
+        (["a.wav,1,sad,hello, you"], "path,speaker,emotion,text", {}, "line 2: more fields than columns"),
+        (["a.wav,1,sad,sad"], "path,speaker,emotion,emotion", {}, "'emotion' occurs more than once"),
     ],
 )
 def test_a_table_that_is_none_is_one_line(tmp_path, rows, header, labels, words):
@@ -169,8 +191,41 @@ def test_what_is_no_table_is_said(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="not readable as"):
             read("mine", tmp_path / name, {})
+    with pytest.raises(UserError, match=r"nowhere\.csv: no such table; set experiment\.corpora\.mine "):
+        corpora.read("mine", tmp_path / "nowhere.csv")
+    with pytest.raises(UserError, match=r"experiment\.labels\.tess: only for tables"):
+        corpora.read("tess", tmp_path, {"ps": "surprised"})
     with pytest.raises(UserError, match="a table needs a name of its own"):
         corpora.read("tess", table(tmp_path, "a.wav,1,sad"))
+
+
+def test_parts_of_a_long_recording_that_are_close_are_two(tmp_path):
+    path = table(tmp_path, "a.wav,1,sad,12345.61,12347.01", "a.wav,1,sad,12345.64,12347.04,", header=PARTS)
+    utterances, rejected = read("mine", path, {})
+    assert rejected == []
+    assert [u.utterance_id for u in utterances] == ["mine/a#12345.61-12347.01", "mine/a#12345.64-12347.04"]
+
+
+def test_an_impossible_name_is_a_file_that_is_not_there(tmp_path):
+    _, (rejected,) = read("mine", table(tmp_path, "a.wav,1,sad", f"{'a' * 300}.wav,1,sad"), {})
+    assert rejected.reason == "line 3: no such file"
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_parquet_file_is_read_or_refused(tmp_path, changes):
+    path = table(tmp_path).with_suffix(".parquet")
+    pq.write_table(pa.table({"path": ["a.wav"], "speaker": ["1"], "emotion": ["sad"], "audio": [b"1"]}), path)
+    content = bytearray(path.read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    path.write_bytes(content)
+    try:
+        utterances, _ = read("mine", path, {})
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        assert len(utterances) == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
