@@ -102,7 +102,8 @@ def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
     for scheme, found in predictions.items():
         assert found.utterance_ids == disjoint.utterance_ids, "the schemes tested different utterances"
         answer["schemes"][scheme], answer["gaps"][scheme] = {}, {}
-        for group in ("all", *sorted(set(found.corpora))):
+        corpora = sorted(set(found.corpora))
+        for group in ("all", *corpora) if len(corpora) > 1 else ("all",):
             rows = np.array([group in ("all", corpus) for corpus in found.corpora])
             speakers = [speaker for speaker, chosen in zip(found.speakers, rows, strict=True) if chosen]
             if len(set(speakers)) < 2:

@@ -23,7 +23,7 @@ import psutil
 import soundfile
 import soxr
 
-ROUNDS = 3
+ROUNDS = 5
 RATE = 48_000
 
 
@@ -63,16 +63,21 @@ class Memory(threading.Thread):
             self.peak = max(self.peak, total / 2**30)
 
 
-def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and peak memory in GiB."""
-    memory = Memory()
-    memory.start()
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock."""
     started = time.perf_counter()
     work()
-    seconds = time.perf_counter() - started
+    return time.perf_counter() - started
+
+
+def memory_of(work: Callable[[], object]) -> float:
+    """Peak, in GiB; in a run of its own, since reading it takes a core."""
+    memory = Memory()
+    memory.start()
+    work()
     memory.ended.set()
     memory.join()
-    return seconds, memory.peak
+    return memory.peak
 
 
 def main(source: Path, scratch: Path) -> None:
@@ -103,26 +108,27 @@ def main(source: Path, scratch: Path) -> None:
     }
     for work in ways.values():  # imports, compilation, worker processes
         work()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, work in ways.items():
-            found[name].append(measure(work))
+            found[name].append(seconds_of(work))
+    peaks = {name: memory_of(work) for name, work in ways.items()}
     pool.terminate()
-    seconds = {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
+    seconds = {name: statistics.median(runs) for name, runs in found.items()}
     print("# Preparing speech\n\n```\npython tests/benchmarks/prepare.py CORPUS > results/benchmarks/prepare.md\n```\n")
     print(
         f"RAVDESS as 48 kHz WAV: {len(files)} recordings, {hours * 60:.0f} minutes; {psutil.cpu_count()} cores "
         f"({platform.processor() or platform.machine()}); medians of {ROUNDS} rounds in turn, after one that does not "
         "count. The bare loop reads, downmixes and resamples; prepare also checks, trims, hashes and writes shards.\n"
-        "Memory: proportional set size of the command and its children (Ray included), sampled twice a second.\n"
+        "Memory: proportional set size of the command and its children (Ray included), sampled twice a second\n"
+        "in another run.\n"
     )
     print(
         "| way | seconds | hours of audio a minute | of the bare loop on 2 | peak memory, GiB |\n|---|---|---|---|---|"
     )
-    for name, runs in found.items():
-        ratio = seconds["bare loop, 2 processes"] / seconds[name]
-        rate = hours / seconds[name] * 60
-        print(f"| {name} | {seconds[name]:.1f} | {rate:.1f} | {ratio:.2f} | {max(m for _, m in runs):.2f} |")
+    for name, taken in seconds.items():
+        ratio, rate = seconds["bare loop, 2 processes"] / taken, hours / taken * 60
+        print(f"| {name} | {taken:.1f} | {rate:.1f} | {ratio:.2f} | {peaks[name]:.2f} |")
 
 
 if __name__ == "__main__":
