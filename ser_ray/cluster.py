@@ -18,6 +18,7 @@ import ray.data
 
 from ser_ray import __version__
 from ser_ray.config import Experiment, SearchSpace
+from ser_ray.corpora import table
 from ser_ray.schema import UserError
 from ser_ray.speech import shards
 
@@ -212,7 +213,7 @@ def _git_commit() -> str | None:
 def _settle_experiment(experiment: Experiment) -> Experiment:
     corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
     for name, path in corpora.items():
-        if path and not Path(path).is_dir() and not (path.endswith((".csv", ".parquet")) and Path(path).is_file()):
+        if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
             raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus lies")
     protocol = experiment.protocol
     if _is_file(protocol.given):

@@ -50,20 +50,13 @@ def bootstrap_ci95(
             f"expected labels, predicted and speakers of one length above 0, not {len(labels)}, {len(predicted)} and "
             f"{len(speakers)}"
         )
-    rng = np.random.default_rng(seed)
-    names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
-    if len(names) > 1:
-        by_speaker = _confusion_by_speaker(labels, predicted, speaker, len(names), num_labels)
-        times_drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-        # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
-        flat = times_drawn.astype(np.float64) @ by_speaker.reshape(len(names), -1).astype(np.float64)
-        unit = "speakers"
+    if len(set(speakers)) > 1:
+        figures, unit = _over_speakers(labels, predicted, speakers, num_labels, draws, seed), "speakers"
     else:
         # Drawing N utterances with replacement draws N cells of the confusion matrix, each as often as it occurs.
         counts = confusion(labels, predicted, num_labels).reshape(-1)
-        flat = rng.multinomial(len(labels), counts / len(labels), size=draws).astype(np.float64)
-        unit = "utterances"
-    figures = headline(flat.reshape(draws, num_labels, num_labels))
+        flat = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=draws)
+        figures, unit = headline(flat.reshape(draws, num_labels, num_labels).astype(np.float64)), "utterances"
     limits = {name: np.percentile(values, (2.5, 97.5)) for name, values in figures.items()}
     return {name: (float(low), float(high)) for name, (low, high) in limits.items()}, unit
 
@@ -88,21 +81,27 @@ def bootstrap_gap95(
     >>> bootstrap_gap95(labels, right, wrong, ["a", "a", "b", "b"], num_labels=2)["accuracy"]
     (0.5, 0.5)
     """
-    names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
-    if not len(labels) == len(one) == len(other) == len(speakers) or len(names) < 2:
+    if not len(labels) == len(one) == len(other) == len(speakers) or len(set(speakers)) < 2:
         raise ValueError(
             f"expected labels, two predictions and speakers of one length, and at least 2 speakers, not {len(labels)}, "
-            f"{len(one)}, {len(other)}, {len(speakers)} of {len(names)} speakers"
+            f"{len(one)}, {len(other)}, {len(speakers)} of {len(set(speakers))} speakers"
         )
-    rng = np.random.default_rng(seed)
-    times_drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(np.float64)
-    figures = []
-    for predicted in (one, other):
-        by_speaker = _confusion_by_speaker(labels, predicted, speaker, len(names), num_labels).astype(np.float64)
-        flat = times_drawn @ by_speaker.reshape(len(names), -1)
-        figures.append(headline(flat.reshape(draws, num_labels, num_labels)))
-    limits = {name: np.percentile(figures[0][name] - figures[1][name], (2.5, 97.5)) for name in figures[0]}
+    # One seed, the same draws.
+    of_one, of_other = (_over_speakers(labels, p, speakers, num_labels, draws, seed) for p in (one, other))
+    limits = {name: np.percentile(of_one[name] - of_other[name], (2.5, 97.5)) for name in of_one}
     return {name: (float(low), float(high)) for name, (low, high) in limits.items()}
+
+
+def _over_speakers(
+    labels: np.ndarray, predicted: np.ndarray, speakers: Sequence[str], num_labels: int, draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Headline figures (draws,) of samples of whole speakers; the draws depend on the speakers and the seed alone."""
+    names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
+    by_speaker = _confusion_by_speaker(labels, predicted, speaker, len(names), num_labels)
+    times_drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
+    flat = times_drawn.astype(np.float64) @ by_speaker.reshape(len(names), -1).astype(np.float64)
+    return dict(headline(flat.reshape(draws, num_labels, num_labels)))
 
 
 def _confusion_by_speaker(
