@@ -86,11 +86,14 @@ def load_recording(path: str | Path, audio: Audio, start: float | None = None, e
     waveform, rate, flags = _decode(Path(path), start, end)
     if rate != SAMPLING_RATE:
         waveform = soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
-    if not np.isfinite(waveform).all():
+    peak = _peak(waveform)
+    if not math.isfinite(peak):
         raise Unusable("holds values that are not finite")
-    if is_silent(waveform):
+    if peak < SILENCE_PEAK:
         raise Unusable("silent: the peak is below -60 dBFS")
-    waveform = _trim(waveform / np.float32(max(np.abs(waveform).max(), 1.0)), audio.trim_db)
+    if peak > 1:
+        waveform = waveform / np.float32(peak)
+    waveform = _trim(waveform, audio.trim_db)
     seconds = len(waveform) / SAMPLING_RATE
     trimmed = "" if audio.trim_db is None else " after trimming"
     if seconds < audio.min_seconds:
@@ -120,7 +123,7 @@ def is_silent(waveform: np.ndarray) -> bool:
     >>> is_silent(np.array([0.0, 0.0009])), is_silent(np.array([0.0, -0.0011]))
     (True, False)
     """
-    return float(np.abs(waveform).max(initial=0.0)) < SILENCE_PEAK
+    return _peak(waveform) < SILENCE_PEAK
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
@@ -129,7 +132,8 @@ def to_int16(waveform: np.ndarray) -> np.ndarray:
     >>> to_int16(np.array([0.0, 0.5, 1.0, -1.0])).tolist()
     [0, 16384, 32767, -32768]
     """
-    return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype("<i2")
+    scaled = waveform * np.float32(32768)
+    return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype("<i2")
 
 
 def from_int16(buffer: bytes | pa.Buffer | np.ndarray) -> np.ndarray:
@@ -199,9 +203,10 @@ def _read(file: soundfile.SoundFile, first: int, count: int) -> tuple[np.ndarray
         if not len(block_TC):
             break
         count -= len(block_TC)
-        clipped_C += np.count_nonzero(np.abs(block_TC) >= FULL_SCALE, axis=0)
+        if _peak(block_TC) >= FULL_SCALE:  # most recordings are not counted sample by sample
+            clipped_C += np.count_nonzero(np.abs(block_TC) >= FULL_SCALE, axis=0)
         with np.errstate(invalid="ignore", over="ignore"):  # what comes out is checked
-            blocks.append(block_TC.mean(axis=1))
+            blocks.append(block_TC[:, 0] if file.channels == 1 else block_TC.mean(axis=1))
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return waveform, float(clipped_C.max()) / max(len(waveform), 1)
 
@@ -230,12 +235,21 @@ def _wav_length(path: Path) -> Sequence[str]:
     return ()
 
 
+def _peak(waveform: np.ndarray) -> float:
+    """The largest absolute value, without a copy; not finite where a value is not."""
+    return float(max(waveform.max(initial=0.0), -waveform.min(initial=0.0)))
+
+
 def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
     """Cut what is quiet at both ends: the rule of librosa.effects.trim, which takes seconds to load and compile."""
     if trim_db is None:
         return waveform
-    squared = np.square(np.pad(waveform, FRAME // 2))
-    power_F = np.lib.stride_tricks.sliding_window_view(squared, FRAME)[::HOP].mean(axis=1)
+    # A frame is a run of hops, so each sample is squared once: F frames, H hops.
+    padded = np.zeros((len(waveform) // HOP + FRAME // HOP) * HOP, np.float32)
+    padded[FRAME // 2 : FRAME // 2 + len(waveform)] = waveform[: len(padded) - FRAME // 2]
+    hops_HT = padded.reshape(-1, HOP)
+    energy_H = np.einsum("ht,ht->h", hops_HT, hops_HT)
+    power_F = np.lib.stride_tricks.sliding_window_view(energy_H, FRAME // HOP).mean(axis=1) / HOP
     power_F = np.maximum(power_F, 1e-10)  # -100 dB, where librosa's decibels end
     loud = np.flatnonzero(10 * np.log10(power_F / power_F.max()) > -trim_db)
     start, end = loud[0] * HOP, (loud[-1] + 1) * HOP
