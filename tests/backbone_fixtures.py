@@ -139,7 +139,7 @@ def logits(model: EmotionClassifier, batch: Batch) -> torch.Tensor:
     """In evaluation mode."""
     model.eval()
     with torch.inference_mode():
-        return model(batch.waveform_BT, batch.lengths_B)
+        return model(batch.inputs, batch.lengths_B)
 
 
 def with_sections(base: Experiment, **sections: object) -> Experiment:

@@ -4,6 +4,7 @@ A `Backbone` is run in two parts, so that what is frozen can be told from what l
 
     hidden_BFD, mask_BF = backbone.embed(waveform_BT, lengths_B)     # convolutions, log-mel, positions
     layers = backbone.blocks(hidden_BFD, mask_BF)                    # one hidden_BFD before and after every block
+    layers = backbone.blocks(hidden_BFD, mask_BF, start=k)           # the same from block k on, given its input
 
 Both keep an utterance's frames independent of what it is batched with. That takes care in three places where
 transformers' own forward lets the padding in: Whisper's log-mel and convolutions, the group norm of wav2vec2-base's
@@ -13,9 +14,11 @@ result is transformers' own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +29,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -69,6 +73,8 @@ class Backbone(nn.Module):
         """Blocks from here on learn; None: nothing does. What is below stays in evaluation mode."""
         self.masks = (0.0, 0.0)
         """SpecAugment in training: the largest share of channels, and of frames, that a mask takes."""
+        self.recompute = False
+        """Gradient checkpointing: a block's activations are computed again in the backward pass, not kept."""
         self._varies = False
 
     def layers(self) -> nn.ModuleList:
@@ -79,15 +85,39 @@ class Backbone(nn.Module):
         """Waveforms, zero beyond ``lengths_B`` samples -> hidden_BFD and mask_BF, True on real frames."""
         raise NotImplementedError
 
-    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
-        """The input of the first block and the output of every block; the last one with the final norm."""
+    def blocks(
+        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> list[torch.Tensor]:
+        """The input of block ``start`` and the output of every block from there to before ``stop``; the last block's
+        with the final norm."""
+        hiddens = [hidden_BFD]
+        run = self._block(hidden_BFD, mask_BF)
+        for index in range(start, self.num_layers if stop is None else stop):
+            learns = self.first_trained is not None and index >= self.first_trained
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                if self.recompute and torch.is_grad_enabled():
+                    hidden_BFD = checkpoint(run, index, hidden_BFD, use_reentrant=False)
+                else:
+                    hidden_BFD = run(index, hidden_BFD)
+            hiddens.append(self._finish(hidden_BFD) if index + 1 == self.num_layers else hidden_BFD)
+        return hiddens
+
+    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """Block number and its input -> its output, for a batch of this shape and mask."""
         raise NotImplementedError
 
-    def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """All hidden states (L + 1 of (B, F, D)) and the frame mask (B, F)."""
+    def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
+        """The norm after the last block, where there is one."""
+        raise NotImplementedError
+
+    def forward(
+        self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor, stop: int | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """All hidden states (L + 1 of (B, F, D)), or with ``stop`` those up to the input of that block, and the frame
+        mask (B, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._embedding_learns()):
             hidden_BFD, mask_BF = self.embed(waveform_BT, lengths_B)
-        return self.blocks(hidden_BFD, mask_BF), mask_BF
+        return self.blocks(hidden_BFD, mask_BF, stop=stop), mask_BF
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for the part that learns; dropout in a frozen part would only add noise."""
@@ -102,11 +132,6 @@ class Backbone(nn.Module):
 
     def _embedding_learns(self) -> bool:
         return any(p.requires_grad for name, p in self.model.named_parameters() if "layers." not in name)
-
-    def _run_layer(self, index: int, layer: nn.Module, *arguments: Any, **named: Any) -> Any:
-        learns = self.first_trained is not None and index >= self.first_trained
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            return layer(*arguments, **named)
 
 
 class Whisper(Backbone):
@@ -125,22 +150,22 @@ class Whisper(Backbone):
             features_BMF = mask(features_BMF, mel_frames_B, *self.masks)
         hidden_BDF = nn.functional.gelu(self.model.conv1(features_BMF))
         # The first convolution leaks one frame beyond an utterance and adds its bias there: silence it again.
-        hidden_BDF = hidden_BDF * _mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
+        hidden_BDF = hidden_BDF * frame_mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
         hidden_BFD = nn.functional.gelu(self.model.conv2(hidden_BDF)).transpose(1, 2)
         frames = hidden_BFD.shape[1]
         hidden_BFD = hidden_BFD + self.model.embed_positions.weight[:frames]
         hidden_BFD = nn.functional.dropout(hidden_BFD, self.model.dropout, self.model.training)
-        return hidden_BFD, _mask((mel_frames_B + 1) // 2, frames)
+        return hidden_BFD, frame_mask((mel_frames_B + 1) // 2, frames)
 
-    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
+    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
         attention = create_bidirectional_mask(
             config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
         )
-        hiddens = [hidden_BFD]
-        for index, layer in enumerate(self.layers()):
-            hiddens.append(self._run_layer(index, layer, hiddens[-1], attention))
-        hiddens[-1] = self.model.layer_norm(hiddens[-1])
-        return hiddens
+        return lambda index, hidden: self.layers()[index](hidden, attention)
+
+    def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
+        normed_BFD: torch.Tensor = self.model.layer_norm(hidden_BFD)
+        return normed_BFD
 
 
 class Wav2Vec2(Backbone):
@@ -161,7 +186,7 @@ class Wav2Vec2(Backbone):
             features_BCF = mask(features_BCF, frames_B, *self.masks)
         projected = self.model.feature_projection(features_BCF.transpose(1, 2))
         hidden_BFD = projected[0] if isinstance(projected, tuple) else projected  # HuBERT gives the tensor alone
-        mask_BF = _mask(frames_B, hidden_BFD.shape[1])
+        mask_BF = frame_mask(frames_B, hidden_BFD.shape[1])
         # Zero beyond the end, as the positional convolution's own padding is for an utterance alone.
         hidden_BFD = hidden_BFD * mask_BF[..., None]
         encoder = self.model.encoder
@@ -170,24 +195,21 @@ class Wav2Vec2(Backbone):
             hidden_BFD = encoder.layer_norm(hidden_BFD)
         return encoder.dropout(hidden_BFD), mask_BF
 
-    def blocks(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> list[torch.Tensor]:
-        hiddens = [hidden_BFD]
+    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        layers = self.layers()
         if self.family == "wavlm":
-            position_bias = None
-            for index, layer in enumerate(self.layers()):
-                hidden, position_bias = self._run_layer(
-                    index, layer, hiddens[-1], attention_mask=mask_BF, position_bias=position_bias
-                )
-                hiddens.append(hidden)
-        else:
-            attention = create_bidirectional_mask(
-                config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
-            )
-            for index, layer in enumerate(self.layers()):
-                hiddens.append(self._run_layer(index, layer, hiddens[-1], attention_mask=attention))
-        if self._norm_first():
-            hiddens[-1] = self.model.encoder.layer_norm(hiddens[-1])
-        return hiddens
+            batch, frames = mask_BF.shape
+            # The first block's relative positions serve all: a function of the number of frames alone.
+            bias_HFF = self.model.encoder.layers[0].attention.compute_bias(frames, frames)
+            bias = bias_HFF.repeat(batch, 1, 1)
+            return lambda index, hidden: layers[index](hidden, attention_mask=mask_BF, position_bias=bias)[0]
+        attention = create_bidirectional_mask(
+            config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
+        )
+        return lambda index, hidden: layers[index](hidden, attention_mask=attention)
+
+    def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder.layer_norm(hidden_BFD) if self._norm_first() else hidden_BFD
 
     def _norm_first(self) -> bool:
         """Whether blocks normalise their input ("stable layer norm", the large models)."""
@@ -235,6 +257,16 @@ def describe(name: str) -> tuple[Any, Any]:
     if getattr(config, "add_adapter", False):
         raise UserError(f"backbone {name}: add_adapter in its config.json shortens the frames; not supported")
     return config, extractor
+
+
+def identity(name: str) -> str:
+    """What tells these weights from others of the same name: a digest of the configuration and of which weights."""
+    config, _ = describe(name)
+    directory = _directory(name)
+    files = sorted(directory.glob("*.safetensors")) if directory is not None else []
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = [config.to_json_string(use_diff=False), weights or config._commit_hash or transformers.__version__]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def is_random(name: str) -> bool:
@@ -343,13 +375,14 @@ def _compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _mask(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
+def frame_mask(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
+    """(B, longest), True on the first ``lengths_B`` of every row."""
     return torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
 
 
 def _standardise(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance over an utterance's own samples; zero beyond."""
-    mask_BT = _mask(lengths_B, waveform_BT.shape[1])
+    mask_BT = frame_mask(lengths_B, waveform_BT.shape[1])
     mean_B1 = waveform_BT.sum(1, keepdim=True) / lengths_B[:, None]
     centred_BT = (waveform_BT - mean_B1) * mask_BT
     variance_B1 = centred_BT.square().sum(1, keepdim=True) / lengths_B[:, None]
@@ -360,7 +393,7 @@ def _masked_channel_norm(hidden_BCF: torch.Tensor, frames_B: torch.Tensor, norm:
     """`nn.GroupNorm` with one channel a group, its statistics over real frames only; in fp32."""
     assert norm.num_groups == norm.num_channels, (norm.num_groups, norm.num_channels)
     dtype, hidden_BCF = hidden_BCF.dtype, hidden_BCF.float()
-    mask_B1F = _mask(frames_B, hidden_BCF.shape[-1])[:, None]
+    mask_B1F = frame_mask(frames_B, hidden_BCF.shape[-1])[:, None]
     count_B11 = frames_B[:, None, None]
     mean_BC1 = (hidden_BCF * mask_B1F).sum(-1, keepdim=True) / count_B11
     variance_BC1 = ((hidden_BCF - mean_BC1) * mask_B1F).square().sum(-1, keepdim=True) / count_B11

@@ -14,6 +14,8 @@ from ser_ray.config import Experiment
 from ser_ray.models import backbones
 from ser_ray.models.adapters import adapt, attach
 from ser_ray.models.backbones import Backbone
+from ser_ray.models.pooling import masked_statistics, normalise, pool_moments, weighted_statistics
+from ser_ray.models.prefix import Prefix, unpack
 
 
 class Head(nn.Module):
@@ -42,7 +44,10 @@ class Head(nn.Module):
 
     def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
         """Hidden states (L + 1 of (B, F, D)) and frame mask (B, F) -> logits_BK."""
-        pooled_BP = self.pool(self.mix(hiddens), mask_BF)
+        return self.classify(self.pool(self.mix(hiddens), mask_BF))
+
+    def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
+        """One vector an utterance -> logits_BK."""
         logits_BK: torch.Tensor = self.classifier((pooled_BP - self.center_P) / self.scale_P)
         return logits_BK
 
@@ -71,15 +76,38 @@ class EmotionClassifier(nn.Module):
         self.experiment = experiment
         self.backbone = backbone
         self.head = Head(experiment, backbone.num_layers, backbone.width)
+        self.prefix: Prefix | None = None
+        """Set while the model is fed what was kept of an utterance in place of its waveform."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
 
-    def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples -> logits_BK."""
-        hiddens, mask_BF = self.backbone(waveform_BT, lengths_B)
+    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or what `prefix` kept of them -> logits_BK."""
+        if self.prefix is not None and self.prefix.moments:
+            pooled_BP = pool_moments(inputs, self.head.mix_L, self.head.pooling == "statistics")
+            return self.head.classify(pooled_BP).float()
+        hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
         logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
         return logits_BK.float()
+
+    def hidden_states(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What the head mixes, each (B, F, D), and mask_BF."""
+        if self.prefix is None:
+            hiddens, mask_BF = self.backbone(inputs, lengths_B)
+            return hiddens, mask_BF
+        (*below, hidden_BFD), mask_BF = unpack(inputs, lengths_B)
+        return below + self.backbone.blocks(hidden_BFD, mask_BF, start=self.prefix.first_layer), mask_BF
+
+    def pooled_layers(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
+        """Plain statistics over the frames of every layer, each (B, P): what a probe of that layer sees."""
+        deviation = self.head.pooling != "mean"
+        if self.prefix is not None and self.prefix.moments:
+            return [
+                pool_moments(inputs, one, deviation) for one in torch.eye(len(self.head.mix_L), device=inputs.device)
+            ]
+        hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
+        return [masked_statistics(normalise(hidden), mask_BF, deviation) for hidden in hiddens]
 
 
 def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: str | None = None) -> EmotionClassifier:
@@ -92,6 +120,7 @@ def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: s
     quantize = experiment.adapter.method == "qlora"
     backbone = backbones.load(experiment.backbone, quantize, device)
     backbone.masks = (experiment.augment.channel_mask, experiment.augment.time_mask)
+    backbone.recompute = experiment.recompute
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         peft = attach(backbone, adapter, experiment.adapter) if adapter else adapt(backbone, experiment.adapter)
@@ -99,22 +128,17 @@ def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: s
     return model.to(device)
 
 
-def normalise(hidden_BFD: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance over the width of every frame; nothing is learned here."""
-    return nn.functional.layer_norm(hidden_BFD, hidden_BFD.shape[-1:])
+def autocast(experiment: Experiment, device: torch.device) -> torch.autocast:
+    """The context that forward passes run in: lower precision as `precision` says."""
+    dtype = autocast_dtype(experiment, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
-def masked_statistics(hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, deviation: bool = True) -> torch.Tensor:
-    """Mean over real frames, and with ``deviation`` the standard deviation behind it: (B, D) or (B, 2 D)."""
-    weights_BF = mask_BF / mask_BF.sum(-1, keepdim=True)
-    if deviation:
-        return weighted_statistics(hidden_BFD, weights_BF)
-    return torch.einsum("bf,bfd->bd", weights_BF.float(), hidden_BFD.float())
-
-
-def weighted_statistics(hidden_BFD: torch.Tensor, weights_BF: torch.Tensor) -> torch.Tensor:
-    """Weighted mean and standard deviation over frames (arXiv 1803.10963, equations 5 and 6), in fp32: (B, 2 D)."""
-    hidden_BFD, weights_BF = hidden_BFD.float(), weights_BF.float()
-    mean_BD = torch.einsum("bf,bfd->bd", weights_BF, hidden_BFD)
-    square_BD = torch.einsum("bf,bfd->bd", weights_BF, (hidden_BFD - mean_BD[:, None]).square())
-    return torch.cat([mean_BD, (square_BD + 1e-6).sqrt()], dim=-1)
+def autocast_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
+    """What ``precision`` means on this device."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if experiment.precision != "auto":
+        return named[experiment.precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

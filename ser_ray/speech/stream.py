@@ -28,30 +28,51 @@ Vary = Callable[[np.ndarray, str], np.ndarray]
 
 
 @dataclass(frozen=True)
+class Content:
+    """Where the tables hold what a model is fed, and how to read it."""
+
+    column: str = "audio"
+    read: Callable[[pa.Buffer], np.ndarray] = from_int16
+    """Bytes -> (T, ...): a waveform, or whatever else has a length."""
+
+    @property
+    def columns(self) -> list[str]:
+        """What `batches` needs of the tables, beside ``label``."""
+        return ["utterance_id", "num_samples", self.column]
+
+
+SPEECH: Final = Content()
+
+
+@dataclass(frozen=True)
 class Batch:
-    """B utterances, zero padded to the longest, T samples at 16 kHz."""
+    """B utterances, zero padded to the longest."""
 
     utterance_ids: tuple[str, ...]
-    waveform_BT: torch.Tensor
-    """float32 in [-1, 1]."""
+    inputs: torch.Tensor
+    """waveform_BT, float32 in [-1, 1], T samples at 16 kHz; or what `ser_ray.models.prefix` kept of it."""
     lengths_B: torch.Tensor
-    """int64: real samples of each utterance."""
+    """int64: the real length of each utterance, in samples; or in frames."""
     labels_B: torch.Tensor
     """int64."""
 
-    @property
-    def seconds(self) -> float:
-        """Of audio, with the padding: what the batch costs."""
-        return self.waveform_BT.numel() / SAMPLING_RATE
-
     def __len__(self) -> int:
         return len(self.utterance_ids)
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, from where a GPU copies it while it computes."""
+        return replace(
+            self,
+            inputs=self.inputs.pin_memory(),
+            lengths_B=self.lengths_B.pin_memory(),
+            labels_B=self.labels_B.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
         return replace(
             self,
-            waveform_BT=self.waveform_BT.to(device, non_blocking=True),
+            inputs=self.inputs.to(device, non_blocking=True),
             lengths_B=self.lengths_B.to(device, non_blocking=True),
             labels_B=self.labels_B.to(device, non_blocking=True),
         )
@@ -64,18 +85,20 @@ def batches(
     seed: int | None,
     window: int = 2048,
     vary: Vary | None = None,
+    content: Content = SPEECH,
 ) -> Iterator[Batch]:
     """Batches of at most ``batch_seconds`` padded seconds; every utterance once, one longer than that by itself.
 
-    ``tables`` have the columns utterance_id, num_samples, audio (as in `shards.SCHEMA`) and label. Utterances are
-    gathered in windows; in each they are put in order of id, so that the order of arrival does not matter, sorted by
-    slightly jittered length, packed greedily, and the batches shuffled. With ``seed`` None nothing is random: sorted by
-    length, for evaluation. ``vary`` makes another waveform of each, perhaps of another length: the bound holds for what
-    the tables say. A window's audio stays int16 until its batch is due: 2048 utterances of 3 s take 200 MB.
+    ``tables`` have the columns utterance_id, num_samples (as in `shards.SCHEMA`), label, and that of ``content``.
+    Utterances are gathered in windows; in each they are put in order of id, so that the order of arrival does not
+    matter, sorted by slightly jittered length, packed greedily, and the batches shuffled. With ``seed`` None nothing is
+    random: sorted by length, for evaluation. ``vary`` makes another waveform of each, perhaps of another length: the
+    bound holds for what the tables say. A window's audio stays int16 until its batch is due: 2048 utterances of 3 s
+    take 200 MB.
     """
     rng = None if seed is None else np.random.default_rng(seed)
-    for table in _windows(tables, window):
-        yield from _window_batches(table, batch_seconds, rng, vary)
+    for table in _windows(tables, window, content):
+        yield from _window_batches(table, batch_seconds, rng, vary, content)
 
 
 def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:
@@ -89,12 +112,12 @@ def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:
     return len(_pack(sorted(durations), batch_seconds))
 
 
-def _windows(tables: Iterable[pa.Table], window: int) -> Iterator[pa.Table]:
+def _windows(tables: Iterable[pa.Table], window: int, content: Content) -> Iterator[pa.Table]:
     """The rows of ``tables``, regrouped to ``window`` rows; slices, not copies."""
     pending: list[pa.Table] = []
     rows = 0
     for table in tables:
-        pending.append(table.select(["utterance_id", "num_samples", "label", "audio"]))
+        pending.append(table.select([*content.columns, "label"]))
         rows += table.num_rows
         while rows >= window:
             gathered = pa.concat_tables(pending)
@@ -105,7 +128,7 @@ def _windows(tables: Iterable[pa.Table], window: int) -> Iterator[pa.Table]:
 
 
 def _window_batches(
-    table: pa.Table, batch_seconds: float, rng: np.random.Generator | None, vary: Vary | None
+    table: pa.Table, batch_seconds: float, rng: np.random.Generator | None, vary: Vary | None, content: Content
 ) -> Iterator[Batch]:
     by_id = pc.sort_indices(table["utterance_id"]).to_numpy()
     lengths = table["num_samples"].to_numpy()[by_id].astype(np.float64)
@@ -113,7 +136,7 @@ def _window_batches(
     by_length = np.argsort(keys, kind="stable")
     packed = _pack(lengths[by_length].tolist(), batch_seconds * SAMPLING_RATE)
     for number in range(len(packed)) if rng is None else rng.permutation(len(packed)):
-        yield _batch(table, by_id[by_length[packed[number]]], vary)
+        yield _batch(table, by_id[by_length[packed[number]]], vary, content)
 
 
 def _pack(sizes: Sequence[float], budget: float) -> list[slice]:
@@ -128,22 +151,22 @@ def _pack(sizes: Sequence[float], budget: float) -> list[slice]:
     return [*runs, slice(start, len(sizes))] if len(sizes) else runs
 
 
-def _batch(table: pa.Table, rows: np.ndarray, vary: Vary | None) -> Batch:
+def _batch(table: pa.Table, rows: np.ndarray, vary: Vary | None, content: Content) -> Batch:
     # One scalar at a time: a view of the window's bytes, where take() would copy them. NumPy fills the rows, as torch
     # would start threads for copies of 100 kB, which on busy cores takes ten times as long.
-    column = table["audio"]
-    audio = [from_int16(column[int(row)].as_buffer()) for row in rows]
+    column = table[content.column]
+    arrays = [content.read(column[int(row)].as_buffer()) for row in rows]
     chosen = table.select(["utterance_id", "label"]).take(rows)
     utterance_ids = chosen["utterance_id"].to_pylist()
     if vary is not None:
-        audio = [vary(waveform, utterance_id) for waveform, utterance_id in zip(audio, utterance_ids, strict=True)]
-    lengths = [len(waveform) for waveform in audio]
-    waveform_BT = np.zeros((len(rows), max(lengths)), np.float32)
-    for row, waveform in enumerate(audio):
-        waveform_BT[row, : len(waveform)] = waveform
+        arrays = [vary(array, utterance_id) for array, utterance_id in zip(arrays, utterance_ids, strict=True)]
+    lengths = [len(array) for array in arrays]
+    inputs = np.zeros((len(rows), max(lengths), *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in enumerate(arrays):
+        inputs[row, : len(array)] = array
     return Batch(
         utterance_ids=tuple(utterance_ids),
-        waveform_BT=torch.from_numpy(waveform_BT),
+        inputs=torch.from_numpy(inputs),
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         labels_B=torch.tensor(chosen["label"].to_pylist(), dtype=torch.int64),
     )

@@ -27,7 +27,7 @@ from ser_ray.config import Experiment
 from ser_ray.evaluation import metrics
 from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.classifier import EmotionClassifier, autocast, autocast_dtype
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training.probe import start_from_probe
@@ -66,7 +66,7 @@ def fit(
     experiment, device = model.experiment, _device(model)
     optimizer = make_optimizer(model)
     counters: dict[str, Any] = {"epoch": 0, "step": 0, "best": -1.0, "best_epoch": 0}
-    scaler = torch.amp.GradScaler(device.type, enabled=_autocast_dtype(experiment, device) is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(experiment, device) is torch.float16)
     if resume_from is not None:
         checkpoint.load_weights(model, resume_from)
         counters = checkpoint.load_training_state(resume_from, optimizer)
@@ -169,9 +169,8 @@ def train_step(
 
     Gradients are left in place, for the check after the first step. Returns the loss, detached.
     """
-    dtype = _autocast_dtype(experiment, batch.waveform_BT.device)
-    with torch.autocast(batch.waveform_BT.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        logits_BK = model(batch.waveform_BT, batch.lengths_B)
+    with autocast(experiment, batch.inputs.device):
+        logits_BK = model(batch.inputs, batch.lengths_B)
     loss: torch.Tensor = criterion(logits_BK, batch.labels_B)
     scaler.scale(loss / experiment.optimizer.accumulate).backward()
     if step_now:
@@ -189,11 +188,10 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
     """Every batch (moved to the model's device) with its logits_BK, in evaluation mode and training's precision."""
     model.eval()
     device = _device(model)
-    dtype = _autocast_dtype(model.experiment, device)
     for batch in batches:
         batch = batch.to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            yield batch, model(batch.waveform_BT, batch.lengths_B)
+        with autocast(model.experiment, device):
+            yield batch, model(batch.inputs, batch.lengths_B)
 
 
 def evaluate(model: EmotionClassifier, batches: Iterable[Batch], criterion: nn.Module) -> Record:
@@ -293,15 +291,6 @@ def _distribute(model: EmotionClassifier, device: torch.device) -> nn.Module:
     if not _distributed():
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-
-def _autocast_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if experiment.precision != "auto":
-        return named[experiment.precision]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def _memory(device: torch.device) -> Record:

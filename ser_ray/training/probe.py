@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ser_ray.evaluation import metrics
-from ser_ray.models.classifier import EmotionClassifier, Head, masked_statistics, normalise
+from ser_ray.models.classifier import EmotionClassifier, Head
 from ser_ray.speech.stream import Batch
 
 STRENGTH = 0.01
@@ -54,12 +54,10 @@ def _features(
     """Pooled features of every layer (N, L, P) and labels (N,), of all processes."""
     model.eval()
     device = next(model.head.parameters()).device
-    deviation = model.head.pooling != "mean"
     found = []
     for batch in batches:
         batch = batch.to(device)
-        hiddens, mask_BF = model.backbone(batch.waveform_BT, batch.lengths_B)
-        pooled = [masked_statistics(normalise(hidden), mask_BF, deviation) for hidden in hiddens]
+        pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
         found.append((torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
     # A process may have none of its own: dev can have fewer batches than there are processes.
     features, labels = zip(*(pair for part in gather(found) for pair in part), strict=True)

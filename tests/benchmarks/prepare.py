@@ -3,11 +3,13 @@
     python tests/benchmarks/prepare.py CORPUS [SCRATCH] > results/benchmarks/prepare.md
 
 CORPUS: recordings under RAVDESS's names; they are written again as 48 kHz WAV below SCRATCH, as the corpus is
-published. Every way runs three times in turn, so that a busy machine slows all alike; the median counts.
+published, and linked `COPIES` times over under other names. Every way runs over one copy and over all of them, several
+rounds in turn, so that a busy machine slows all alike; medians count. What the further copies add is the steady state.
 """
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import platform
 import shutil
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,18 +27,30 @@ import soundfile
 import soxr
 
 ROUNDS = 5
+COPIES = 4
 RATE = 48_000
 
 
 def upsample(source: Path, target: Path) -> float:
-    """Write every recording as 16 bit WAV at 48 kHz; returns hours of audio."""
+    """Write every recording as 16 bit WAV at 48 kHz, and tables of one copy and of all; returns hours a copy."""
     seconds = 0.0
+    rows: list[tuple[str, str, str]] = []
     for path in sorted(source.rglob("*.flac")) + sorted(source.rglob("*.wav")):
         waveform, rate = soundfile.read(path)
-        copy = target / path.relative_to(source).with_suffix(".wav")
+        copy = target / "0" / path.with_suffix(".wav").name
         copy.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(copy, soxr.resample(waveform, rate, RATE), RATE, subtype="PCM_16")
+        rows.append((copy.name, path.stem[-2:], "neutral"))
         seconds += len(waveform) / rate
+    for number in range(1, COPIES):
+        (target / str(number)).mkdir()
+        for name, _, _ in rows:
+            (target / str(number) / name).hardlink_to(target / "0" / name)
+    for copies in (1, COPIES):
+        with (target / f"{copies}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("path", "speaker", "emotion"))
+            writer.writerows((f"{number}/{name}", *rest) for number in range(copies) for name, *rest in rows)
     return seconds / 3600
 
 
@@ -89,46 +104,50 @@ def main(source: Path, scratch: Path) -> None:
 
     corpus, cache = scratch / "ravdess48k", scratch / "cache"
     hours = upsample(source, corpus)
-    files = [str(path) for path in sorted(corpus.rglob("*.wav"))]
-    overrides = [f"experiment.corpora={{ravdess: {corpus}}}", f"storage.cache={cache}"]
-    space = cluster.settle_paths(config.load(config.default_space(), overrides))
+    files = {n: [str(p) for k in range(n) for p in sorted((corpus / str(k)).iterdir())] for n in (1, COPIES)}
     quiet = Console(file=open("/dev/null", "w"))  # noqa: SIM115, PTH123 (for the whole run)
     cluster.connect()
     pool = multiprocessing.get_context("spawn").Pool(2)
 
-    def ours(use_ray: bool) -> None:
+    def ours(copies: int, use_ray: bool) -> None:
         shutil.rmtree(cache, ignore_errors=True)
+        overrides = [f"experiment.corpora={{bench: {corpus}/{copies}.csv}}", f"storage.cache={cache}"]
+        space = cluster.settle_paths(config.load(config.default_space(), overrides))
         prepare(space, use_ray=use_ray, console=quiet)
 
-    ways: dict[str, Callable[[], object]] = {
-        "bare loop, 1 process": lambda: [decode(path) for path in files],
-        "bare loop, 2 processes": lambda: list(pool.imap_unordered(decode, files, chunksize=16)),
-        "prepare, in this process": lambda: ours(False),
-        "prepare, on Ray": lambda: ours(True),
+    ways: dict[str, Callable[[int], object]] = {
+        "bare loop, 1 process": lambda n: [decode(path) for path in files[n]],
+        "bare loop, 2 processes": lambda n: list(pool.imap_unordered(decode, files[n], chunksize=16)),
+        "prepare, in this process": lambda n: ours(n, False),
+        "prepare, on Ray": lambda n: ours(n, True),
     }
     for work in ways.values():  # imports, compilation, worker processes
-        work()
-    found: dict[str, list[float]] = {name: [] for name in ways}
+        work(1)
+    found: dict[tuple[str, int], list[float]] = {(name, n): [] for name in ways for n in files}
     for _ in range(ROUNDS):
-        for name, work in ways.items():
-            found[name].append(seconds_of(work))
-    peaks = {name: memory_of(work) for name, work in ways.items()}
+        for name, n in found:
+            found[name, n].append(seconds_of(partial(ways[name], n)))
+    peaks = {(name, n): memory_of(partial(ways[name], n)) for name, n in found}
     pool.terminate()
-    seconds = {name: statistics.median(runs) for name, runs in found.items()}
+    seconds = {key: statistics.median(runs) for key, runs in found.items()}
     print("# Preparing speech\n\n```\npython tests/benchmarks/prepare.py CORPUS > results/benchmarks/prepare.md\n```\n")
     print(
-        f"RAVDESS as 48 kHz WAV: {len(files)} recordings, {hours * 60:.0f} minutes; {psutil.cpu_count()} cores "
-        f"({platform.processor() or platform.machine()}); medians of {ROUNDS} rounds in turn, after one that does not "
-        "count. The bare loop reads, downmixes and resamples; prepare also checks, trims, hashes and writes shards.\n"
+        f"RAVDESS as 48 kHz WAV: {len(files[1])} recordings, {hours * 60:.0f} minutes, once and {COPIES} times; "
+        f"{psutil.cpu_count()} cores ({platform.processor() or platform.machine()}); medians of {ROUNDS} rounds in\n"
+        "turn, after one that does not count. The bare loop reads, downmixes and resamples; prepare also checks, trims,\n"
+        "hashes and writes shards. Steady state: what the further copies add to the first, hours to seconds.\n"
         "Memory: proportional set size of the command and its children (Ray included), sampled twice a second\n"
         "in another run.\n"
     )
     print(
-        "| way | seconds | hours of audio a minute | of the bare loop on 2 | peak memory, GiB |\n|---|---|---|---|---|"
+        f"| way | seconds, once | seconds, {COPIES} times | steady state, hours of audio a minute "
+        f"| of the bare loop on 2 | peak memory, GiB: once | {COPIES} times |\n|---|---|---|---|---|---|---|"
     )
-    for name, taken in seconds.items():
-        ratio, rate = seconds["bare loop, 2 processes"] / taken, hours / taken * 60
-        print(f"| {name} | {taken:.1f} | {rate:.1f} | {ratio:.2f} | {peaks[name]:.2f} |")
+    added = {name: seconds[name, COPIES] - seconds[name, 1] for name in ways}
+    for name in ways:
+        ratio, rate = added["bare loop, 2 processes"] / added[name], hours * (COPIES - 1) / added[name] * 60
+        columns = (f"{seconds[name, 1]:.1f}", f"{seconds[name, COPIES]:.1f}", f"{rate:.1f}", f"{ratio:.2f}")
+        print(f"| {' | '.join((name, *columns))} | {peaks[name, 1]:.2f} | {peaks[name, COPIES]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def _model(backbones_dir: Path, variant: str, **adapter: object) -> EmotionClass
 def _backward(model: EmotionClassifier) -> None:
     batch = noise_batch()
     model.train()
-    nn.functional.cross_entropy(model(batch.waveform_BT, batch.lengths_B), batch.labels_B).backward()
+    nn.functional.cross_entropy(model(batch.inputs, batch.lengths_B), batch.labels_B).backward()
 
 
 def _learning(model: nn.Module) -> dict[str, int]:
@@ -53,8 +53,8 @@ def test_a_new_adapter_changes_nothing(backbones_dir: Path, variant: str) -> Non
     frozen, lora = (_model(backbones_dir, variant, method=method).eval() for method in ("frozen", "lora"))
     with torch.inference_mode():
         for own, other in zip(
-            lora.backbone(batch.waveform_BT, batch.lengths_B)[0],
-            frozen.backbone(batch.waveform_BT, batch.lengths_B)[0],
+            lora.backbone(batch.inputs, batch.lengths_B)[0],
+            frozen.backbone(batch.inputs, batch.lengths_B)[0],
             strict=True,
         ):
             assert torch.equal(own, other)
@@ -98,7 +98,7 @@ def test_dropout_is_in_the_learning_part_only(backbones_dir: Path) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             nn.init.ones_(parameter)
-    first, second = (model.backbone(batch.waveform_BT, batch.lengths_B)[0] for _ in range(2))
+    first, second = (model.backbone(batch.inputs, batch.lengths_B)[0] for _ in range(2))
     assert torch.equal(first[1], second[1]), "below the first adapted layer nothing is random"
     assert not torch.equal(first[2], second[2])
 
@@ -137,7 +137,7 @@ def test_qlora_has_the_same_gradients_after_an_evaluation(backbones_dir: Path, v
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.eval()
         with torch.inference_mode():
-            model(batch.waveform_BT, batch.lengths_B)
+            model(batch.inputs, batch.lengths_B)
     first, second = gradients
     assert any(".lora_B." in name and torch.any(gradient) for name, gradient in first.items())
     assert first.keys() == second.keys()
@@ -193,8 +193,8 @@ def test_the_saved_adapter_speaks_peft(backbones_dir: Path, tmp_path: Path) -> N
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(backbones_dir / "hubert-group"), str(tmp_path)).eval()
     batch = noise_batch([0.5])
     with torch.inference_mode():
-        own = model.eval().backbone(batch.waveform_BT, batch.lengths_B)[0][-1]
-        other = theirs(batch.waveform_BT).last_hidden_state
+        own = model.eval().backbone(batch.inputs, batch.lengths_B)[0][-1]
+        other = theirs(batch.inputs).last_hidden_state
     torch.testing.assert_close(own, other, atol=2e-5, rtol=1e-5)
     described = json.loads((tmp_path / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(backbones_dir / "hubert-group")

@@ -22,7 +22,7 @@ PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x0
 def test_no_file_is_a_pickle(backbones_dir: Path, tmp_path: Path, method: str) -> None:
     model = build(experiment(backbones_dir / "whisper", adapter={"method": method}))
     optimizer, batch = make_optimizer(model), noise_batch()
-    model(batch.waveform_BT, batch.lengths_B).sum().backward()
+    model(batch.inputs, batch.lengths_B).sum().backward()
     optimizer.step()
     checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 1})
     checkpoint.save(model, tmp_path, {"dev_uar": 0.5})

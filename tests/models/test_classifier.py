@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ser_ray.models.classifier import Head, build, masked_statistics, normalise, weighted_statistics
+from ser_ray.models.classifier import Head, build
+from ser_ray.models.pooling import masked_statistics, normalise, weighted_statistics
 
 FINITE = st.floats(-100, 100, width=32)
 
@@ -127,8 +128,8 @@ def test_initial_weights_depend_on_the_seed_alone(backbones_dir: Path) -> None:
 
 def test_logits_are_single_precision_and_one_a_class(backbones_dir: Path) -> None:
     model, batch = build(experiment(backbones_dir / "whisper")), noise_batch()
-    hiddens, _ = model.backbone(batch.waveform_BT, batch.lengths_B)
-    logits_BK = model(batch.waveform_BT, batch.lengths_B)
+    hiddens, _ = model.backbone(batch.inputs, batch.lengths_B)
+    logits_BK = model(batch.inputs, batch.lengths_B)
     assert len(hiddens) == LAYERS + 1
     assert logits_BK.shape == (3, 3)
     assert logits_BK.dtype == torch.float32
@@ -147,7 +148,7 @@ def test_features_are_masked_in_training_only(variant: str, backbones_dir: Path)
         )
     )
     with torch.inference_mode():
-        expected = plain.eval()(batch.waveform_BT, batch.lengths_B)
-        assert torch.equal(varied.eval()(batch.waveform_BT, batch.lengths_B), expected)
-        assert torch.allclose(plain.train()(batch.waveform_BT, batch.lengths_B), expected)
-        assert not torch.allclose(varied.train()(batch.waveform_BT, batch.lengths_B), expected)
+        expected = plain.eval()(batch.inputs, batch.lengths_B)
+        assert torch.equal(varied.eval()(batch.inputs, batch.lengths_B), expected)
+        assert torch.allclose(plain.train()(batch.inputs, batch.lengths_B), expected)
+        assert not torch.allclose(varied.train()(batch.inputs, batch.lengths_B), expected)

@@ -34,7 +34,7 @@ def table(lengths: list[int]) -> pa.Table:
 
 
 def contents(found: list[Batch]) -> list[tuple]:
-    return [(b.utterance_ids, b.waveform_BT.tolist(), b.lengths_B.tolist(), b.labels_B.tolist()) for b in found]
+    return [(b.utterance_ids, b.inputs.tolist(), b.lengths_B.tolist(), b.labels_B.tolist()) for b in found]
 
 
 @settings(deadline=None)
@@ -45,9 +45,9 @@ def test_every_utterance_comes_once_and_whole(lengths, budget, seed, window):
         for row, key in enumerate(batch.utterance_ids):
             number = int(key.removeprefix("synthetic/"))
             seen.append(number)
-            expected = np.zeros(batch.waveform_BT.shape[1])
+            expected = np.zeros(batch.inputs.shape[1])
             expected[: lengths[number]] = (number + 1) / 32768
-            np.testing.assert_array_equal(batch.waveform_BT[row], expected)
+            np.testing.assert_array_equal(batch.inputs[row], expected)
             assert batch.lengths_B[row] == lengths[number]
             assert batch.labels_B[row] == number % 7
     assert sorted(seen) == list(range(len(lengths)))
@@ -57,8 +57,8 @@ def test_every_utterance_comes_once_and_whole(lengths, budget, seed, window):
 @given(lengths=LENGTHS, budget=BUDGETS, seed=st.none() | st.integers(0, 9))
 def test_the_budget_holds(lengths, budget, seed):
     for batch in batches([table(lengths)], budget, seed=seed):
-        assert batch.seconds == len(batch) * int(batch.lengths_B.max()) / RATE
-        assert batch.seconds <= budget * (1 + 1e-9) or len(batch) == 1
+        assert batch.inputs.shape == (len(batch), int(batch.lengths_B.max()))
+        assert batch.inputs.numel() / RATE <= budget * (1 + 1e-9) or len(batch) == 1
 
 
 @settings(deadline=None)
@@ -103,7 +103,7 @@ def test_without_a_seed_shorter_comes_first():
 def test_little_of_a_batch_is_padding():
     lengths = np.random.default_rng(0).uniform(1, 10, 1500) * 100  # 1-10 s at a hundredth of the rate
     found = list(batches([table(lengths.astype(int).tolist())], 0.6, seed=0))
-    padded = sum(batch.waveform_BT.numel() for batch in found)
+    padded = sum(batch.inputs.numel() for batch in found)
     assert sum(int(batch.lengths_B.sum()) for batch in found) / padded > 0.90
 
 
@@ -146,8 +146,8 @@ def test_a_batch_moves_to_a_device():
     (batch,) = batches([table([5, 6])], 1.0, seed=None)
     moved = batch.to("meta")
     assert moved.utterance_ids == batch.utterance_ids
-    assert {t.device.type for t in (moved.waveform_BT, moved.lengths_B, moved.labels_B)} == {"meta"}
-    assert batch.waveform_BT.dtype == torch.float32
+    assert {t.device.type for t in (moved.inputs, moved.lengths_B, moved.labels_B)} == {"meta"}
+    assert batch.inputs.dtype == torch.float32
     assert batch.labels_B.dtype == batch.lengths_B.dtype == torch.int64
 
 
@@ -160,7 +160,7 @@ def test_variation_meets_each_utterance_once_wherever_it_is_packed():
         return waveform[: len(waveform) // 2] * 0.5
 
     for batch in batches([table(lengths)], 0.5, seed=1, vary=vary):
-        assert batch.waveform_BT.shape[1] == int(batch.lengths_B.max())
+        assert batch.inputs.shape[1] == int(batch.lengths_B.max())
         for row, length in enumerate(batch.lengths_B.tolist()):
-            assert not batch.waveform_BT[row, length:].any()
+            assert not batch.inputs[row, length:].any()
     assert sorted(seen) == sorted(table(lengths)["utterance_id"].to_pylist())

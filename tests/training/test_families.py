@@ -72,7 +72,7 @@ def test_another_process_gives_the_same_logits(backbones_dir: Path, tmp_path: Pa
         _take_steps(model, 1)
         checkpoint.save(model, tmp_path / method, {})
         expected[method] = logits(model, batch)
-    save_file({"waveform": batch.waveform_BT, "lengths": batch.lengths_B}, tmp_path / "batch.safetensors")
+    save_file({"waveform": batch.inputs, "lengths": batch.lengths_B}, tmp_path / "batch.safetensors")
     script = """if True:
         import sys, torch
         from safetensors.torch import load_file, save_file

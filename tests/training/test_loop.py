@@ -202,7 +202,7 @@ def test_the_best_so_far_is_reported(tiny: Experiment, metric: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_loss_that_is_not_finite_names_the_rate(tiny: Experiment) -> None:
-    spoiled = replace(TRAIN[0], waveform_BT=torch.full_like(TRAIN[0].waveform_BT, math.nan))
+    spoiled = replace(TRAIN[0], inputs=torch.full_like(TRAIN[0].inputs, math.nan))
     with pytest.raises(UserError, match=r"epoch 1: .*loss is nan.*optimizer\.lr") as caught:
         _run(tiny, _data([*TRAIN[1:], spoiled]))
     assert "\n" not in str(caught.value)

@@ -26,7 +26,7 @@ def _features(model: EmotionClassifier, batches: Iterable[Batch], layer: int) ->
     for batch in batches:
         for row, length in enumerate(batch.lengths_B.tolist()):
             with torch.inference_mode():
-                hiddens, _ = model.backbone(batch.waveform_BT[row : row + 1, :length], batch.lengths_B[row : row + 1])
+                hiddens, _ = model.backbone(batch.inputs[row : row + 1, :length], batch.lengths_B[row : row + 1])
             hidden_FD = hiddens[layer][0].numpy().astype(np.float64)
             hidden_FD = (hidden_FD - hidden_FD.mean(1, keepdims=True)) / np.sqrt(hidden_FD.var(1, keepdims=True) + 1e-5)
             pooled = [hidden_FD.mean(0)]

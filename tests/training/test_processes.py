@@ -48,7 +48,7 @@ def _spoiled(backbone: str, out: Path, rank: int) -> None:
     """One process's loss is not a number: both must stop, or one would wait for ever."""
     batch = TRAIN[0]
     if rank == 1:
-        batch = batch.__class__(batch.utterance_ids, batch.waveform_BT * torch.nan, batch.lengths_B, batch.labels_B)
+        batch = batch.__class__(batch.utterance_ids, batch.inputs * torch.nan, batch.lengths_B, batch.labels_B)
     data = loop.Data(lambda epoch: [batch], lambda: DEV, 1, (8, 8, 8))
     try:
         loop.fit(build(_described(backbone, "random")), data, lambda record, save: None)

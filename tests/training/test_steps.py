@@ -86,13 +86,12 @@ def test_gradients_of_accumulated_batches_add_up(tiny: Experiment) -> None:
     model, batch = build(described), noise_batch()
     optimizer, scaler = loop.make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
     parts = [
-        Batch(("a",), batch.waveform_BT[i : i + 1], batch.lengths_B[i : i + 1], batch.labels_B[i : i + 1])
-        for i in range(2)
+        Batch(("a",), batch.inputs[i : i + 1], batch.lengths_B[i : i + 1], batch.labels_B[i : i + 1]) for i in range(2)
     ]
     for part in parts:
         loop.train_step(model, part, nn.CrossEntropyLoss(), optimizer, scaler, described, 1.0, step_now=False)
     expected = build(described)
-    both_BK = expected(batch.waveform_BT[:2], batch.lengths_B[:2])
+    both_BK = expected(batch.inputs[:2], batch.lengths_B[:2])
     nn.functional.cross_entropy(both_BK, batch.labels_B[:2]).backward()
     for (name, found), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
         if reference.grad is not None:
