@@ -18,6 +18,7 @@ VERBS = {
     "tune": "[SPACE.yaml] [key=value ...]    search, evaluate, report; without a file: the embedded demo",
     "evaluate": "RESULTS_DIR                     score the finalists on dev, choose, open the test set",
     "report": "RESULTS_DIR                     tables, figures and report.html from what is there",
+    "cache": "SPACE.yaml [key=value ...]      what frozen layers compute, once for all trials (tune does it as needed)",
     "premium": "SPACE.yaml [key=value ...]      what shared speakers add: random against disjoint splits",
     "predict": "CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]   files or folders -> emotions",
 }

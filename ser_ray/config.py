@@ -296,7 +296,10 @@ class Resources(Section):
     cpus_per_worker: float | Literal["auto"] = "auto"
     """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with one."""
     gpus_per_worker: float | Literal["auto"] = "auto"
-    """auto: 1 where the cluster has a GPU, else 0."""
+    """auto: 1 where the cluster has a GPU, else 0; 0.25 puts four trials on one."""
+    data: Literal["auto", "resident", "streamed"] = "auto"
+    """Between epochs: resident in the object store, or read from the shards again; auto: resident where a trial's data
+    take less than a third of the store."""
 
 
 class Storage(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import uuid
@@ -47,3 +49,22 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock between processes that ends with its holder, even a killed one; whether it was got.
+
+    ``shared``: with others who share it. Without ``wait``, False at once where somebody else holds it; False as well on
+    a file system that has no locks, where whoever must be sure does nothing, and whoever saves work does it twice.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            yield False
+        else:
+            yield True

@@ -13,12 +13,11 @@ if __name__ == "__main__":  # hand over at once: workers find everything in ser_
 
     sys.exit(command(["train", *sys.argv[1:]]))
 
-import itertools
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,23 +30,23 @@ import ray.data
 import ray.train
 from rich.console import Console
 
-from ser_ray import cluster, config, disk, prepare
+from ser_ray import cache, cluster, config, disk, feed, prepare
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
-from ser_ray.speech import shards
+from ser_ray.speech import kept, shards
 from ser_ray.speech.fingerprint import same_takes_in
 
 # The model and its loop take seconds to import. They are imported where they run, for the processes that only start
 # and watch a trial are many.
 if TYPE_CHECKING:
-    from ser_ray.speech import stream
-    from ser_ray.training import loop
+    import torch
 
-RESIDENT_SHARE = 0.3
-"""Data up to this share of the object store is kept there between epochs; more is streamed from the shards."""
+    from ser_ray.models.classifier import EmotionClassifier
+    from ser_ray.speech.stream import Content
+    from ser_ray.training import loop
 
 
 @dataclass(frozen=True)
@@ -57,48 +56,85 @@ class Trial:
     experiment: dict[str, Any]
     metric: str
     shard_dirs: tuple[str, ...]
+    """Where the index of the speech is read."""
+    paths: tuple[str, ...]
+    """The files that it is fed from: the shards of the speech, or what a frozen prefix kept of them."""
     directory: str
     """Where its history and checkpoints go: ``results/<name>/trials/<trial_id>``."""
     workers: int
     cpus: float
     gpus: float
+    resident: bool
+    """Whether the data stay in memory between epochs."""
+    prefix: dict[str, Any] | None
+    """The fields of a `ser_ray.models.prefix.Prefix`, where that is what the trial is fed."""
 
     def load(self) -> tuple[Experiment, Task]:
         """The experiment and its utterances by split."""
         experiment = Experiment.model_validate(self.experiment)
         return experiment, load_task(experiment, [Path(directory) for directory in self.shard_dirs])
 
+    def column(self) -> str:
+        """The column of the files that holds what the model is fed."""
+        return kept.COLUMN if self.prefix else "audio"
 
-def load_datasets(task: Task, shard_dirs: Iterable[Path]) -> dict[str, ray.data.Dataset]:
-    """Train and dev as Ray datasets; resident in the object store, once for all trials, where they are small."""
-    paths = [path for directory in shard_dirs for path in shards.shard_paths(directory)]
-    room = RESIDENT_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    resident = sum(path.stat().st_size for path in paths) <= room
-    datasets = {}
-    for split in ("train", "dev"):
-        labels = task.labels(split)
-        dataset = (
-            ray.data.read_parquet([str(path) for path in paths])
-            .select_columns(["utterance_id", "num_samples", "audio"])
-            .map_batches(
-                shards.select, fn_args=(labels,), batch_format="pyarrow", batch_size=None, zero_copy_batch=True
-            )
+    def model(self, experiment: Experiment, device: torch.device) -> tuple[EmotionClassifier, Content]:
+        """The model before training, and how what it is fed is read."""
+        from ser_ray.models.classifier import build
+        from ser_ray.speech.stream import SPEECH, Content
+
+        model = build(experiment, device)
+        if self.prefix is None:
+            return model, SPEECH
+        model.prefix = kept.Prefix(**self.prefix)
+        return model, Content(kept.COLUMN, model.prefix.read)
+
+
+@contextmanager
+def open_trial(
+    space: SearchSpace,
+    experiment: Experiment,
+    planned: cache.Plan,
+    shard_dirs: Sequence[Path],
+    directory: Path,
+    console: Console,
+) -> Iterator[Trial]:
+    """A trial that can be trained while the body runs: what is frozen in it is computed and kept."""
+    actors = space.resources.workers
+    one = cluster.worker(space) if actors else cluster.Worker(1, 0)
+    with cache.keep(space, experiment, planned, shard_dirs, actors, console) as found:
+        if found is not None:
+            console.print(str(found))
+        speech = tuple(path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir))
+        paths = speech if found is None else found.paths
+        yield Trial(
+            config.to_dict(experiment),
+            space.tune.metric,
+            tuple(map(str, shard_dirs)),
+            tuple(map(str, paths)),
+            str(directory),
+            max(1, actors),
+            one.cpus,
+            one.gpus,
+            actors > 0 and feed.stays_resident(space, paths),
+            None if found is None else asdict(found.prefix),
         )
-        if resident:
-            dataset = dataset.materialize()
-            rows = dataset.count()
-            assert rows == len(labels), f"the shards gave {rows} utterances of {len(labels)}"
-        datasets[split] = dataset
-    return datasets
 
 
-def fit_on_ray(trial: Trial, datasets: Mapping[str, ray.data.Dataset], callbacks: Iterable[Any] = ()) -> None:
+def fit_on_ray(
+    trial: Trial, datasets: Mapping[str, ray.data.Dataset] | None = None, callbacks: Iterable[Any] = ()
+) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
 
+    ``datasets``: the trial's data where they are loaded already.
     Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
     """
     from ray.train.torch import TorchTrainer
 
+    if datasets is None:
+        _, task = trial.load()
+        paths = [Path(path) for path in trial.paths]
+        datasets = feed.load_datasets(task, paths, trial.column(), trial.workers, trial.resident)
     directory = Path(trial.directory)
     trainer = TorchTrainer(
         _work,
@@ -109,8 +145,8 @@ def fit_on_ray(trial: Trial, datasets: Mapping[str, ray.data.Dataset], callbacks
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
         datasets=dict(datasets),
-        # Every worker reads all of dev and predicts its share: a split would drop rows to make shares equal.
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+        # Ray's split gives blocks to whoever asks first, and drops rows to make shares equal.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         run_config=ray.train.RunConfig(
             name=directory.name,
             storage_path=str(directory.parent),
@@ -132,31 +168,30 @@ def run_trial(
     space: dict[str, Any],
     shard_dirs: list[str],
     directory: str,
-    datasets: Mapping[str, ray.data.Dataset],
+    planned: cache.Plan,
+    speech: Mapping[str, ray.data.Dataset],
 ) -> None:
-    """One trial of a search, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune."""
+    """One trial of a search, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune.
+
+    ``speech``: the datasets of waveforms, which trials share.
+    """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     settled = SearchSpace.model_validate(space)
-    one = cluster.worker(settled)
-    trial = Trial(
-        config.to_dict(settled.trial(values)),
-        settled.tune.metric,
-        tuple(shard_dirs),
-        f"{directory}/trials/{tune.get_context().get_trial_id()}",
-        max(1, settled.resources.workers),
-        one.cpus,
-        one.gpus,
-    )
-    fit_on_ray(trial, datasets, [TuneReportCallback()])
+    trial_dir = Path(directory) / "trials" / tune.get_context().get_trial_id()
+    trial_dir.mkdir(parents=True, exist_ok=True)
+    with (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
+        console = Console(file=notes, highlight=False, soft_wrap=True)
+        dirs = [Path(shard_dir) for shard_dir in shard_dirs]
+        with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console) as trial:
+            fit_on_ray(trial, speech if trial.prefix is None else None, [TuneReportCallback()])
 
 
 def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
     import torch
 
-    from ser_ray.models.classifier import build
     from ser_ray.training import loop
 
     experiment, task = trial.load()
@@ -164,7 +199,7 @@ def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda r
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def tables(labels: Mapping[str, int]) -> Iterator[pa.Table]:
-        for table in shards.read_tables([Path(d) for d in trial.shard_dirs]):
+        for table in shards.read_paths(map(Path, trial.paths)):
             yield shards.select(table, labels)
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
@@ -181,10 +216,10 @@ def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda r
         on_record(record)
 
     done = [directory / folder.checkpoint_name(r["epoch"]) for r in folder.trial_history(directory)]
-    data = _data(experiment, task, lambda: tables(task.labels("train")), lambda: tables(task.labels("dev")))
-    loop.fit(
-        build(experiment, device), data, on_epoch, trial.metric, next((d for d in reversed(done) if d.is_dir()), None)
-    )
+    model, content = trial.model(experiment, device)
+    train, dev = (partial(tables, task.labels(split)) for split in ("train", "dev"))
+    data = feed.data(experiment, task, train, dev, content)
+    loop.fit(model, data, on_epoch, trial.metric, next((d for d in reversed(done) if d.is_dir()), None))
 
 
 def audit_task(task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
@@ -250,27 +285,19 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
     directory = open_results(space, shard_dirs, audit_task(task, console, shard_dirs), argv)
-    one = cluster.worker(space) if not here else cluster.Worker(1, 0)
-    trial = Trial(
-        config.to_dict(space.experiment),
-        space.tune.metric,
-        tuple(map(str, shard_dirs)),
-        str(directory / "trials" / "single"),
-        max(1, space.resources.workers),
-        one.cpus,
-        one.gpus,
-    )
+    trial_dir = directory / "trials" / "single"
     started = time.monotonic()
     console.print(f"training {space.experiment.backbone} ({space.experiment.adapter.method}), {task.fold.description}")
 
     def show(record: folder.Record) -> None:
         console.print(describe_epoch(record, space.tune.metric))
 
-    if here:
-        fit_here(trial, show)
-    else:
-        with _following(Path(trial.directory), show):
-            fit_on_ray(trial, load_datasets(task, shard_dirs))
+    with open_trial(space, space.experiment, cache.plan(space), shard_dirs, trial_dir, console) as trial:
+        if here:
+            fit_here(trial, show)
+        else:
+            with _following(trial_dir, show):
+                fit_on_ray(trial)
     row = folder.trial_row(directory, "single", "finished", {}, time.monotonic() - started)
     folder.write_trials(directory, [row])
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
@@ -298,7 +325,6 @@ def _work(settings: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from ser_ray.models.classifier import build
     from ser_ray.training import loop
 
     trial = Trial(**settings)
@@ -306,7 +332,7 @@ def _work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(trial.cpus)))
     context = ray.train.get_context()
     rank, directory = context.get_world_rank(), Path(trial.directory)
-    train, dev = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("dev")
+    train, dev = (feed.tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         saved = None
@@ -324,43 +350,11 @@ def _work(settings: dict[str, Any]) -> None:
             delete_local_checkpoint_after_upload=True,
         )
 
-    data = _data(
-        experiment,
-        task,
-        lambda: train.iter_batches(batch_size=256, batch_format="pyarrow"),
-        lambda: dev.iter_batches(batch_size=256, batch_format="pyarrow"),
-        rank,
-        context.get_world_size(),
-    )
+    model, content = trial.model(experiment, get_device())
+    data = feed.data(experiment, task, train, dev, content, rank, context.get_world_size())
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as last:
-        loop.fit(build(experiment, get_device()), data, on_epoch, trial.metric, Path(last) if last else None)
-
-
-def _data(
-    experiment: Experiment,
-    task: Task,
-    train: Callable[[], Iterable[pa.Table]],
-    dev: Callable[[], Iterable[pa.Table]],
-    rank: int = 0,
-    size: int = 1,
-) -> loop.Data:
-    """Batches for one process: its own part of train as it comes, every ``size``-th batch of dev."""
-    from ser_ray.speech import augment, stream
-    from ser_ray.training import loop
-
-    planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
-
-    def train_batches(epoch: int) -> Iterator[stream.Batch]:
-        seed = experiment.seed * 10_000 + epoch
-        # Epoch 0 is the probe's, which sees the speech as it is.
-        vary = partial(augment.vary, settings=experiment.augment, seed=seed) if epoch else None
-        return stream.batches(train(), experiment.batch_seconds, seed=seed, vary=vary)
-
-    def dev_batches() -> Iterator[stream.Batch]:
-        return itertools.islice(stream.batches(dev(), experiment.batch_seconds, seed=None), rank, None, size)
-
-    return loop.Data(train_batches, dev_batches, max(1, planned // size), task.counts("train"))
+        loop.fit(model, data, on_epoch, trial.metric, Path(last) if last else None)
 
 
 @contextmanager

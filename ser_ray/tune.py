@@ -21,19 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import ray.data
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from ser_ray import cluster, config, disk, prepare, report
+from ser_ray import cache, cluster, config, disk, feed, prepare, report
 from ser_ray.config import Distribution, SearchSpace
 from ser_ray.evaluate import evaluate
 from ser_ray.evaluation import folder
 from ser_ray.models import backbones
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
-from ser_ray.train import audit_task, describe_epoch, load_datasets, open_results, run_trial
+from ser_ray.speech import shards
+from ser_ray.train import audit_task, describe_epoch, open_results, run_trial
 
 STATE = "tune_state"
 """Tune's own folder inside the results: what an interrupted search continues from."""
@@ -80,6 +82,7 @@ class Progress(tune.Callback):
         self.rows: dict[str, folder.Record] = {row["trial_id"]: dict(row) for row in known}
         self.numbers = {trial_id: number for number, trial_id in enumerate(self.rows, start=1)}
         self.last_line = time.monotonic()
+        self.noted: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks with its state; a terminal cannot be, and a continued search brings its own."""
@@ -114,12 +117,21 @@ class Progress(tune.Callback):
         self._say(trial, f"failed: {reason}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """A sign of life while epochs are long."""
+        """What trials say before their first epoch, and a sign of life while epochs are long."""
         running = [trial for trial in trials if trial.status == "RUNNING"]
+        for trial in running:
+            self._pass_on_notes(trial)
         if running and time.monotonic() - self.last_line > HEARTBEAT_S:
             waiting = ", ".join(f"{self._number(t)} in epoch {self._epochs(t) + 1}" for t in running)
             self.console.print(f"  ... running: trial {waiting}", style="dim")
             self.last_line = time.monotonic()
+
+    def _pass_on_notes(self, trial: Any) -> None:
+        path = self.directory / "trials" / trial.trial_id / folder.NOTES
+        notes = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for note in notes[self.noted.get(trial.trial_id, 0) :]:
+            self._say(trial, note)
+        self.noted[trial.trial_id] = len(notes)
 
     def _epochs(self, trial: Any) -> int:
         return int(trial.last_result.get("epoch", 0)) if trial.last_result else 0
@@ -147,7 +159,8 @@ def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Pa
             space=config.to_dict(space),
             shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
             directory=str(directory),
-            datasets=load_datasets(task, shard_dirs),
+            planned=cache.plan(space),
+            speech=_speech(space, task, shard_dirs),
         ),
         # The driver of a trial only waits; its workers have a placement group of their own.
         {"cpu": 0.01},
@@ -257,6 +270,14 @@ def _scheduler(space: SearchSpace) -> TrialScheduler:
         grace_period=space.tune.grace,
         reduction_factor=2,
     )
+
+
+def _speech(space: SearchSpace, task: Task, shard_dirs: list[Path]) -> dict[str, ray.data.Dataset]:
+    """The waveforms that trials share; not read before a trial asks, where all are fed by a frozen prefix."""
+    paths = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
+    asked = any(cache.why_not(space, experiment) for experiment in cache.experiments(space))
+    resident = asked and feed.stays_resident(space, paths)
+    return feed.load_datasets(task, paths, "audio", max(1, space.resources.workers), resident)
 
 
 def _check_backbones(space: SearchSpace, console: Console) -> None:

@@ -15,7 +15,7 @@ import ser_ray
 PACKAGE = Path(ser_ray.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-VERBS = {"prepare", "audit", "train", "evaluate", "tune", "report", "predict", "premium", "serve", "export"}
+VERBS = {"prepare", "audit", "train", "evaluate", "tune", "report", "predict", "premium", "cache", "serve", "export"}
 LEVELS = {
     "schema": 0,
     "disk": 0,
@@ -29,7 +29,7 @@ LEVELS = {
 }
 """Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""
 
-VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit"}
+VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit", "cache"}
 """The one exception beside tune and premium: they prepare what is missing by themselves."""
 
 
@@ -81,7 +81,7 @@ def _uses(module: str, library: str) -> bool:
 
 
 def test_every_file_has_its_place() -> None:
-    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster"}
+    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "feed"}
     assert {_part(module) for module in MODULES} <= known
     assert LEVELS.keys() <= {_part(module) for module in MODULES}
 
@@ -105,8 +105,8 @@ def test_schema_disk_and_the_package_import_nothing_of_the_project() -> None:
     assert IMPORTS["ser_ray"] == set()
 
 
-def test_only_verbs_and_cluster_import_ray() -> None:
-    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster"}
+def test_only_verbs_cluster_and_feed_import_ray() -> None:
+    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster", "feed"}
 
 
 def test_only_cluster_starts_ray() -> None:
@@ -118,14 +118,19 @@ def test_only_cluster_starts_ray() -> None:
 def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
     for verb in VERBS & {_part(module) for module in MODULES}:
         others = {_part(imported) for imported in _own(f"ser_ray.{verb}")} & VERBS
-        allowed = {"tune": {"train", "evaluate", "report"}, "premium": {"train", "evaluate"}}.get(verb, set())
+        allowed = {
+            "tune": {"train", "evaluate", "report", "cache"},
+            "premium": {"train", "evaluate"},
+            "train": {"cache"},
+        }.get(verb, set())
         if verb in VERBS_THAT_NEED_DATA:
             allowed |= {"prepare"}
         assert others <= allowed, f"{verb} imports {others - allowed}"
 
 
-def test_cluster_knows_no_verb() -> None:
-    assert not {_part(imported) for imported in _own("ser_ray.cluster")} & VERBS
+@pytest.mark.parametrize("module", ["cluster", "feed"])
+def test_what_verbs_share_knows_no_verb(module: str) -> None:
+    assert not {_part(imported) for imported in _own(f"ser_ray.{module}")} & VERBS
 
 
 def test_nobody_imports_the_command_line() -> None:

@@ -17,6 +17,8 @@ from ser_ray.disk import write_text
 from ser_ray.evaluation.results import read_history
 
 Record = dict[str, Any]
+NOTES = "notes.txt"
+"""In a trial's folder: lines for people on what it does before its first epoch."""
 DEV_FIGURES = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
 
 

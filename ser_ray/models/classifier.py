@@ -15,7 +15,8 @@ from ser_ray.models import backbones
 from ser_ray.models.adapters import adapt, attach
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.pooling import masked_statistics, normalise, pool_moments, weighted_statistics
-from ser_ray.models.prefix import Prefix, unpack
+from ser_ray.models.prefix import unpack
+from ser_ray.speech.kept import Prefix
 
 
 class Head(nn.Module):

@@ -1,93 +1,22 @@
 """The frozen part of a model as a function of an utterance: what is the same in every epoch and every trial.
 
-With adapters from block k on, all below is a constant of the recording. `Prefix` says what of it training needs,
-`compute` makes it, and an `EmotionClassifier` whose ``prefix`` is set takes it in place of waveforms:
-
-    states   (F, S, D) fp16: the input of block k, with `head.layer_mix: weighted` the states below it as well
-    moments  (M, D) fp32: where nothing of the backbone learns and pooling is plain, frames are not needed either
-
-Moments: a head that mixes S states with weights w and pools mean and deviation over frames sees sum_l w_l mean_l and
-sum_lm w_l w_m cov_lm, so the means of all states and their covariances (one row a pair) are all that it can ever ask
-for: the same figures to rounding, from a hundredth of the bytes.
+With adapters from block k on, all below is a constant of the recording. `of` says what of it an experiment needs,
+`compute` makes it, and an `EmotionClassifier` whose ``prefix`` is set takes it in place of waveforms. The form is that
+of `ser_ray.speech.kept`: states of frames, or their moments.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
-
 import numpy as np
-import pyarrow as pa
 import torch
 
-from ser_ray.config import Experiment, fingerprint, to_dict
+from ser_ray.config import Experiment
 from ser_ray.models import backbones
 from ser_ray.models.backbones import Backbone, frame_mask
 from ser_ray.models.pooling import moments
 from ser_ray.schema import UserError
-from ser_ray.speech.stream import Batch, Content
-
-FORMAT: Final = 1
-"""Raised when `compute` gives something else; part of a cache's name."""
-COLUMN: Final = "kept"
-FRAMES_PER_SECOND: Final = 50
-"""Of all four families: a frame each 20 ms."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What is kept of every utterance; see the module's docstring."""
-
-    backbone: str
-    quantized: bool
-    precision: str
-    first_layer: int
-    """Block k, whose input is the last state that is kept; the number of blocks where all are frozen."""
-    num_states: int
-    """S."""
-    width: int
-    """D."""
-    moments: str | None
-    """None: frames; else the pooling that they serve, mean or statistics."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one frame, (S, D); or of the moments, (M, D)."""
-        pairs = self.num_states * (self.num_states + 1) // 2
-        return self.num_states + (pairs if self.moments == "statistics" else 0), self.width
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """fp16 for frames: with 11 bits eight times closer than bf16, and no hidden state comes near its range."""
-        return np.dtype(np.float32 if self.moments else np.float16)
-
-    def gigabytes(self, seconds: float, utterances: int) -> float:
-        """What a cache of so much speech takes."""
-        rows = utterances if self.moments else seconds * FRAMES_PER_SECOND
-        return rows * self.shape[0] * self.shape[1] * self.dtype.itemsize / 1e9
-
-    def content(self) -> Content:
-        """How `ser_ray.speech.stream.batches` reads it."""
-        return Content(COLUMN, self.read)
-
-    def read(self, buffer: pa.Buffer) -> np.ndarray:
-        """Bytes -> (F, S, D), or (M, D)."""
-        shape = self.shape if self.moments else (-1, *self.shape)
-        return np.frombuffer(buffer, self.dtype).reshape(shape)
-
-    def key(self) -> str:
-        """The name of its cache: differs where anything differs that the values depend on."""
-        return fingerprint(FORMAT, asdict(self), backbones.identity(self.backbone))
-
-
-def why_not(experiment: Experiment) -> str | None:
-    """Why an experiment has no frozen part that could be computed once; None where it has."""
-    varied = sorted(key for key, value in to_dict(experiment.augment).items() if value)
-    if varied:
-        return f"augment.{varied[0]} varies what the frozen part sees"
-    if experiment.adapter.method == "full" and experiment.adapter.first_layer == 0:
-        return "every weight learns"
-    return None
+from ser_ray.speech.kept import Prefix
+from ser_ray.speech.stream import Batch
 
 
 def of(experiment: Experiment, precision: str) -> Prefix:
@@ -95,13 +24,13 @@ def of(experiment: Experiment, precision: str) -> Prefix:
 
     Raises UserError where the backbone cannot be found.
     """
-    assert (reason := why_not(experiment)) is None, reason
     config, _ = backbones.describe(experiment.backbone)
     frozen = experiment.adapter.method == "frozen"
     first = config.num_hidden_layers if frozen else experiment.adapter.first_layer
     plain = frozen and experiment.head.pooling in ("mean", "statistics")
     return Prefix(
         experiment.backbone,
+        backbones.identity(experiment.backbone),
         experiment.adapter.method == "qlora",
         precision,
         first,

@@ -124,10 +124,21 @@ def read_index(directories: Iterable[Path]) -> pa.Table:
 
 def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
     """The shards one by one, with their audio."""
-    for directory in directories:
-        for path in shard_paths(directory):
-            with pq.ParquetFile(path) as file:
-                yield file.read()
+    return read_paths(path for directory in directories for path in shard_paths(directory))
+
+
+def read_paths(paths: Iterable[Path]) -> Iterator[pa.Table]:
+    """Parquet files one by one, whole."""
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            yield file.read()
+
+
+def read_ids(path: Path) -> list[str]:
+    """The utterances of one shard, or of what was kept of it, in the order of its rows."""
+    with pq.ParquetFile(path) as file:
+        ids: list[str] = file.read(columns=["utterance_id"])["utterance_id"].to_pylist()
+    return ids
 
 
 def select(table: pa.Table, labels: Mapping[str, int]) -> pa.Table:

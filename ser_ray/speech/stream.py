@@ -7,6 +7,8 @@ here knows where the tables come from: Ray Data feeds it in training, `shards.re
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -99,6 +101,44 @@ def batches(
     rng = None if seed is None else np.random.default_rng(seed)
     for table in _windows(tables, window, content):
         yield from _window_batches(table, batch_seconds, rng, vary, content)
+
+
+def ahead(source: Iterator[Batch], pin: bool = False, depth: int = 2) -> Iterator[Batch]:
+    """The same batches, put together in a thread while the one before is used; ``depth`` of them wait at most.
+
+    ``pin``: in page-locked memory. What the source raises is raised here. A reader that stops early ends the thread.
+    """
+    waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not ended.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill() -> None:
+        try:
+            for batch in source:
+                if not put(batch.pin() if pin else batch):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        thread.join()
 
 
 def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:

@@ -134,8 +134,8 @@ def main(source: Path, scratch: Path) -> None:
     print(
         f"RAVDESS as 48 kHz WAV: {len(files[1])} recordings, {hours * 60:.0f} minutes, once and {COPIES} times; "
         f"{psutil.cpu_count()} cores ({platform.processor() or platform.machine()}); medians of {ROUNDS} rounds in\n"
-        "turn, after one that does not count. The bare loop reads, downmixes and resamples; prepare also checks, trims,\n"
-        "hashes and writes shards. Steady state: what the further copies add to the first, hours to seconds.\n"
+        "turn, after one that does not count. The bare loop reads, downmixes and resamples; prepare also checks,\n"
+        "trims, hashes and writes shards. Steady state: what the further copies add to the first, hours to seconds.\n"
         "Memory: proportional set size of the command and its children (Ray included), sampled twice a second\n"
         "in another run.\n"
     )

@@ -182,19 +182,6 @@ def test_other_weights_under_the_same_name_have_another_key(tmp_path):
     assert prefix.of(settings, "fp32").key() != before
 
 
-@pytest.mark.parametrize(
-    ("sections", "word"),
-    [
-        ({"augment": {"gain_db": 6.0}}, "augment.gain_db"),
-        ({"augment": {"time_mask": 0.1}}, "augment.time_mask"),
-        ({"adapter": {"method": "full"}}, "every weight"),
-    ],
-)
-def test_what_varies_is_not_kept(sections, word):
-    assert word in prefix.why_not(experiment("anything", **sections))
-    assert prefix.why_not(experiment("anything")) is None
-
-
 def test_a_state_beyond_fp16_is_refused(backbones_dir):
     model = build(experiment(backbones_dir / "whisper"))
     with torch.no_grad():
