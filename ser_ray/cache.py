@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> int:
     space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
     cluster.connect()
-    actors = cluster.concurrency(space) * max(1, space.resources.workers)
+    actors = cluster.capacity(space)
     shard_dirs = prepare.prepare(space, console=console)
     for experiment in experiments(space):
         if reason := why_not(space, experiment):
@@ -246,17 +247,37 @@ def _compute(
 def _with_ray(
     work: list[dict[str, str]], experiment: Experiment, wanted: Prefix, actors: int, space: SearchSpace
 ) -> Iterator[object]:
+    """The targets, as they appear."""
     one = cluster.worker(space)
+    task = _run_pool.remote(work, experiment, wanted, min(actors, len(work)), one)
+    awaited = [Path(row["target"]) for row in work]
+    ended: list[Any] = []
+    while not ended:
+        ended, _ = ray.wait([task], timeout=0.5)
+        there = [target for target in awaited if target.is_file()]
+        yield from there
+        awaited = [target for target in awaited if target not in there]
+    try:
+        ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise cluster.user_error(error) or error from None
+
+
+@ray.remote(num_cpus=0)
+def _run_pool(
+    work: list[dict[str, str]], experiment: Experiment, wanted: Prefix, actors: int, one: cluster.Worker
+) -> None:
+    """In a process of its own, where what Ray Data has to say to developers goes to a log."""
     dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
         Keeper,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(work))),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=one.cpus,
         num_gpus=one.gpus or None,
         fn_constructor_args=(experiment, wanted, max(1, int(one.cpus)), one.gpus > 0),
     )
-    return iter(dataset.iter_rows())
+    dataset.materialize()
 
 
 def _here(work: list[dict[str, str]], experiment: Experiment, wanted: Prefix) -> Iterator[object]:

@@ -97,24 +97,38 @@ def worker(space: SearchSpace) -> Worker:
     return Worker(min(4.0, max(1.0, per_node - DATA_CPUS)) if gpus else 1.0, gpus)
 
 
+def capacity(space: SearchSpace) -> int:
+    """Workers that fit at once, beside one CPU for the data."""
+    one, total = worker(space), ray.cluster_resources()
+    fits = int((total.get("CPU", 0) - DATA_CPUS) / one.cpus + 1e-9)
+    return min(fits, int(total.get("GPU", 0) / one.gpus + 1e-9)) if one.gpus else fits
+
+
 def concurrency(space: SearchSpace) -> int:
-    """Trials that fit at once, beside one CPU for the data.
+    """Trials that fit at once.
 
     Raises UserError where not even one fits: Ray itself would wait for ever.
     """
-    one, total = worker(space), ray.cluster_resources()
     workers = max(1, space.resources.workers)
-    cpus, gpus = total.get("CPU", 0) - DATA_CPUS, total.get("GPU", 0)
-    fits = int(cpus / (one.cpus * workers) + 1e-9)
-    if one.gpus:
-        fits = min(fits, int(gpus / (one.gpus * workers) + 1e-9))
+    fits = capacity(space) // workers
     if fits < 1:
+        one, total = worker(space), ray.cluster_resources()
         raise UserError(
             f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs) beside {DATA_CPUS} CPU for "
-            f"data, but the cluster has {total.get('CPU', 0):g} CPUs and {gpus:g} GPUs; lower resources.workers, "
-            "cpus_per_worker or gpus_per_worker"
+            f"data, but the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower "
+            "resources.workers, cpus_per_worker or gpus_per_worker"
         )
     return min(fits, space.tune.concurrency or fits, space.tune.trials)
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError behind what Ray raises when a process of ours failed, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return UserError(str(cause).splitlines()[-1])
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
 
 
 def settle_paths(space: SearchSpace) -> SearchSpace:

@@ -98,10 +98,11 @@ def open_trial(
     shard_dirs: Sequence[Path],
     directory: Path,
     console: Console,
+    actors: int,
 ) -> Iterator[Trial]:
-    """A trial that can be trained while the body runs: what is frozen in it is computed and kept."""
-    actors = space.resources.workers
-    one = cluster.worker(space) if actors else cluster.Worker(1, 0)
+    """A trial that can be trained while the body runs: what is frozen in it is computed by ``actors``, and kept."""
+    workers = space.resources.workers
+    one = cluster.worker(space) if workers else cluster.Worker(1, 0)
     with cache.keep(space, experiment, planned, shard_dirs, actors, console) as found:
         if found is not None:
             console.print(str(found))
@@ -113,10 +114,10 @@ def open_trial(
             tuple(map(str, shard_dirs)),
             tuple(map(str, paths)),
             str(directory),
-            max(1, actors),
+            max(1, workers),
             one.cpus,
             one.gpus,
-            actors > 0 and feed.stays_resident(space, paths),
+            workers > 0 and feed.stays_resident(space, paths),
             None if found is None else asdict(found.prefix),
         )
 
@@ -160,7 +161,8 @@ def fit_on_ray(
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        raise _user_error(error) or error from None
+        causes = (cluster.user_error(failure) for failure in error.worker_failures.values())
+        raise next(filter(None, causes), error) from None
 
 
 def run_trial(
@@ -183,8 +185,8 @@ def run_trial(
     trial_dir.mkdir(parents=True, exist_ok=True)
     with (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
         console = Console(file=notes, highlight=False, soft_wrap=True)
-        dirs = [Path(shard_dir) for shard_dir in shard_dirs]
-        with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console) as trial:
+        dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
+        with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
             fit_on_ray(trial, speech if trial.prefix is None else None, [TuneReportCallback()])
 
 
@@ -292,7 +294,8 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     def show(record: folder.Record) -> None:
         console.print(describe_epoch(record, space.tune.metric))
 
-    with open_trial(space, space.experiment, cache.plan(space), shard_dirs, trial_dir, console) as trial:
+    actors = 0 if here else cluster.capacity(space)
+    with open_trial(space, space.experiment, cache.plan(space), shard_dirs, trial_dir, console, actors) as trial:
         if here:
             fit_here(trial, show)
         else:
@@ -380,14 +383,3 @@ def _following(directory: Path, show: Callable[[folder.Record], None]) -> Iterat
     finally:
         ended.set()
         thread.join()
-
-
-def _user_error(error: ray.train.WorkerGroupError) -> UserError | None:
-    """The UserError that made a worker fail, if one did."""
-    for failure in error.worker_failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return UserError(str(cause).splitlines()[-1])
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return None
