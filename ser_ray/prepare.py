@@ -197,21 +197,26 @@ def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audi
 
 
 def _runs(utterances: Iterable[Utterance], directory: Path) -> Iterator[list[tuple[Utterance, os.stat_result | None]]]:
-    """Half to one and a half times `CHUNK` utterances each. Where a run ends depends on ids near by, not on how many
-    come before, so that an utterance more or less changes one run or two, not all that follow."""
+    """Half to one and a half times `CHUNK` utterances each, in an order as good as random, always the same: so that
+    every shard, and every window of the stream, holds a mix of speakers and emotions. Where a run ends depends on ids
+    near by, not on how many come before: an utterance more or less changes one run or two, not all that follow."""
     run: list[tuple[Utterance, os.stat_result | None]] = []
     size = 0
-    for utterance in utterances:
+    for utterance in sorted(utterances, key=_digest):
         path = directory / utterance.path
         stat = path.stat() if path.exists() else None  # a dangling link is rejected later, with a reason
         run.append((utterance, stat))
         size += stat.st_size if stat and utterance.end is None else 0
-        ends = hashlib.sha256(utterance.utterance_id.encode()).digest()[0] % (CHUNK // 2) == 0
+        ends = _digest(utterance)[-1] % (CHUNK // 2) == 0
         if (ends and len(run) >= CHUNK // 2) or len(run) == CHUNK + CHUNK // 2 or size > CHUNK_BYTES:
             yield run
             run, size = [], 0
     if run:
         yield run
+
+
+def _digest(utterance: Utterance) -> bytes:
+    return hashlib.sha256(utterance.utterance_id.encode()).digest()
 
 
 def _found(target: Path, shard: str) -> bool:

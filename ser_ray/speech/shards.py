@@ -24,7 +24,7 @@ from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
 from ser_ray.schema import Rejected, UserError
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raised when the meaning of a shard changes; part of the fingerprint of prepared data."""
 
 SCHEMA: Final = pa.schema(
