@@ -46,6 +46,7 @@ CHUNK: Final = 64
 CHUNK_BYTES: Final = 2**28
 """A chunk of long recordings ends here, counting the files: it is held in memory, decoded."""
 
+UTTERANCE: Final = tuple(field.name for field in fields(Utterance))
 CHUNK_SCHEMA: Final = pa.schema(
     [
         ("shard", pa.string()),
@@ -190,9 +191,11 @@ def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audi
     of each file, its size, its time of change, and the audio settings."""
     chunks = {}
     for run in _runs(utterances, directory):
-        rows = [[*asdict(utterance).values(), stat and [stat.st_size, stat.st_mtime_ns]] for utterance, stat in run]
+        told = [{name: getattr(utterance, name) for name in UTTERANCE} for utterance, _ in run]
+        stats = [stat and [stat.st_size, stat.st_mtime_ns] for _, stat in run]
+        rows = [[*utterance.values(), stat] for utterance, stat in zip(told, stats, strict=True)]
         shard = f"{config.fingerprint(shards.FORMAT, audio, rows)}.parquet"
-        chunks[shard] = pa.Table.from_pylist([{"shard": shard} | asdict(u) for u, _ in run], schema=CHUNK_SCHEMA)
+        chunks[shard] = pa.Table.from_pylist([{"shard": shard} | u for u in told], schema=CHUNK_SCHEMA)
     return chunks
 
 

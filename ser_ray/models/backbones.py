@@ -265,7 +265,10 @@ def identity(name: str) -> str:
     directory = _directory(name)
     files = sorted(directory.glob("*.safetensors")) if directory is not None else []
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = [config.to_json_string(use_diff=False), weights or config._commit_hash or transformers.__version__]
+    told = [
+        config.to_json_string(use_diff=False),
+        weights or getattr(config, "_commit_hash", None) or transformers.__version__,
+    ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

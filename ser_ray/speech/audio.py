@@ -249,7 +249,7 @@ def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
     padded[FRAME // 2 : FRAME // 2 + len(waveform)] = waveform[: len(padded) - FRAME // 2]
     hops_HT = padded.reshape(-1, HOP)
     energy_H = np.einsum("ht,ht->h", hops_HT, hops_HT)
-    power_F = np.lib.stride_tricks.sliding_window_view(energy_H, FRAME // HOP).mean(axis=1) / HOP
+    power_F = np.convolve(energy_H, np.ones(FRAME // HOP, np.float32), mode="valid") / FRAME
     power_F = np.maximum(power_F, 1e-10)  # -100 dB, where librosa's decibels end
     loud = np.flatnonzero(10 * np.log10(power_F / power_F.max()) > -trim_db)
     start, end = loud[0] * HOP, (loud[-1] + 1) * HOP
