@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.models.logmel import LogMel
@@ -158,10 +157,8 @@ class Whisper(Backbone):
         return hidden_BFD, frame_mask((mel_frames_B + 1) // 2, frames)
 
     def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        attention = create_bidirectional_mask(
-            config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
-        )
-        return lambda index, hidden: self.layers()[index](hidden, attention)
+        attention_B11F = mask_BF[:, None, None]
+        return lambda index, hidden: self.layers()[index](hidden, attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         normed_BFD: torch.Tensor = self.model.layer_norm(hidden_BFD)
@@ -203,10 +200,8 @@ class Wav2Vec2(Backbone):
             bias_HFF = self.model.encoder.layers[0].attention.compute_bias(frames, frames)
             bias = bias_HFF.repeat(batch, 1, 1)
             return lambda index, hidden: layers[index](hidden, attention_mask=mask_BF, position_bias=bias)[0]
-        attention = create_bidirectional_mask(
-            config=self.model.config, inputs_embeds=hidden_BFD, attention_mask=mask_BF
-        )
-        return lambda index, hidden: layers[index](hidden, attention_mask=attention)
+        attention_B11F = mask_BF[:, None, None]
+        return lambda index, hidden: layers[index](hidden, attention_mask=attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         return self.model.encoder.layer_norm(hidden_BFD) if self._norm_first() else hidden_BFD
