@@ -333,6 +333,8 @@ def _work(settings: dict[str, Any]) -> None:
     trial = Trial(**settings)
     experiment, task = trial.load()
     torch.set_num_threads(max(1, int(trial.cpus)))
+    if 0 < trial.gpus < 1:  # a trial that takes more than its share fails by itself, not its neighbours
+        torch.cuda.set_per_process_memory_fraction(trial.gpus)
     context = ray.train.get_context()
     rank, directory = context.get_world_rank(), Path(trial.directory)
     train, dev = (feed.tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
@@ -357,7 +359,14 @@ def _work(settings: dict[str, Any]) -> None:
     data = feed.data(experiment, task, train, dev, content, rank, context.get_world_size())
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as last:
-        loop.fit(model, data, on_epoch, trial.metric, Path(last) if last else None)
+        try:
+            loop.fit(model, data, on_epoch, trial.metric, Path(last) if last else None)
+        except torch.OutOfMemoryError as error:
+            share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
+            raise UserError(
+                f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute: true, or "
+                "raise resources.gpus_per_worker"
+            ) from error
 
 
 @contextmanager
