@@ -364,8 +364,8 @@ def _work(settings: dict[str, Any]) -> None:
         except torch.OutOfMemoryError as error:
             share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
             raise UserError(
-                f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute: true, or "
-                "raise resources.gpus_per_worker"
+                f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
+                "or raise resources.gpus_per_worker"
             ) from error
 
 

@@ -134,9 +134,10 @@ def _train_epoch(
             counters["step"] += 1
         losses.append(loss)
         seen += len(batch)
+    own_loss = float(torch.stack(losses).mean()) if losses else float("nan")  # a GPU has done all steps by now
     seconds = time.perf_counter() - started
     # Of all processes, which took as many steps each: one that diverges stops all of them.
-    every = gather((seen, float(torch.stack(losses).mean()) if losses else float("nan")))
+    every = gather((seen, own_loss))
     seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / len(every)
     if not np.isfinite(mean_loss):
         raise UserError(

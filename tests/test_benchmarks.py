@@ -1,0 +1,129 @@
+"""The scripts that compare with transformers' Trainer do what they say: the same adapters, finite figures."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from backbone_fixtures import experiment, noise
+from torch import nn
+from transformers import AutoFeatureExtractor, TrainerState
+
+from ser_ray.models.classifier import build
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+import gpu
+import trainer
+
+CPU = torch.device("cpu")
+BACKBONES = ("wav2vec2-layer", "wav2vec2-group", "whisper")
+
+
+def utterances(count: int) -> list[trainer.Utterance]:
+    waveform_BT, lengths_B = noise([0.3 + 0.1 * (i % 4) for i in range(count)])
+    rows = zip(waveform_BT, lengths_B.tolist(), strict=True)
+    return [(row[:length].numpy(), number % 3) for number, (row, length) in enumerate(rows)]
+
+
+def adapters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the low-rank updates, by the name that they have below the encoder."""
+    learning = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+    return {name[name.index("layers.") :]: shape for name, shape in learning.items()}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_trainer_adapts_the_same_modules_as_ours(backbones_dir: Path, backbone: str, method: str) -> None:
+    settings = experiment(backbones_dir / backbone, adapter={"method": method, "rank": 4})
+    theirs, ours = trainer.classifier(settings, CPU), build(settings)
+    assert adapters(theirs) == adapters(ours) != {}
+    rest = {name for name, p in theirs.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert {name.removeprefix("base_model.model.").split(".")[0] for name in rest} == {
+        "projector",
+        "classifier",
+        "layer_weights",
+    }
+
+
+@pytest.mark.parametrize("backbone", ["wav2vec2-layer", "whisper"])
+def test_full_trains_the_same_weights_as_ours(backbones_dir: Path, backbone: str) -> None:
+    settings = experiment(backbones_dir / backbone, adapter={"method": "full"})
+    learning = {n: tuple(p.shape) for n, p in trainer.classifier(settings, CPU).named_parameters() if p.requires_grad}
+    encoder = {n.split(".", 1)[1]: shape for n, shape in learning.items() if n.startswith(("wav2vec2.", "encoder."))}
+    ours = {n: tuple(p.shape) for n, p in build(settings).backbone.model.named_parameters() if p.requires_grad}
+    assert {n: shape for n, shape in encoder.items() if n != "masked_spec_embed"} == ours
+
+
+@pytest.mark.parametrize(
+    ("backbone", "grouped"), [("wav2vec2-layer", True), ("wav2vec2-group", False), ("whisper", False)]
+)
+def test_trainer_runs(backbones_dir: Path, backbone: str, grouped: bool) -> None:
+    settings = experiment(backbones_dir / backbone, epochs=2)
+    outcome = trainer.run(
+        settings, utterances(7), utterances(5), batch_size=4, group_by_length=grouped, count_flops=True
+    )
+    assert np.isfinite(outcome.train_loss)
+    assert outcome.dev_predicted.shape == (5,)
+    assert 0 <= outcome.dev_uar <= 1
+    assert outcome.seconds_per_epoch == pytest.approx(7 / outcome.utterances_per_s)
+    assert outcome.flops_per_utterance is not None
+    assert outcome.flops_per_utterance > 0
+
+
+def test_trainer_has_the_pretrained_weights(backbones_dir: Path) -> None:
+    """Its encoder gives the same states as ours on an utterance of 30 s."""
+    settings = experiment(backbones_dir / "whisper")
+    theirs, ours = trainer.classifier(settings, CPU).eval(), build(settings).eval()
+    waveform_BT, lengths_B = noise([30.0])
+    extractor = AutoFeatureExtractor.from_pretrained(settings.backbone)
+    batch = trainer.collate(extractor, [{"input_features": waveform_BT[0].numpy(), "labels": 0}])
+    with torch.inference_mode():
+        hidden = theirs.get_submodule("base_model.model.encoder")(batch["input_features"]).last_hidden_state
+        hiddens, _ = ours.hidden_states(waveform_BT, lengths_B)
+    assert torch.allclose(hidden, hiddens[-1], atol=1e-3)
+
+
+def test_clock_counts_utterances_after_the_warm_up() -> None:
+    clock = trainer.Clock(CPU, utterances=7, batch_size=4, warm_up=2, counting=None)
+    for step in range(1, 6):
+        clock.on_step_end(None, TrainerState(global_step=step), None)
+    assert (clock.warming, clock.utterances) == (7, 4 + 3 + 4)
+
+
+def test_operations_of_what_torch_does_not_know() -> None:
+    query = torch.randn(2, 3, 5, 8, requires_grad=True)
+    with trainer.operations() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 3 * 5 * 5 * 8)
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    with trainer.operations() as counter:
+        layer(torch.randn(7, 64, requires_grad=True))
+    assert counter.get_total_flops() == 2 * 7 * 64 * 32
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--size", "tiny", "--device", "cpu", "--rounds", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| w")]
+    assert len(rows) == 2 * 3 * 3
+    assert {tuple(row[:2]) for row in rows} == {(b, m) for b in ("wav2vec2", "whisper") for m in gpu.METHODS}
+    for row in rows:
+        assert all(math.isfinite(float(figure)) and float(figure) > 0 for figure in row[3:]), row
+
+
+def test_out_of_memory_is_a_row() -> None:
+    def too_large(experiment: object) -> gpu.Measured:
+        raise torch.OutOfMemoryError
+
+    assert gpu.attempt(too_large, experiment("none"), CPU) is None
+    fits = gpu.Measured(1.0, 1024.0, 1.0)
+    assert (
+        gpu.row(("whisper", "full", "Trainer"), [fits, None], 1.0) == "| whisper | full | Trainer | out of memory | | |"
+    )
+    assert gpu.row(("whisper", "full", "Trainer"), [fits], 2.0) == "| whisper | full | Trainer | 1.0 | 1.00 | 0.5 |"
