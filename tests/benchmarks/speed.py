@@ -1,6 +1,6 @@
 """Speed on a CPU, each measure beside its alternative in the same run: results/benchmarks/speed.md and speed.json.
 
-    python tests/benchmarks/speed.py RAVDESS WHISPER [--only whisper frozen wav2vec2 compile ray stream] [--out DIRECTORY]
+    python tests/benchmarks/speed.py RAVDESS WHISPER [--only SECTION ...] [--out DIRECTORY]
 
 RAVDESS: the corpus's directory; WHISPER: a Whisper encoder's. The alternative to ours is what a user would run
 otherwise: transformers' Trainer with PEFT (trainer.py), torch's DataLoader, the loop without Ray, the backbone without
@@ -204,7 +204,7 @@ def wav2vec2(bench: Bench) -> Iterable[Row]:
 
 
 def compiled(bench: Bench) -> Iterable[Row]:
-    """Whether compiling the blocks pays on batches of other lengths each: the same loop, three epochs, 256 utterances."""
+    """Whether compiling the blocks pays when every batch has another length: the same loop, 256 utterances."""
     experiment = bench.space("experiment.epochs=3", "experiment.class_weights=none").experiment
     task, shard_dirs = bench.task(experiment)
     train, dev = (_rows(task, shard_dirs, split, count) for split, count in (("train", 256), ("dev", 14)))
@@ -510,7 +510,7 @@ def _page(machine: dict[str, Any], rows: list[Row]) -> str:
         f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']} on {machine['threads']} threads, "
         f"transformers {machine['transformers']}, ray {machine['ray']}, fp32; {machine['seconds'] / 60:.0f} minutes.",
         "RAVDESS with whisper-tiny.en's encoder, EmoBox's first fold, seven emotions. MB: the largest resident size of",
-        "the process during that run, with all that it had loaded before; see tests/benchmarks/speed.py for each measure.",
+        "the process during that run, with all that it had loaded before. The script says what each measure is.",
         "",
         "| measure | ours | alternative | times better | aim | |",
         "|---|---|---|---|---|---|",
