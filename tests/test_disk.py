@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from ser_ray import disk
+
+HOLD = """
+import pathlib, sys, time
+from ser_ray import disk
+with disk.locked(pathlib.Path(sys.argv[1]), shared=sys.argv[2] == "shared") as got:
+    print(got, flush=True)
+    time.sleep(60)
+"""
 
 
 def test_writing_replaces_whole_files_and_leaves_nothing_aside(tmp_path):
@@ -28,3 +39,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         disk.write_text(path, "half \ud800")
     assert disk.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive"])
+def test_a_lock_holds_between_processes_and_ends_with_a_killed_one(tmp_path, kind):
+    path = tmp_path / "folder" / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path), kind], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    with disk.locked(path, wait=False) as alone:
+        assert not alone
+    with disk.locked(path, shared=True, wait=False) as together:
+        assert together is (kind == "shared")
+    holder.kill()
+    holder.wait()
+    with disk.locked(path) as alone:
+        assert alone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray.speech.shards import select
-from ser_ray.speech.stream import Batch, batches, expected_batches
+from ser_ray.speech.stream import Batch, Content, ahead, batches, expected_batches
 
 RATE = 16_000
 LENGTHS = st.lists(st.integers(1, 4_000), max_size=60)
@@ -164,3 +166,61 @@ def test_variation_meets_each_utterance_once_wherever_it_is_packed():
         for row, length in enumerate(batch.lengths_B.tolist()):
             assert not batch.inputs[row, length:].any()
     assert sorted(seen) == sorted(table(lengths)["utterance_id"].to_pylist())
+
+
+def test_ahead_gives_the_same_batches():
+    source = lambda: batches([table(some_lengths(60))], 5.0, seed=3)  # noqa: E731
+    assert contents(list(ahead(source()))) == contents(list(source()))
+
+
+def test_ahead_raises_what_its_source_raises():
+    def source():
+        yield from itertools.islice(batches([table(some_lengths(60))], 5.0, seed=3), 2)
+        raise ValueError("no more")
+
+    reader = ahead(source())
+    next(reader)
+    next(reader)
+    with pytest.raises(ValueError, match="no more"):
+        next(reader)
+
+
+def test_ahead_ends_its_thread_with_its_reader_and_never_runs_far_ahead():
+    made = []
+
+    def source():
+        for batch in itertools.cycle(list(batches([table(some_lengths(8))], 5.0, seed=3))):
+            made.append(batch)
+            yield batch
+
+    before = threading.active_count()
+    reader = ahead(source(), depth=2)
+    next(reader)
+    for _ in range(20):
+        time.sleep(0.01)
+    assert len(made) <= 1 + 2 + 1  # used, waiting, in hand
+    reader.close()
+    assert threading.active_count() == before
+
+
+@settings(deadline=None)
+@given(frames=st.lists(st.integers(1, 9), min_size=1, max_size=12), budget=BUDGETS, seed=st.none() | st.integers(0, 9))
+def test_arrays_of_any_shape_are_padded_like_waveforms(frames, budget, seed):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((n, 2, 3)).astype(np.float16) for n in frames]
+    columns = {
+        "utterance_id": [str(n) for n in range(len(frames))],
+        "num_samples": [n * 320 for n in frames],
+        "kept": pa.array([array.tobytes() for array in arrays], pa.large_binary()),
+        "label": list(range(len(frames))),
+    }
+    content = Content("kept", lambda buffer: np.frombuffer(buffer, np.float16).reshape(-1, 2, 3))
+    seen = []
+    for batch in batches([pa.table(columns)], budget, seed=seed, content=content):
+        for row, utterance_id in enumerate(batch.utterance_ids):
+            expected = np.zeros(batch.inputs.shape[1:], np.float16)
+            expected[: frames[int(utterance_id)]] = arrays[int(utterance_id)]
+            np.testing.assert_array_equal(batch.inputs[row].numpy(), expected)
+            assert int(batch.lengths_B[row]) == frames[int(utterance_id)]
+            seen.append(int(utterance_id))
+    assert sorted(seen) == list(range(len(frames)))

@@ -1,0 +1,265 @@
+"""What frozen layers compute: made once, by a pool or here, equal to the model; bounded; found again; never half."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from backbone_fixtures import write_backbone
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from test_verbs import write_space
+
+from ser_ray import cache, config, disk
+from ser_ray.__main__ import main
+from ser_ray.config import SearchSpace
+from ser_ray.models import backbones, prefix
+from ser_ray.prepare import prepare
+from ser_ray.schema import UserError
+from ser_ray.speech import shards, stream
+from ser_ray.speech.kept import Prefix
+
+LORA = "experiment.adapter={method: lora, first_layer: 1}"
+FROZEN = "experiment.adapter={method: frozen}"
+
+
+@pytest.fixture
+def path(tiny_corpus, tmp_path, backbones_dir) -> Path:
+    """A search space over a tiny Whisper."""
+    return write_space(tmp_path, tiny_corpus)
+
+
+@pytest.fixture
+def load(path, backbones_dir):
+    """The space with overrides, nothing searched."""
+
+    def loaded(*overrides: str) -> SearchSpace:
+        return config.load(
+            path, [f"experiment.backbone={backbones_dir / 'whisper'}", "search={}", "tune.first=[]", *overrides]
+        )
+
+    return loaded
+
+
+def keep(space: SearchSpace, actors: int = 0) -> tuple[cache.Kept | None, str]:
+    """What is kept, and what was said."""
+    said = io.StringIO()
+    console = Console(file=said, width=400)
+    shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    planned = cache.plan(space.model_copy(update={"resources": HERE}))
+    with cache.keep(space, space.experiment, planned, shard_dirs, actors, console) as kept:
+        return kept, said.getvalue()
+
+
+HERE = config.Resources(workers=0)
+
+
+def contents(kept: cache.Kept) -> dict[str, np.ndarray]:
+    rows = [row for path in kept.paths for row in pq.read_table(path).to_pylist()]
+    return {row["utterance_id"]: kept.prefix.read(row["kept"]) for row in rows}
+
+
+@pytest.mark.parametrize("adapter", [LORA, FROZEN])
+def test_what_is_kept_is_what_the_model_computes_of_one_utterance(load, adapter):
+    space = load(adapter)
+    kept, _ = keep(space)
+    assert kept is not None
+    found = contents(kept)
+    backbone = backbones.load(space.experiment.backbone).eval()
+    tables = list(shards.read_tables(prepare(space, use_ray=False, console=Console(file=io.StringIO()))))
+    assert sum(table.num_rows for table in tables) == len(found)
+    for table in tables:
+        labelled = shards.select(table.slice(0, 5), dict.fromkeys(found, 0))
+        for row in range(labelled.num_rows):
+            (batch,) = stream.batches([labelled.slice(row, 1)], 60.0, seed=None)
+            (expected,) = prefix.compute(kept.prefix, backbone, batch)
+            own = found[batch.utterance_ids[0]]
+            assert own.shape == expected.shape
+            np.testing.assert_allclose(own.astype(np.float32), expected.astype(np.float32), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_pool_on_ray_keeps_the_same(load):
+    here, _ = keep(load(LORA))
+    there, said = keep(load(LORA, "storage.cache=" + str(Path(load().storage.cache) / "other")), actors=2)
+    assert here is not None
+    assert there is not None
+    assert "making" in said
+    one, other = contents(here), contents(there)
+    assert one.keys() == other.keys()
+    for utterance_id, array in one.items():
+        np.testing.assert_array_equal(array, other[utterance_id])
+
+
+def test_it_is_made_once_and_a_missing_part_alone_again(load):
+    first, said = keep(load(LORA))
+    assert first is not None
+    assert first.made == len(first.paths)
+    assert "making" in said
+    before = {path: path.stat().st_mtime_ns for path in first.paths}
+    second, said = keep(load(LORA, "experiment.optimizer.lr=0.5", "experiment.adapter.rank=3"))
+    assert second is not None
+    assert (second.made, second.paths, said) == (0, first.paths, "")
+    first.paths[0].unlink()
+    third, _ = keep(load(LORA))
+    assert third is not None
+    assert third.made == 1
+    assert {path: path.stat().st_mtime_ns for path in third.paths[1:]} == dict(list(before.items())[1:])
+
+
+def test_its_size_is_said_before_and_is_right(load):
+    for adapter in (LORA, FROZEN):
+        kept, said = keep(load(adapter))
+        assert kept is not None
+        rows = [row for path in kept.paths for row in pq.read_table(path).to_pylist()]
+        seconds = sum(row["num_samples"] for row in rows) / 16_000
+        expected = kept.prefix.gigabytes(seconds, len(rows))
+        assert f"making {expected:.2f} GB" in said
+        held = sum(len(row["kept"]) for row in rows) / 1e9
+        assert expected == pytest.approx(held, rel=0.05)
+
+
+def test_what_cannot_be_kept_says_why(load):
+    why = cache.why_not
+    varied = load(LORA, "experiment.augment.gain_db=6")
+    assert "augment.gain_db" in (why(varied, varied.experiment) or "")
+    masked = load(LORA, "experiment.augment.time_mask=0.1")
+    assert "augment.time_mask" in (why(masked, masked.experiment) or "")
+    full = load("experiment.adapter={method: full}")
+    assert "every weight" in (why(full, full.experiment) or "")
+    never = load(LORA, "storage.prefix_gb=0")
+    assert "prefix_gb" in (why(never, never.experiment) or "")
+    for space in (varied, full, never):
+        assert keep(space)[0] is None
+
+
+def test_too_little_room_is_a_line_and_training_goes_on_without(load):
+    kept, said = keep(load(LORA, "storage.prefix_gb=1e-6"))
+    assert kept is None
+    assert said.count("\n") == 1
+    assert "storage.prefix_gb" in said
+
+
+def test_room_is_made_by_removing_what_was_used_longest_ago(load):
+    old, _ = keep(load(LORA))
+    newer, _ = keep(load(FROZEN))
+    assert old is not None
+    assert newer is not None
+    os.utime(old.paths[0].parent / cache.IN_USE, ns=(1, 1))
+    room = (old.gigabytes + newer.gigabytes) * 1.02
+    third, _ = keep(load("experiment.adapter={method: lora, first_layer: 0}", f"storage.prefix_gb={room}"))
+    assert third is not None
+    assert not old.paths[0].exists()
+    assert newer.paths[0].exists()
+
+
+def test_what_a_trial_reads_is_not_removed(load):
+    old, _ = keep(load(LORA))
+    assert old is not None
+    with disk.locked(old.paths[0].parent / cache.IN_USE, shared=True):
+        third, said = keep(load(FROZEN, f"storage.prefix_gb={old.gigabytes * 1.001}"))
+    assert third is None
+    assert "storage.prefix_gb" in said
+    assert old.paths[0].exists()
+
+
+def test_every_frozen_part_that_a_search_can_ask_for_is_planned(path, backbones_dir):
+    search = {
+        "backbone": {"choice": [str(backbones_dir / "whisper"), str(backbones_dir / "wavlm-group")]},
+        "adapter.method": {"choice": ["lora", "full", "frozen"]},
+        "adapter.first_layer": {"randint": [0, 1], "when": {"adapter.method": ["lora", "full"]}},
+        "adapter.rank": {"choice": [2, 4], "when": {"adapter.method": ["lora"]}},
+        "head.pooling": {"choice": ["mean", "attentive"]},
+    }
+    space = config.load(path, [f"search={json.dumps(search)}", "tune.first=[]"])
+    planned = cache.plan(space.model_copy(update={"resources": HERE}))
+    rng = np.random.default_rng(0)
+    asked = set()
+    for _ in range(200):
+        values = {}
+        for key, distribution in space.search.items():
+            if all(values.get(name) in allowed for name, allowed in distribution.when.items()):
+                options = [0, 1] if distribution.randint else list(distribution.choice or ())
+                values[key] = options[int(rng.integers(len(options)))]
+        experiment = space.trial(values)
+        if cache.why_not(space, experiment) is None:
+            asked.add(cache._decided(experiment))
+    assert asked == planned.keys()
+    kinds = {(p.first_layer, p.moments) for p in planned.values()}
+    assert kinds == {(0, None), (1, None), (2, None), (2, "mean")}
+
+
+def test_a_state_beyond_fp16_is_one_line(path, tmp_path, load):
+    directory = write_backbone("whisper", tmp_path / "loud")
+    weights = load_file(directory / "model.safetensors")
+    weights["embed_positions.weight"] *= 1e6
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"exceeds fp16.*prefix_gb"):
+        keep(load(LORA, f"experiment.backbone={directory}"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_command_makes_and_then_finds(path, backbones_dir, capsys):
+    own = [f"experiment.backbone={backbones_dir / 'whisper'}", "search={}", "tune.first=[]", LORA]
+    assert main(["cache", str(path), *own]) == 0
+    assert "made in" in capsys.readouterr().out
+    assert main(["cache", str(path), *own]) == 0
+    assert "found" in capsys.readouterr().out
+    assert main(["cache", str(path), *own, "experiment.augment.gain_db=3"]) == 0
+    assert "nothing is kept: augment.gain_db" in capsys.readouterr().out
+
+
+def test_a_killed_maker_leaves_nothing_half_written(path, load, tmp_path, backbones_dir):
+    space = load(LORA)
+    prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    whole, _ = keep(load(LORA, f"storage.cache={tmp_path / 'whole'}"))
+    assert whole is not None
+    script = (
+        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+        "from test_cache import *\n"
+        "import ser_ray.disk, time\n"
+        "write = pq.write_table\n"
+        "def slowly(table, target, **named):\n"
+        "    write(table, target, **named); print('written', flush=True); time.sleep(60)\n"
+        "pq.write_table = slowly\n"
+        f"own = ['experiment.backbone={backbones_dir / 'whisper'}', 'search={{}}', 'tune.first=[]', LORA]\n"
+        "keep(config.load(sys.argv[2], own))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "written"  # aside, before it takes its place
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept, _ = keep(space)
+    assert kept is not None
+    assert kept.made == len(kept.paths)
+    one, other = contents(kept), contents(whole)
+    assert one.keys() == other.keys()
+    for utterance_id, array in one.items():
+        np.testing.assert_array_equal(array, other[utterance_id])
+
+
+def test_a_prefix_tells_its_shape_and_ignores_where_the_backbone_lies():
+    def made(backbone: str = "a", moments: str | None = None, states: int = 3) -> Prefix:
+        return Prefix(backbone, "digest", False, "fp32", 2, states, 8, moments)
+
+    assert made().key() == made("b").key() != made(states=2).key()
+    assert (made().shape, made(moments="mean").shape, made(moments="statistics").shape) == ((3, 8), (3, 8), (9, 8))
+    frames = np.arange(2 * 3 * 8).reshape(2, 3, 8).astype(np.float16)
+    np.testing.assert_array_equal(made().read(frames.tobytes()), frames)
+    pooled = np.arange(9 * 8).reshape(9, 8).astype(np.float32)
+    np.testing.assert_array_equal(made(moments="statistics").read(pooled.tobytes()), pooled)
+    assert made().gigabytes(10.0, 4) == 10 * 50 * 3 * 8 * 2 / 1e9
+    assert made(moments="mean").gigabytes(10.0, 4) == 4 * 3 * 8 * 4 / 1e9
