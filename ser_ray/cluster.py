@@ -70,10 +70,17 @@ def connect() -> None:
     # Every process of ours is told which cluster is its own. What frees the workers of a trial that was stopped (Ray
     # Train's cleaner) asks for it by this variable, and gives up where it is not set and two clusters run on a machine.
     variables = {key: os.environ[key] for key in _ENVIRONMENT} | {"RAY_ADDRESS": address}
+    if offered is None:
+        os.environ["RAY_ADDRESS"] = address  # inherited; by a runtime environment every worker would start twice
+    else:
+        options["runtime_env"] = {"env_vars": variables}
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": variables}, **options)
+        ray.init(logging_level="ERROR", log_to_driver=False, **options)
     except ConnectionError:
         raise UserError(f"{address}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
+    finally:
+        if offered is None:
+            del os.environ["RAY_ADDRESS"]
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is Ray's own; ours is for people
         logging.getLogger(name).setLevel(logging.ERROR)

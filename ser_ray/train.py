@@ -295,7 +295,8 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
         console.print(describe_epoch(record, space.tune.metric))
 
     actors = 0 if here else cluster.capacity(space)
-    with open_trial(space, space.experiment, cache.plan(space), shard_dirs, trial_dir, console, actors) as trial:
+    planned = cache.plan(space.model_copy(update={"search": {}}))
+    with open_trial(space, space.experiment, planned, shard_dirs, trial_dir, console, actors) as trial:
         if here:
             fit_here(trial, show)
         else:

@@ -59,7 +59,7 @@ def test_ray_feeds_the_batches_of_the_plain_files(prepared, resident):
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_rows_come_in_the_order_of_the_files(prepared):
-    """So that windows hold the same utterances however many tasks read: shuffled within a window, not by who is first."""
+    """So that windows hold the same utterances however many tasks read."""
     task, paths, _ = prepared
     labels = task.labels("train")
     expected = [i for path in paths for i in shards.read_ids(path) if i in labels]

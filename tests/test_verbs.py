@@ -262,6 +262,29 @@ def test_a_corpus_with_one_speaker_is_refused(space, tiny_corpus, ray_cluster, t
 
 
 @pytest.mark.ray
+@pytest.mark.ray
+@pytest.mark.parametrize("adapter", ["{method: lora, rank: 2, first_layer: 1, dropout: 0.0}", "{method: frozen}"])
+def test_training_on_what_frozen_layers_computed_gives_the_same_figures(space, ray_cluster, adapter, capsys):
+    """Beside training on the speech itself; here, on Ray, and again from a checkpoint."""
+    own = [f"experiment.adapter={adapter}", "experiment.backbone=embedded/tiny-whisper"]
+    name = "cached-" + adapter.split()[1].strip(",}")
+    plain = train(space, f"{name}-plain", *own, "resources.workers=0", "storage.prefix_gb=0")
+    capsys.readouterr()
+    here = train(space, f"{name}-here", *own, "resources.workers=0")
+    assert "frozen prefix tiny-whisper below layer" in capsys.readouterr().out
+    on_ray = train(space, f"{name}-ray", *own)
+    for records in (here, on_ray):
+        assert [r["epoch"] for r in records] == [r["epoch"] for r in plain]
+        for record, expected in zip(records, plain, strict=True):
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+            assert record["dev_loss"] == pytest.approx(expected["dev_loss"], rel=0.02)
+    # The checkpoint is a whole model: on the speech itself it gives what training said.
+    assert main(["evaluate", str(results_of(space, f"{name}-ray"))]) == 0
+    dev = json.loads((results_of(space, f"{name}-ray") / "evaluation" / "dev.json").read_text())
+    best = max(on_ray, key=lambda r: (r["dev_uar"], -r["epoch"]))
+    assert dev["uar"] == pytest.approx(best["dev_uar"], abs=0.07)  # one of 16 utterances may lie on the border
+
+
 def test_an_adapter_that_is_by_passed_stops_the_run_and_names_the_module(space, tmp_path, ray_cluster, capsys):
     directory = write_backbone("wavlm-layer", tmp_path / "wavlm")
     arguments = [f"experiment.backbone={directory}", "experiment.adapter={method: lora, rank: 2, targets: [q_proj]}"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ser_ray import config
 from ser_ray.models.backbones import Backbone
 from ser_ray.schema import UserError
+
+# PEFT takes seconds to import, which a trial that trains a head or everything need not wait for.
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ATTENTION: Final = {
     "wav2vec2": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -44,6 +47,8 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
     backbone.model.requires_grad_(False)
     if adapter.method == "frozen":
         return None
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(
         backbone.model,
         LoraConfig(
@@ -59,6 +64,8 @@ def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftM
     """Put saved low-rank updates (PEFT layout, safetensors) into a freshly loaded backbone."""
     backbone.first_trained = adapter.first_layer
     backbone.model.requires_grad_(False)
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(backbone.model, directory, is_trainable=True, use_safetensors=True)
 
 

@@ -25,7 +25,6 @@ from typing import Any, Final
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -358,8 +357,8 @@ def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device
     for key, parameter in model.named_parameters():
         if key.startswith(_FIXED):
             parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
+    for module in model.modules() if quantize else ():
+        if type(module).__name__ == "Linear4bit":  # bitsandbytes', which takes seconds to import for everyone else
             # On a CPU with AVX512-BF16 it would repack itself in the first evaluation, for good, and training after
             # that would get no gradient through it.
             module.support_avx512bf16_for_cpu = False

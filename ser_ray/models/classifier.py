@@ -6,8 +6,9 @@ P = D (mean) or 2 D (mean and standard deviation), K emotions.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ser_ray.config import Experiment
@@ -17,6 +18,9 @@ from ser_ray.models.backbones import Backbone
 from ser_ray.models.pooling import masked_statistics, normalise, pool_moments, weighted_statistics
 from ser_ray.models.prefix import unpack
 from ser_ray.speech.kept import Prefix
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Head(nn.Module):

@@ -7,16 +7,18 @@ arXiv 2202.10054); with a few hundred utterances per emotion it may never win th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ser_ray.evaluation import metrics
 from ser_ray.models.classifier import EmotionClassifier, Head
 from ser_ray.speech.stream import Batch
+
+if TYPE_CHECKING:  # takes a second to import, for trials that have no probe as well
+    from sklearn.linear_model import LogisticRegression
 
 STRENGTH = 0.01
 """Inverse regularisation C for standardised features: about a thousand of them, about as many utterances."""
@@ -65,6 +67,8 @@ def _features(
 
 
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
 
 
