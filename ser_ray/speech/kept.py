@@ -73,5 +73,6 @@ class Prefix:
         return fingerprint(FORMAT, {name: value for name, value in asdict(self).items() if name != "backbone"})
 
     def __str__(self) -> str:
-        what = f"pooled {self.moments}" if self.moments else f"{self.num_states} state{'s' * (self.num_states > 1)} a frame"
+        states = "1 state" if self.num_states == 1 else f"{self.num_states} states"
+        what = f"pooled {self.moments}" if self.moments else f"{states} a frame"
         return f"{self.backbone.rsplit('/', 1)[-1]} below layer {self.first_layer} ({what})"
