@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 RESIDENT_SHARE: Final = 0.3
 """Data up to this share of the object store is kept there between epochs; more is streamed from the shards."""
 READ_ROWS: Final = 256
-"""Utterances a block of what is streamed."""
+"""Utterances a table of what is streamed."""
+AHEAD_TABLES: Final = 4
+"""Tables that wait for the next window, or the next epoch: 100 MB of speech."""
 SHARDS_PER_WORKER: Final = 8
 """From here on workers are dealt whole shards; with fewer, shares would differ too much, and all read all."""
 
@@ -64,12 +66,27 @@ def stays_resident(space: SearchSpace, paths: Iterable[Path]) -> bool:
 
 
 def tables(dataset: Any, resident: bool) -> Tables:
-    """A worker's part of a dataset, to be read epoch after epoch; resident, it is asked for once and not copied."""
+    """A worker's part of a dataset, to be read epoch after epoch; resident, it is asked for once and not copied.
+
+    Streamed, the next epoch is begun as soon as this one's rows have all been read: Ray Data takes seconds to start,
+    and the last window of rows is still to be trained on.
+    """
+    from ser_ray.speech.stream import ahead
+
     kept: list[pa.Table] = []
+    begun: list[Iterator[pa.Table]] = []
+
+    def begin() -> Iterator[pa.Table]:
+        every = dataset.iter_batches(batch_size=READ_ROWS, batch_format="pyarrow", prefetch_batches=2)
+        return ahead(every, AHEAD_TABLES)
+
+    def stream() -> Iterator[pa.Table]:
+        yield from begun.pop() if begun else begin()
+        begun.append(begin())
 
     def read() -> Iterable[pa.Table]:
         if not resident:
-            return iter(dataset.iter_batches(batch_size=READ_ROWS, batch_format="pyarrow", prefetch_batches=2))
+            return stream()
         if not kept:
             kept.extend(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         return kept
@@ -92,17 +109,18 @@ def data(
     planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
     pin = torch.cuda.is_available()
 
+    def together(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return stream.ahead(batch.pin() if pin else batch for batch in batches)
+
     def train_batches(epoch: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + epoch
         # Epoch 0 is the probe's, which sees the speech as it is.
         vary = partial(augment.vary, settings=experiment.augment, seed=seed) if epoch else None
-        return stream.ahead(
-            stream.batches(train(), experiment.batch_seconds, seed=seed, vary=vary, content=content), pin
-        )
+        return together(stream.batches(train(), experiment.batch_seconds, seed=seed, vary=vary, content=content))
 
     def dev_batches() -> Iterator[Batch]:
         every = stream.batches(dev(), experiment.batch_seconds, seed=None, content=content)
-        return stream.ahead(itertools.islice(every, rank, None, size), pin)
+        return together(itertools.islice(every, rank, None, size))
 
     return loop.Data(train_batches, dev_batches, max(1, planned // size), task.counts("train"))
 
