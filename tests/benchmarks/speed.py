@@ -233,7 +233,7 @@ def on_ray(bench: Bench) -> Iterable[Row]:
         "experiment.emotions=[angry, happy]",
         "experiment.merge={}",
         "experiment.adapter={method: lora, rank: 8}",
-        "experiment.epochs=3",
+        "experiment.epochs=5",
         "storage.prefix_gb=0",
         "tune.finalists=1",
     ]
@@ -243,15 +243,14 @@ def on_ray(bench: Bench) -> Iterable[Row]:
         "plain": ["resources.workers=0"],
     }
     epochs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for turn in range(2):
-        for name, own in ways.items():
-            overrides = [*shared, *own, f"experiment.name={name}-{turn}"]
-            space = bench.space(*overrides)
-            _command("train", bench, overrides)
-            path = space.results_dir() / "trials" / "single" / "history.jsonl"
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            epochs[name] += records[1:]
-            _say(name, *[f"{record['seconds']:.1f}" for record in records])
+    for name, own in ways.items():
+        overrides = [*shared, *own, f"experiment.name={name}"]
+        space = bench.space(*overrides)
+        _command("train", bench, overrides)
+        path = space.results_dir() / "trials" / "single" / "history.jsonl"
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        epochs[name] += records[1:]
+        _say(name, *[f"{record['seconds']:.1f}" for record in records])
     seconds = {name: statistics.median(r["seconds"] for r in records) for name, records in epochs.items()}
     for name in ("resident", "streamed"):
         wait = statistics.median(record["input_wait"] for record in epochs[name])
