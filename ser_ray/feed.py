@@ -24,7 +24,7 @@ from ser_ray.speech import shards
 
 # torch takes seconds to import, and the processes that only start and watch a trial are many.
 if TYPE_CHECKING:
-    from ser_ray.speech.stream import Batch, Content
+    from ser_ray.speech.stream import Ahead, Batch, Content
     from ser_ray.training import loop
 
 RESIDENT_SHARE: Final = 0.3
@@ -36,7 +36,7 @@ AHEAD_TABLES: Final = 4
 SHARDS_PER_WORKER: Final = 8
 """From here on workers are dealt whole shards; with fewer, shares would differ too much, and all read all."""
 
-Tables = Callable[[], Iterable[pa.Table]]
+Read = Callable[[], Iterable[pa.Table]]
 
 
 def load_datasets(
@@ -65,37 +65,45 @@ def stays_resident(space: SearchSpace, paths: Iterable[Path]) -> bool:
     return sum(path.stat().st_size for path in paths) <= room
 
 
-def tables(dataset: Any, resident: bool) -> Tables:
+class Tables:
     """A worker's part of a dataset, to be read epoch after epoch; resident, it is asked for once and not copied.
 
     Streamed, the next epoch is begun as soon as this one's rows have all been read: Ray Data takes seconds to start,
-    and the last window of rows is still to be trained on.
+    and the last window of rows is still to be trained on. `close` ends what was begun and is not wanted any more.
     """
-    from ser_ray.speech.stream import ahead
 
-    kept: list[pa.Table] = []
-    begun: list[Iterator[pa.Table]] = []
+    def __init__(self, dataset: Any, resident: bool) -> None:
+        self.dataset, self.resident = dataset, resident
+        self.kept: list[pa.Table] = []
+        self.begun: list[Ahead[pa.Table]] = []
 
-    def begin() -> Iterator[pa.Table]:
-        every = dataset.iter_batches(batch_size=READ_ROWS, batch_format="pyarrow", prefetch_batches=2)
-        return ahead(every, AHEAD_TABLES)
+    def __call__(self) -> Iterable[pa.Table]:
+        """All rows."""
+        if not self.resident:
+            return self._stream()
+        if not self.kept:
+            self.kept.extend(self.dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+        return self.kept
 
-    def stream() -> Iterator[pa.Table]:
-        yield from begun.pop() if begun else begin()
-        begun.append(begin())
+    def close(self) -> None:
+        """No epoch follows."""
+        while self.begun:
+            self.begun.pop().close()
 
-    def read() -> Iterable[pa.Table]:
-        if not resident:
-            return stream()
-        if not kept:
-            kept.extend(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-        return kept
+    def _stream(self) -> Iterator[pa.Table]:
+        yield from self.begun.pop() if self.begun else self._begin()
+        self.begun.append(self._begin())
 
-    return read
+    def _begin(self) -> Ahead[pa.Table]:
+        from ser_ray.speech.stream import Ahead
+
+        return Ahead(
+            self.dataset.iter_batches(batch_size=READ_ROWS, batch_format="pyarrow", prefetch_batches=2), AHEAD_TABLES
+        )
 
 
 def data(
-    experiment: Experiment, task: Task, train: Tables, dev: Tables, content: Content, rank: int = 0, size: int = 1
+    experiment: Experiment, task: Task, train: Read, dev: Read, content: Content, rank: int = 0, size: int = 1
 ) -> loop.Data:
     """Batches for one of ``size`` processes: its own part of train, every ``size``-th batch of dev.
 
@@ -110,7 +118,7 @@ def data(
     pin = torch.cuda.is_available()
 
     def together(batches: Iterable[Batch]) -> Iterator[Batch]:
-        return stream.ahead(batch.pin() if pin else batch for batch in batches)
+        return stream.Ahead(batch.pin() if pin else batch for batch in batches)
 
     def train_batches(epoch: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + epoch

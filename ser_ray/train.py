@@ -338,7 +338,7 @@ def _work(settings: dict[str, Any]) -> None:
         torch.cuda.set_per_process_memory_fraction(trial.gpus)
     context = ray.train.get_context()
     rank, directory = context.get_world_rank(), Path(trial.directory)
-    train, dev = (feed.tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
+    train, dev = (feed.Tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         saved = None
@@ -368,6 +368,9 @@ def _work(settings: dict[str, Any]) -> None:
                 f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
                 "or raise resources.gpus_per_worker"
             ) from error
+        finally:
+            train.close()
+            dev.close()
 
 
 @contextmanager

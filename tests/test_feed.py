@@ -50,10 +50,11 @@ def test_ray_feeds_the_batches_of_the_plain_files(prepared, resident):
     task, paths, _ = prepared
     datasets = feed.load_datasets(task, paths, "audio", 1, resident)
     for name, split in (("train_0", "train"), ("dev", "dev")):
-        read = feed.tables(datasets[name].iterator(), resident)
+        read = feed.Tables(datasets[name].iterator(), resident)
         for seed in (0, 1):
             batches = list(stream.batches(read(), 5.0, seed=seed))
             assert same(batches, plain(task, paths, split, seed))
+        read.close()
 
 
 @pytest.mark.ray
@@ -65,8 +66,9 @@ def test_the_rows_come_in_the_order_of_the_files(prepared):
     expected = [i for path in paths for i in shards.read_ids(path) if i in labels]
     for _ in range(2):
         dataset = feed.load_datasets(task, paths, "audio", 1, False)["train_0"]
-        read = feed.tables(dataset.iterator(), False)
+        read = feed.Tables(dataset.iterator(), False)
         assert [i for table in read() for i in table["utterance_id"].to_pylist()] == expected
+        read.close()
 
 
 def test_resident_tables_are_asked_for_once_and_streamed_ones_one_epoch_ahead():
@@ -79,9 +81,13 @@ def test_resident_tables_are_asked_for_once_and_streamed_ones_one_epoch_ahead():
 
     for resident, times in ((True, 1), (False, 4)):
         Source.asked = 0
-        read = feed.tables(Source(), resident)
+        read = feed.Tables(Source(), resident)
         assert [list(read()) for _ in range(3)] == [["a", "b"]] * 3
         assert Source.asked == times
+        begun = list(read.begun)
+        read.close()
+        assert not any(ahead._thread.is_alive() for ahead in begun)
+        assert len(begun) == (0 if resident else 1)
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=60), workers=st.integers(1, 5))
@@ -110,7 +116,7 @@ def test_two_workers_are_fed_all_of_train_and_dev_twice(prepared):
     parts = [
         [
             i
-            for table in feed.tables(datasets[f"train_{rank}"].iterator(), True)()
+            for table in feed.Tables(datasets[f"train_{rank}"].iterator(), True)()
             for i in table["utterance_id"].to_pylist()
         ]
         for rank in range(2)

@@ -104,46 +104,60 @@ def batches(
         yield from _window_batches(table, batch_seconds, rng, vary, content)
 
 
-def ahead(source: Iterable[T], depth: int = 2) -> Iterator[T]:
+class Ahead(Iterator[T]):
     """The same items, made in a thread that begins at once; ``depth`` of them wait at most while others are used.
 
-    What the source raises is raised here. A reader that stops early ends the thread.
+    What the source raises is raised here. The thread ends with `close`, or with the reader who stops early.
     """
-    waiting: queue.Queue[T | BaseException | None] = queue.Queue(depth)
-    ended = threading.Event()
 
-    def put(item: T | BaseException | None) -> bool:
-        while not ended.is_set():
+    def __init__(self, source: Iterable[T], depth: int = 2) -> None:
+        waiting: queue.Queue[T | _End] = queue.Queue(depth)
+        ended = threading.Event()
+
+        def put(item: T | _End) -> bool:
+            while not ended.is_set():
+                try:
+                    waiting.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def fill() -> None:
             try:
-                waiting.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+                for item in source:
+                    if not put(item):
+                        return
+                put(_End(None))
+            except BaseException as error:
+                put(_End(error))
 
-    def fill() -> None:
-        try:
-            for item in source:
-                if not put(item):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
+        # The thread knows no more of its reader than these, or the reader would never be let go.
+        self._waiting, self._ended = waiting, ended
+        self._thread = threading.Thread(target=fill, daemon=True)
+        self._thread.start()
 
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
+    def __next__(self) -> T:
+        if self._ended.is_set():
+            raise StopIteration
+        item = self._waiting.get()
+        if not isinstance(item, _End):
+            return item
+        self.close()
+        raise item.error or StopIteration
 
-    def take() -> Iterator[T]:
-        try:
-            while (item := waiting.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            ended.set()
-            thread.join()
+    def close(self) -> None:
+        """End the thread, wherever it is."""
+        self._ended.set()
+        self._thread.join()
 
-    return take()
+    def __del__(self) -> None:
+        self._ended.set()
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
 
 
 def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:

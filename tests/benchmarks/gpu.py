@@ -155,7 +155,7 @@ def ours(experiment: Experiment, utterances: list[trainer.Utterance], device: to
                 counting.enter_context(counter)
             starts.append(trainer.now(device))
             source = stream.batches([table], experiment.batch_seconds, seed=epoch)
-            return stream.ahead(batch.pin() if device.type == "cuda" else batch for batch in source)
+            return stream.Ahead(batch.pin() if device.type == "cuda" else batch for batch in source)
 
         def dev() -> Iterator[stream.Batch]:
             seconds.append(trainer.now(device) - starts[-1])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray.speech.shards import select
-from ser_ray.speech.stream import Batch, Content, ahead, batches, expected_batches
+from ser_ray.speech.stream import Ahead, Batch, Content, batches, expected_batches
 
 RATE = 16_000
 LENGTHS = st.lists(st.integers(1, 4_000), max_size=60)
@@ -170,7 +170,7 @@ def test_variation_meets_each_utterance_once_wherever_it_is_packed():
 
 def test_ahead_gives_the_same_batches():
     source = lambda: batches([table(some_lengths(60))], 5.0, seed=3)  # noqa: E731
-    assert contents(list(ahead(source()))) == contents(list(source()))
+    assert contents(list(Ahead(source()))) == contents(list(source()))
 
 
 def test_ahead_raises_what_its_source_raises():
@@ -178,7 +178,7 @@ def test_ahead_raises_what_its_source_raises():
         yield from itertools.islice(batches([table(some_lengths(60))], 5.0, seed=3), 2)
         raise ValueError("no more")
 
-    reader = ahead(source())
+    reader = Ahead(source())
     next(reader)
     next(reader)
     with pytest.raises(ValueError, match="no more"):
@@ -194,7 +194,7 @@ def test_ahead_ends_its_thread_with_its_reader_and_never_runs_far_ahead():
             yield batch
 
     before = threading.active_count()
-    reader = ahead(source(), depth=2)
+    reader = Ahead(source(), depth=2)
     next(reader)
     for _ in range(20):
         time.sleep(0.01)
