@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
-from ser_ray import __version__
+from ser_ray import __version__, disk
 from ser_ray.schema import UserError
 
 VERBS = {
@@ -17,7 +18,8 @@ VERBS = {
     "train": "SPACE.yaml [key=value ...]      one trial; resources.workers=0 runs it in this process, for a debugger",
     "tune": "[SPACE.yaml] [key=value ...]    search, evaluate, report; without a file: the embedded demo",
     "evaluate": "RESULTS_DIR                     score the finalists on dev, choose, open the test set",
-    "report": "RESULTS_DIR                     tables, figures and report.html from what is there",
+    "report": "RESULTS_DIR...                  tables, figures, report.html from what is there; several: side by side",
+    "rerun": "RESULTS_DIR [key=value ...]     the same search again, and by how much its figures differ",
     "cache": "SPACE.yaml [key=value ...]      what frozen layers compute, once for all trials (tune does it as needed)",
     "premium": "SPACE.yaml [key=value ...]      what shared speakers add: random against disjoint splits",
     "predict": "CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]   files or folders -> emotions",
@@ -34,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     if wants_help or not arguments:
         print(_usage(arguments[0] if arguments and arguments[0] in VERBS else None))
         return 0 if wants_help else 2
+    if "--verbose" in arguments:
+        arguments = [argument for argument in arguments if argument != "--verbose"]
+        os.environ["SER_RAY_VERBOSE"] = "1"
     verb, *rest = arguments
     if verb not in VERBS:
         print(f"ser-ray: unknown command {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
@@ -43,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"ser-ray {verb}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (line := disk.explain(error)) is None:
+            raise
+        print(f"ser-ray {verb}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nser-ray {verb}: interrupted; the same command continues", file=sys.stderr)
@@ -58,6 +68,7 @@ def _usage(verb: str | None) -> str:
             *lines,
             "",
             "A space is one YAML file; any of its keys is overridden by key=value, such as experiment.epochs=3.",
+            "--verbose shows Ray's own logs as well.",
             "Exit codes: 0 done, 1 failed, 2 bad configuration or input, 130 interrupted.",
         ]
     )

@@ -6,8 +6,10 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,19 @@ from typing import Any
 import ray
 import ray.data
 
-from ser_ray import __version__
+from ser_ray import __version__, disk
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.corpora import table
-from ser_ray.schema import UserError
+from ser_ray.schema import StorageError, UserError
 from ser_ray.speech import shards
 
 DATA_CPUS = 1
 """Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+
+RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
+"""Defaults of its components; 52365, the dashboard agent's, is among the ports that the system gives away."""
+VERBOSE = "SER_RAY_VERBOSE"
+"""Where this is set (by ``--verbose``) Ray's own logs are shown."""
 
 # What Ray's defaults cost a short trial. The health check is also the poll that notices the end of a run: at its
 # default of 2 s a trial of three empty epochs takes twice as long.
@@ -32,6 +39,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own notes are never read
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one is silent when told to be
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -56,6 +64,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    verbose = VERBOSE in os.environ
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     offered = _offered()
     if offered is None:
@@ -75,15 +84,17 @@ def connect() -> None:
     else:
         options["runtime_env"] = {"env_vars": variables}
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+        ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
     except ConnectionError:
         raise UserError(f"{address}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
     finally:
         if offered is None:
             del os.environ["RAY_ADDRESS"]
+    _heed_signals()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):  # their progress is Ray's own; ours is for people
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if not verbose:  # their progress is Ray's own, ours is for people; and `ser_ray.watch` says what fails in Tune
+        for name, level in (("data", logging.ERROR), ("train", logging.ERROR), ("tune", logging.CRITICAL)):
+            logging.getLogger(f"ray.{name}").setLevel(level)
 
 
 def describe() -> str:
@@ -105,10 +116,14 @@ def worker(space: SearchSpace) -> Worker:
 
 
 def capacity(space: SearchSpace) -> int:
-    """Workers that fit at once, beside one CPU for the data."""
-    one, total = worker(space), ray.cluster_resources()
-    fits = int((total.get("CPU", 0) - DATA_CPUS) / one.cpus + 1e-9)
-    return min(fits, int(total.get("GPU", 0) / one.gpus + 1e-9)) if one.gpus else fits
+    """Workers that fit at once, each on one node, beside one CPU for the data."""
+    one, nodes = worker(space), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sorted(((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes), reverse=True)
+    # The data's CPU is taken where it costs the fewest workers.
+    return max(
+        sum(_fits(cpus - DATA_CPUS * (i == reserved), gpus, one) for i, (cpus, gpus) in enumerate(room))
+        for reserved in range(len(room))
+    )
 
 
 def concurrency(space: SearchSpace) -> int:
@@ -119,21 +134,28 @@ def concurrency(space: SearchSpace) -> int:
     workers = max(1, space.resources.workers)
     fits = capacity(space) // workers
     if fits < 1:
-        one, total = worker(space), ray.cluster_resources()
+        one, nodes = worker(space), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        lacking = "GPUs" if one.gpus > sum(node.get("GPU", 0) for node in nodes) else "room"
         raise UserError(
-            f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs) beside {DATA_CPUS} CPU for "
-            f"data, but the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower "
-            "resources.workers, cpus_per_worker or gpus_per_worker"
+            f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs), each on one node, beside "
+            f"{DATA_CPUS} CPU for data, but the cluster lacks the {lacking}: its {len(nodes)} node"
+            f"{'s have' if len(nodes) > 1 else ' has'} {has}; lower resources.workers, cpus_per_worker or "
+            "gpus_per_worker"
         )
     return min(fits, space.tune.concurrency or fits, space.tune.trials)
 
 
-def user_error(error: BaseException) -> UserError | None:
-    """The UserError behind what Ray raises when a process of ours failed, if there is one."""
+def user_error(error: BaseException, where: object = "") -> UserError | None:
+    """The UserError behind what Ray raises when a process of ours failed, if there is one; a StorageError where that
+    process could not write its files, which are ``where`` if the error does not say it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            return UserError(str(cause).splitlines()[-1])
+            kind = StorageError if isinstance(cause, StorageError) else UserError
+            return kind(str(cause).splitlines()[-1])
+        if isinstance(cause, OSError) and (line := disk.explain(cause, where)):
+            return StorageError(line)
         cause = getattr(cause, "cause", None) or cause.__cause__
     return None
 
@@ -201,6 +223,12 @@ def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> d
 # -- below: how it is done
 
 
+def _fits(cpus: float, gpus: float, one: Worker) -> int:
+    """Workers on one node. Ray shares a GPU among whole parts: of 0.3 each three fit, and of 1.5 GPUs none on one."""
+    by_cpu = int(cpus / one.cpus + 1e-9) if one.cpus else 10**6
+    return max(0, min(by_cpu, int(gpus / one.gpus + 1e-9)) if one.gpus else by_cpu)
+
+
 def _offered() -> str | None:
     """The cluster that somebody offers: by RAY_ADDRESS, or by ``ray start`` on this machine.
 
@@ -215,10 +243,21 @@ def _offered() -> str | None:
     return named or None
 
 
+def _heed_signals() -> None:
+    """SIGTERM, and SIGUSR1 as Slurm sends it before the time limit, end a command as Ctrl-C does: in order."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, nor another part of Ray will."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+        if port not in RAYS_OWN_PORTS:
+            return port
 
 
 def _git_commit() -> str | None:

@@ -273,8 +273,24 @@ class Tune(Section):
     """How the space is searched."""
 
     trials: int = Field(12, ge=1)
+    """How many in all; ``tune.trials=+20`` on the command line adds to a finished search."""
+    hours: float | None = Field(None, gt=0)
+    """No trial begins after so many hours of searching in all (continuations included); null: no limit."""
+    gpu_hours: float | None = Field(None, gt=0)
+    """No trial begins after the trials have held GPUs for so long; null: no limit."""
     metric: Literal["dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa"] = "dev_uar"
     """What trials are compared by; always on dev."""
+    also: Annotated[
+        tuple[Literal["seconds_per_epoch", "peak_memory_mb", "trainable_parameters"], ...], BeforeValidator(_as_tuple)
+    ] = ()
+    """Costs that the sampler keeps low as well: it then looks for the whole front, which the report shows. The metric
+    alone chooses the winner."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe: a model of what was tried (multivariate; arXiv 2304.11127). random and grid are for comparison."""
+    grid_points: int = Field(3, ge=2)
+    """Values that a grid takes from each range."""
+    warm_start: Words = ()
+    """Results folders of earlier searches, whose trials the sampler learns from; they do not count as trials."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops the worse half of the trials early."""
     grace: int = Field(2, ge=1)
@@ -284,8 +300,22 @@ class Tune(Section):
     """Trials at once; null: as many as fit the cluster."""
     finalists: int = Field(3, ge=1)
     """The best trials by dev, whose checkpoints the evaluation actors score in full."""
+    final_folds: Annotated[tuple[int, ...] | Literal["all"] | None, BeforeValidator(_as_tuple)] = None
+    """Folds over which finalists are trained again; the mean over them chooses, and is what test gives. null: the
+    experiment's own fold, from the checkpoint that the search left."""
+    final_seeds: int = Field(1, ge=1)
+    """Seeds with which each is trained: the experiment's, and those that follow."""
     first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
-    """Points tried before the sampler chooses: searched key -> value."""
+    """Points tried before the sampler chooses: searched key -> value; keys left out are sampled."""
+
+    log: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    """Where epochs are logged beside the results folder: results/NAME/tensorboard, results/NAME/mlflow.db."""
+
+    @model_validator(mode="after")
+    def _grid_is_complete(self) -> Tune:
+        if self.sampler == "grid" and self.first:
+            raise ValueError("first: a grid lays out all points itself; remove tune.first, or use sampler: tpe")
+        return self
 
 
 class Resources(Section):
@@ -420,6 +450,18 @@ def default_space() -> Path:
         if candidate.is_file():
             return candidate
     raise UserError("search_spaces/demo.yaml is not installed; name a search space")
+
+
+MAY_CHANGE = (
+    "tune.trials",
+    "tune.hours",
+    "tune.gpu_hours",
+    "tune.concurrency",
+    "tune.log",
+    "resources.",
+    "storage.prefix_gb",
+)
+"""Keys that may differ when a search is continued: they say how much is tried and where, not what a trial is."""
 
 
 def differences(old: SearchSpace, new: SearchSpace) -> list[str]:

@@ -10,7 +10,29 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE})
+"""What the system says of a disk that is full, read-only, not ours, or broken."""
+UNREACHABLE: Final = frozenset({errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT})
+"""And of one on another machine; of a file only, as sockets say the same."""
+
+
+def explain(error: OSError, where: object = "") -> str | None:
+    """A line for people on a disk that cannot be used; None for errors of another kind.
+
+    ``where``: the place, if the error does not say it.
+
+    >>> explain(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
+    '/data/x: No space left on device; make room or choose another place, then give the same command again'
+    """
+    if error.errno not in UNWRITABLE and not (error.filename and error.errno in UNREACHABLE):
+        return None
+    assert error.errno is not None
+    place = error.filename or where
+    said = f"{place}: " if place else ""
+    # The system's own words: libraries have others.
+    return f"{said}{os.strerror(error.errno)}; make room or choose another place, then give the same command again"
 
 
 @contextmanager

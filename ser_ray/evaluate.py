@@ -2,8 +2,10 @@
 
     python -m ser_ray.evaluate RESULTS_DIR
 
-Ray actors score the checkpoints in parallel. Trials are compared on dev only; the test split is predicted once, by the
-chosen checkpoint, and every opening is recorded in ``evaluation/test_openings.json``.
+Ray actors score the checkpoints in parallel. Trials are compared on dev only, by the mean over the folds and seeds that
+``tune.final_folds`` and ``tune.final_seeds`` ask for; the test split is predicted once, by the chosen configuration,
+and every opening is recorded in ``evaluation/test_openings.json``. This command opens it again; an extended search does
+so only where it chooses another model.
 """
 
 if __name__ == "__main__":
@@ -13,11 +15,14 @@ if __name__ == "__main__":
 
     sys.exit(command(["evaluate", *sys.argv[1:]]))
 
+import importlib.util
+import itertools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -26,73 +31,194 @@ import torch
 from rich.console import Console
 
 from ser_ray import cluster, config, disk
-from ser_ray.config import SearchSpace
-from ser_ray.evaluation import baselines, folder
+from ser_ray.config import Adapter, Experiment, Head, SearchSpace
+from ser_ray.evaluation import baselines, egemaps, folder, published
+from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.intervals import paired_gap
+from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
+from ser_ray.models.classifier import build
+from ser_ray.protocols.folds import count_folds
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions, UserError
 from ser_ray.speech import shards, stream
+from ser_ray.speech.audio import from_int16
+from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
+from ser_ray.training.probe import start_from_probe
+
+PROBE: Final = "frozen backbone + linear"
+EGEMAPS: Final = "eGeMAPS + linear SVM"
+RESTARTS: Final = 3
+"""An actor whose process dies is started again, and its checkpoint scored again, so often."""
 
 
-@ray.remote
+@dataclass(frozen=True)
+class Run:
+    """One trained model of a finalist."""
+
+    trial_id: str
+    fold: int
+    seed: int
+    checkpoint: str
+    """Below the results folder."""
+
+
+@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
 class Scorer:
-    """An evaluation actor: one checkpoint in memory, scored on whichever split is asked for."""
+    """An evaluation actor: predicts a split by a checkpoint, or by a linear probe of a frozen backbone."""
 
-    def __init__(self, directory: str, shard_dirs: Sequence[str], threads: int) -> None:
+    def __init__(self, shard_dirs: Sequence[str], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.model = checkpoint.load(directory, "cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.shard_dirs = [Path(shard_dir) for shard_dir in shard_dirs]
-        self.task = load_task(self.model.experiment, self.shard_dirs)
 
-    def score(self, split: str) -> Predictions:
-        """The checkpoint's predictions on one split, in order of utterance id."""
-        labels = self.task.labels(split)
+    def score(self, directory: str, split: str) -> Predictions:
+        """A checkpoint's predictions on one split of its own fold, in order of utterance id."""
+        model = checkpoint.load(directory, str(self.device))
+        task = load_task(model.experiment, self.shard_dirs)
+        return self._predict(model, task, split)
+
+    def probe(self, values: dict[str, Any], split: str) -> Predictions:
+        """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
+        experiment = Experiment.model_validate(values)
+        model, task = build(experiment, self.device), load_task(experiment, self.shard_dirs)
+        train, dev = (self._batches(task, part, experiment) for part in ("train", "dev"))
+        start_from_probe(model, train, dev, lambda value: [value])
+        return self._predict(model, task, split)
+
+    def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
+        """The same by a linear SVM on eGeMAPS features, which openSMILE computes."""
+        task = load_task(Experiment.model_validate(values), self.shard_dirs)
+        speaker_of = dict(zip(task.index["utterance_id"].to_pylist(), task.index["speaker"].to_pylist(), strict=True))
+        labels = {part: task.labels(part) for part in ("train", split)}
+        features = {part: self._features(own) for part, own in labels.items()}
+        ids = {part: sorted(own) for part, own in labels.items()}
+        probabilities_MK = baselines.linear_svm(
+            np.stack([features["train"][i] for i in ids["train"]]),
+            np.array([labels["train"][i] for i in ids["train"]]),
+            [speaker_of[i] for i in ids["train"]],
+            np.stack([features[split][i] for i in ids[split]]),
+            len(task.emotions),
+        )
+        return _predictions(task, labels[split], dict(zip(ids[split], probabilities_MK, strict=True)))
+
+    def _features(self, labels: Mapping[str, int]) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for table in shards.read_tables(self.shard_dirs):
+            rows = shards.select(table, labels)
+            waveforms = [from_int16(scalar.as_buffer()) for scalar in rows["audio"]]
+            found.update(zip(rows["utterance_id"].to_pylist(), egemaps.egemaps(waveforms), strict=True))
+        return found
+
+    def _batches(self, task: Task, split: str, experiment: Experiment) -> Iterator[Batch]:
+        labels = task.labels(split)
         tables = (shards.select(table, labels) for table in shards.read_tables(self.shard_dirs))
-        batches = stream.batches(tables, self.model.experiment.batch_seconds, seed=None)
+        return stream.batches(tables, experiment.batch_seconds, seed=None)
+
+    def _predict(self, model: Any, task: Task, split: str) -> Predictions:
         probabilities: dict[str, np.ndarray] = {}
-        for batch, logits_BK in predict_batches(self.model, batches):
+        for batch, logits_BK in predict_batches(model, self._batches(task, split, model.experiment)):
             rows = logits_BK.double().softmax(-1).cpu().numpy()
             probabilities.update(zip(batch.utterance_ids, rows, strict=True))
-        return _predictions(self.task, labels, probabilities)
+        return _predictions(task, task.labels(split), probabilities)
 
 
-def evaluate(directory: Path, space: SearchSpace, console: Console, argv: list[str]) -> dict[str, Any]:
+class Scorers:
+    """As many actors as fit the cluster."""
+
+    def __init__(self, space: SearchSpace, shard_dirs: Sequence[str], most: int, console: Console) -> None:
+        one = cluster.worker(space)
+        options = {"num_cpus": one.cpus, "num_gpus": one.gpus}
+        make = Scorer.options(**options).remote  # type: ignore[attr-defined]
+        number = max(1, min(cluster.capacity(space), most))
+        self.actors = [make(shard_dirs, max(1, int(one.cpus))) for _ in range(number)]
+        self.console = console
+
+    def map(self, jobs: Mapping[Any, Callable[[Any], Any]], what: str) -> dict[Any, Predictions]:
+        """Name -> a job, which is handed an actor -> name -> its predictions; progress is shown."""
+        free, waiting = list(self.actors), list(jobs)
+        pending: dict[Any, tuple[Any, Any]] = {}
+        done: dict[Any, Predictions] = {}
+        while waiting or pending:
+            while waiting and free:
+                name, actor = waiting.pop(0), free.pop()
+                pending[jobs[name](actor)] = (name, actor)
+            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            name, actor = pending.pop(ready)
+            done[name] = ray.get(ready)
+            free.append(actor)
+            self.console.print(f"  {what} {len(done)} of {len(jobs)}: {len(done[name])} utterances scored")
+        return done
+
+    def close(self) -> None:
+        """Give back what the actors hold."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:
+    """What is to be trained before the choice: the finalists over folds and seeds; nothing where the search's own
+    checkpoints do."""
+    jobs = []
+    for tried in _finalists(directory, space):
+        for run in _runs(space, task, tried):
+            if run.checkpoint == "":
+                values = {**tried.values, "protocol.fold": run.fold, "seed": run.seed}
+                jobs.append(Tried(_final_id(run), values))
+    return jobs
+
+
+def is_evaluated(directory: Path, space: SearchSpace) -> bool:
+    """Whether the test figures that are there are those of this search, with this budget."""
+    path = directory / "evaluation" / "test.json"
+    return path.is_file() and disk.read_json(path).get("budget") == _budget(space)
+
+
+def evaluate(
+    directory: Path, space: SearchSpace, console: Console, argv: list[str], reuse: bool = False
+) -> dict[str, Any]:
     """Fill ``best/`` and ``evaluation/`` of a results folder; returns the test figures.
 
-    Raises UserError where no trial left a checkpoint.
+    ``reuse``: where the choice comes out as before, its test figures stand, and the test set stays closed.
+
+    Raises UserError where no trial left a checkpoint, or a final is missing.
     """
     finalists = _finalists(directory, space)
     provenance = disk.read_json(directory / "provenance.json")
     shard_dirs = [data["directory"] for data in provenance["data"]]
-    one = cluster.worker(space)
-    scorers = {
-        row["trial_id"]: Scorer.options(num_cpus=one.cpus, num_gpus=one.gpus).remote(  # type: ignore[attr-defined]
-            str(directory / row["checkpoint"]), shard_dirs, max(1, int(one.cpus))
-        )
-        for row in finalists
-    }
-    console.print(f"scoring {len(scorers)} finalist{'s' * (len(scorers) != 1)} on dev")
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
-    protocol = config.to_dict(space.experiment.protocol) | {"description": task.fold.description}
-    dev = _score_all(scorers, "dev", console)
-    leaky = task.fold.leaky or disk.read_json(directory / "audit.json")["leaky"]
-    figures = {trial_id: summarise(predictions, protocol, leaky) for trial_id, predictions in dev.items()}
-    chosen = _choose(directory, finalists, figures, space.tune.metric.removeprefix("dev_"))
-    disk.write_json(directory / "evaluation" / "dev.json", figures[chosen])
-    console.print(f"chosen by dev: trial {chosen}; opening the test set")
-    _record_opening(directory, chosen, argv)
-    test = _score_all({chosen: scorers[chosen]}, "test", console)[chosen]
-    for scorer in scorers.values():
-        ray.kill(scorer)
-    answer = summarise(test, protocol, leaky)
-    answer["baselines"] = _baselines(task, test)
-    for split, predictions in (("dev", dev[chosen]), ("test", test)):
-        write_predictions(predictions, split, directory / "evaluation" / "predictions.parquet")
-    disk.write_json(directory / "evaluation" / "test.json", answer)
-    row = next(row for row in finalists if row["trial_id"] == chosen)
-    _install_best(directory, directory / row["checkpoint"], figures[chosen], answer)
+    runs = {tried.trial_id: _trained(directory, _runs(space, task, tried)) for tried in finalists}
+    everything = [run for own in runs.values() for run in own]
+    scorers = Scorers(space, shard_dirs, len(everything), console)
+    try:
+        console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
+        dev = scorers.map({run: _by_checkpoint(directory, run, "dev") for run in everything}, "dev")
+        record = _Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
+        chosen = record.choose(finalists)
+        answer = record.known(chosen) if reuse else None
+        if answer is None:
+            console.print(f"chosen by dev: trial {chosen}; opening the test set")
+            _record_opening(directory, chosen, argv)
+            jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
+            test = scorers.map(jobs, "test")
+            folds = {run.fold for run in runs[chosen]}
+            tried = next(tried for tried in finalists if tried.trial_id == chosen)
+            rivals = {PROBE: scorers.map({fold: _by_probe(space, tried, fold) for fold in sorted(folds)}, PROBE)}
+            if importlib.util.find_spec("opensmile"):
+                rivals[EGEMAPS] = scorers.map({fold: _by_egemaps(space, fold) for fold in sorted(folds)}, EGEMAPS)
+            else:
+                console.print(f"  no baseline {EGEMAPS}: opensmile is not installed", style="dim")
+            parts = {name: [found[fold] for fold in sorted(folds)] for name, found in rivals.items()}
+            answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
+        else:
+            console.print(f"chosen by dev: trial {chosen}, whose test figures are known")
+    finally:
+        scorers.close()
+    _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_figures(chosen), answer)
+    # Last: it says that all else is there.
+    disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": _budget(space)})
     return answer
 
 
@@ -114,23 +240,170 @@ def main(arguments: list[str]) -> int:
 # -- below: how it is done
 
 
-def _finalists(directory: Path, space: SearchSpace) -> list[dict[str, str]]:
-    rows = [row for row in folder.read_trials(directory) if row["checkpoint"]]
-    if not rows:
+@dataclass(frozen=True)
+class _Record:
+    """What is written about the choice and the test."""
+
+    directory: Path
+    space: SearchSpace
+    task: Task
+    dev: Mapping[str, list[Predictions]]
+    """Of every finalist, run by run."""
+    runs: Mapping[str, list[Run]]
+
+    def choose(self, finalists: Sequence[Tried]) -> str:
+        """The best on dev; of equals the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
+        metric = self.space.tune.metric.removeprefix("dev_")
+        means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
+        sizes = {tried.trial_id: int(tried.best["trainable_parameters"]) for tried in finalists}
+        ranked = sorted(means, key=lambda i: (-round(means[i][metric], 12), sizes[i], i))
+        chosen: str = ranked[0]
+        among = f"{len(ranked)} finalists"
+        over = f", mean of {len(self.runs[chosen])} runs," if len(self.runs[chosen]) > 1 else ""
+        rows = [
+            {"trial_id": i, "checkpoint": self.runs[i][0].checkpoint, "trainable_parameters": sizes[i]}
+            | {f"dev_{name}": means[i][name] for name in HEADLINE}
+            | {"runs": [self._run(run, p) for run, p in zip(self.runs[i], self.dev[i], strict=True)]}
+            for i in ranked
+        ]
+        against = None
+        if len(ranked) > 1:
+            gap = _gap(_pooled(self.dev[chosen]), _pooled(self.dev[ranked[1]]))
+            against = gap and {"trial_id": ranked[1], "gap": gap}
+        why = f"highest dev {metric}{over} of {among}; of equals the one with fewer weights to train"
+        choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
+        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_figures(chosen))
+        disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
+        write_predictions(_pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
+        return chosen
+
+    def dev_figures(self, chosen: str) -> dict[str, Any]:
+        """The chosen one's, over all its runs."""
+        return self._summary(_pooled(self.dev[chosen]))
+
+    def known(self, chosen: str) -> dict[str, Any] | None:
+        """The test figures of the same models, where the test set was opened for them before."""
+        path = self.directory / "evaluation" / "test.json"
+        before: dict[str, Any] = disk.read_json(path) if path.is_file() else {}
+        same = [run["checkpoint"] for run in before.get("runs", [])] == [run.checkpoint for run in self.runs[chosen]]
+        return before if before and same else None
+
+    def test(self, chosen: str, parts: list[Predictions], rivals: Mapping[str, list[Predictions]]) -> dict[str, Any]:
+        """The figures of test, with what they must beat; ``rivals``: predictions of other models by fold."""
+        pooled = _pooled(parts)
+        answer = self._summary(pooled)
+        answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
+        if len(parts) > 1:
+            answer["mean"] = _mean([self._summary(p) for p in parts])
+        if self.space.tune.final_seeds > 1:
+            answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
+        others = {name: _pooled(by_fold) for name, by_fold in rivals.items()}
+        answer["baselines"] = _simple_baselines(self.task, pooled)
+        answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
+        own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
+        gaps = {name: _gap(own, predictions) for name, predictions in others.items()}
+        answer["against"] = {name: gap for name, gap in gaps.items() if gap}
+        experiment = self.space.experiment
+        answer["published"] = published.matching(
+            experiment.corpora, config.to_dict(experiment.protocol), experiment.emotions, answer["leaky"]
+        )
+        write_predictions(pooled, "test", self.directory / "evaluation" / "predictions.parquet")
+        return answer
+
+    def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
+        """Figures of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
+        averaged = _averaged_by_fold(runs, parts)
+        figures = _brief(self._summary(_pooled(averaged)))
+        return figures | {"mean": _mean([self._summary(p) for p in averaged])}
+
+    def _summary(self, predictions: Predictions) -> dict[str, Any]:
+        protocol = config.to_dict(self.space.experiment.protocol) | {"description": self._description()}
+        leaky = self.task.fold.leaky or disk.read_json(self.directory / "audit.json")["leaky"]
+        return summarise(predictions, protocol, leaky)
+
+    def _description(self) -> str:
+        runs = next(iter(self.runs.values()))
+        folds = sorted({run.fold for run in runs})
+        if len(runs) == 1:
+            return self.task.fold.description
+        named = ", ".join(map(str, folds))
+        return f"{self.space.experiment.protocol.scheme}, folds {named}; {len(runs)} runs of each finalist"
+
+    def _run(self, run: Run, predictions: Predictions, prefix: str = "dev_") -> dict[str, Any]:
+        figures = self._summary(predictions)
+        named = {f"{prefix}{name}": figures[name] for name in HEADLINE}
+        return {"fold": run.fold, "seed": run.seed, "checkpoint": run.checkpoint, "n": figures["n"]} | named
+
+
+def _finalists(directory: Path, space: SearchSpace) -> list[Tried]:
+    tried = [tried for tried in folder.read_tried(directory / "trials") if tried.best and tried.status != "failed"]
+    if not tried:
         raise UserError(f"{directory}: no trial left a checkpoint; trials.csv says how each ended")
-    rows.sort(key=lambda row: (-float(row[space.tune.metric]), row["trial_id"]))
-    return rows[: space.tune.finalists]
+    tried.sort(key=lambda one: (-float(one.best[space.tune.metric]), one.trial_id))
+    return tried[: space.tune.finalists]
 
 
-def _score_all(scorers: dict[str, Any], split: str, console: Console) -> dict[str, Predictions]:
-    pending = {scorer.score.remote(split): trial_id for trial_id, scorer in scorers.items()}
-    scored: dict[str, Predictions] = {}
-    while pending:
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        trial_id = pending.pop(done)
-        scored[trial_id] = ray.get(done)
-        console.print(f"  trial {trial_id}: {len(scored[trial_id])} {split} utterances scored")
-    return scored
+def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
+    """The models that a finalist is judged by, its own fold and seed first; without checkpoint what is still to train.
+
+    What the search itself finished is not trained again.
+    """
+    own = (space.experiment.protocol.fold, space.experiment.seed)
+    asked = space.tune.final_folds
+    count = count_folds(task.index, space.experiment.protocol)
+    folds = [own[0]] if asked is None else list(range(count)) if asked == "all" else list(asked)
+    if unknown := [fold for fold in folds if fold >= count]:
+        raise UserError(f"tune.final_folds: {unknown[0]}, but the protocol has folds 0 to {count - 1}")
+    pairs = list(itertools.product(folds, range(own[1], own[1] + space.tune.final_seeds)))
+    pairs.sort(key=lambda pair: (pair != own, pair))
+    found = f"trials/{tried.trial_id}/{folder.checkpoint_name(tried.best['epoch'])}"
+    reused = own if tried.status == "finished" or pairs == [own] else None
+    return [Run(tried.trial_id, *pair, found if pair == reused else "") for pair in pairs]
+
+
+def _trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
+    """The same with the checkpoints of what was trained meanwhile."""
+    known = {tried.trial_id: tried for tried in folder.read_tried(directory / "finals")}
+    whole = []
+    for run in runs:
+        if run.checkpoint == "":
+            tried = known.get(_final_id(run))
+            if tried is None or tried.status != "finished":
+                state = "missing" if tried is None else f"{tried.status} {tried.error}"
+                raise UserError(f"{directory}/finals/{_final_id(run)}: {state}; run ser-ray tune again")
+            name = folder.checkpoint_name(tried.best["epoch"])
+            run = Run(run.trial_id, run.fold, run.seed, f"finals/{_final_id(run)}/{name}")
+        whole.append(run)
+    return whole
+
+
+def _final_id(run: Run) -> str:
+    return f"{run.trial_id}-fold{run.fold}-seed{run.seed}"
+
+
+def _budget(space: SearchSpace) -> dict[str, Any]:
+    names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds")
+    return {name: config.to_dict(space.tune)[name] for name in names}
+
+
+def _by_checkpoint(directory: Path, run: Run, split: str) -> Callable[[Any], Any]:
+    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split)
+
+
+def _by_probe(space: SearchSpace, tried: Tried, fold: int) -> Callable[[Any], Any]:
+    own = space.trial({**tried.values, "protocol.fold": fold})
+    plain = {
+        "adapter": Adapter(method="frozen"),
+        "head": Head(init="probe", pooling="statistics", dropout=0.0),
+        "augment": config.Augment(),
+    }
+    values = config.to_dict(own.model_copy(update=plain))
+    return lambda actor: actor.probe.remote(values, "test")
+
+
+def _by_egemaps(space: SearchSpace, fold: int) -> Callable[[Any], Any]:
+    values = config.to_dict(space.trial({"protocol.fold": fold}))
+    return lambda actor: actor.egemaps.remote(values, "test")
 
 
 def _predictions(task: Task, labels: dict[str, int], probabilities: dict[str, np.ndarray]) -> Predictions:
@@ -149,26 +422,60 @@ def _predictions(task: Task, labels: dict[str, int], probabilities: dict[str, np
     )
 
 
-def _choose(directory: Path, finalists: list[dict[str, str]], figures: dict[str, Any], metric: str) -> str:
-    """The best on dev; of equals the one with fewer trainable parameters. Writes ``choice.json``."""
-    ranked = sorted(
-        finalists,
-        key=lambda row: (-figures[row["trial_id"]][metric], int(row["trainable_parameters"]), row["trial_id"]),
+def _pooled(parts: Sequence[Predictions]) -> Predictions:
+    """All runs' predictions, one after the other; an utterance counts once for every seed."""
+
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(value for part in parts for value in getattr(part, name))
+
+    return Predictions(
+        parts[0].emotions,
+        joined("utterance_ids"),
+        joined("corpora"),
+        joined("speakers"),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.probabilities for part in parts]),
     )
-    chosen: str = ranked[0]["trial_id"]
-    disk.write_json(
-        directory / "evaluation" / "choice.json",
-        {
-            "trial_id": chosen,
-            "why": f"highest dev {metric} of {len(ranked)} finalists; of equals the one with fewer weights to train",
-            "finalists": [
-                {"trial_id": row["trial_id"], "checkpoint": row["checkpoint"]}
-                | {f"dev_{name}": figures[row["trial_id"]][name] for name in ("uar", "accuracy", "macro_f1", "kappa")}
-                for row in ranked
-            ],
-        },
-    )
-    return chosen
+
+
+def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:
+    """For every fold the mean of its seeds' probabilities."""
+    found = []
+    for fold in sorted({run.fold for run in runs}):
+        own = [part for run, part in zip(runs, parts, strict=True) if run.fold == fold]
+        assert len({part.utterance_ids for part in own}) == 1, "one order for all seeds"
+        mean = np.mean([part.probabilities for part in own], axis=0)
+        first = own[0]
+        found.append(
+            Predictions(first.emotions, first.utterance_ids, first.corpora, first.speakers, first.labels, mean)
+        )
+    return found
+
+
+def _gap(one: Predictions, other: Predictions) -> dict[str, Any] | None:
+    """How far one is ahead of another on the same utterances; None for a single speaker, who says nothing of others."""
+    if len(set(one.speakers)) < 2:
+        return None
+    assert one.utterance_ids == other.utterance_ids, "both of the same utterances"
+    gaps = paired_gap(one.labels, one.predicted, other.predicted, one.speakers, len(one.emotions))
+    return {name: {"difference": gap.difference, "ci95": [gap.low, gap.high], "p": gap.p} for name, gap in gaps.items()}
+
+
+def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in figures])) for name in HEADLINE}
+
+
+def _brief(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: figures[name] for name in (*HEADLINE, "ci95")}
+
+
+def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:
+    train = np.array(list(task.labels("train").values()))
+    num_emotions = len(task.emotions)
+    return {
+        "chance": baselines.chance(num_emotions),
+        "majority": baselines.majority(train, test.labels, num_emotions),
+    }
 
 
 def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
@@ -177,15 +484,6 @@ def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     openings = disk.read_json(path) if path.is_file() else []
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
-
-
-def _baselines(task: Task, test: Predictions) -> dict[str, Any]:
-    train = np.array(list(task.labels("train").values()))
-    num_emotions = len(task.emotions)
-    return {
-        "chance": baselines.chance(num_emotions),
-        "majority": baselines.majority(train, test.labels, num_emotions),
-    }
 
 
 def _install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from ser_ray import cluster, config, disk
 from ser_ray.config import Protocol, SearchSpace
 from ser_ray.evaluate import evaluate
-from ser_ray.evaluation.intervals import bootstrap_ci95, bootstrap_gap95
+from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import confusion, headline
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import Predictions, UserError
@@ -114,10 +114,10 @@ def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
             answer["schemes"][scheme][group] = {"n": len(labels)} | {
                 name: {"value": float(figures[name]), "ci95": list(limits[name])} for name in FIGURES
             }
-            against = headline(confusion(labels, base, emotions))
-            gaps = bootstrap_gap95(labels, guesses, base, speakers, emotions)
+            gaps = paired_gap(labels, guesses, base, speakers, emotions)
             answer["gaps"][scheme][group] = {
-                name: {"value": float(figures[name] - against[name]), "ci95": list(gaps[name])} for name in FIGURES
+                name: {"value": gaps[name].difference, "ci95": [gaps[name].low, gaps[name].high], "p": gaps[name].p}
+                for name in FIGURES
             }
     return answer
 

@@ -1,8 +1,9 @@
-"""A results folder as one page, figures and a terminal summary.
+"""A results folder as one page, figures and a terminal summary; or several searches side by side.
 
-    ser-ray report results/ravdess-whisper
+    ser-ray report results/ravdess-whisper [--no-audio]
+    ser-ray report results/one results/other [--output comparison.html]
 
-It only reads what the other verbs wrote, needs neither Ray nor torch, and may be run at any time: of a search that is
+It only reads what the other verbs wrote, needs neither Ray nor a GPU, and may be run at any time: of a search that is
 still running, or was interrupted, it shows what there is and says what is missing. The page is a single file that
 opens without a network.
 """
@@ -17,65 +18,70 @@ if __name__ == "__main__":  # one command line for all verbs: it turns a UserErr
     sys.exit(command(["report", *sys.argv[1:]]))
 
 import argparse
-import shlex
 import sys
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import jinja2
-import numpy as np
-from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ser_ray.config import to_dict
 from ser_ray.disk import write_bytes, write_text
-from ser_ray.evaluation.figures import confusion_figure, learning_curves_figure, to_png, to_svg
+from ser_ray.evaluation import comparison
+from ser_ray.evaluation.figures import to_png
+from ser_ray.evaluation.folder import COSTS, read_tried
 from ser_ray.evaluation.metrics import HEADLINE
-from ser_ray.evaluation.results import Results, as_number, read_results
+from ser_ray.evaluation.page import (
+    TITLES,
+    comparison_page,
+    interval,
+    search_page,
+    search_parts,
+    show,
+    trial_columns,
+    trial_counts,
+)
+from ser_ray.evaluation.results import Results, read_results
+from ser_ray.evaluation.verdicts import limits_of, signed, verdicts
+from ser_ray.schema import UserError
 
-TITLES: Final = {
-    "accuracy": "accuracy",
-    "uar": "UAR",
-    "macro_f1": "macro F1",
-    "weighted_f1": "weighted F1",
-    "kappa": "kappa",
-    "f1": "F1",
-    "trial_id": "trial",
-    "seconds": "time",
-    "best_epoch": "best epoch",
-    "dev_uar": "dev UAR",
-    "dev_accuracy": "dev accuracy",
-    "dev_macro_f1": "dev macro F1",
-    "dev_kappa": "dev kappa",
-    "peak_memory_mb": "memory [MB]",
-    "trainable_parameters": "trainable",
+FILES = {
+    "test": "evaluation/confusion_test.png",
+    "dev": "evaluation/confusion_dev.png",
+    "curves": "learning_curves.png",
 }
-"""What a key is called in a table; one that is not here goes by its own name."""
+"""Figures that are files as well, for papers and slides."""
 
 
-def build(results_dir: Path) -> Path:
+def build(results_dir: Path, audio: bool = True) -> Path:
     """Write ``report.html``, ``learning_curves.png`` and ``evaluation/confusion_{dev,test}.png``; returns the page.
+
+    With ``audio`` the most confident mistakes can be listened to, where the prepared speech is still there.
 
     Raises UserError where ``results_dir`` is no results folder, or a file in it is broken.
     """
     results = read_results(results_dir)
-    drawn = {}
-    for split, summary in (("test", results.test), ("dev", results.dev)):
-        if summary:
-            title = f"{split}: {summary['n']} utterances"
-            figure = confusion_figure(np.array(summary["confusion"]), summary["labels"], title)
-            write_bytes(results.folder / "evaluation" / f"confusion_{split}.png", to_png(figure))
-            drawn[split] = Markup(to_svg(figure, f"confusion matrix {split}"))  # noqa: S704 - matplotlib escapes
-    if any(results.histories.values()):
-        figure = learning_curves_figure(results.histories, results.leader.get("trial_id"), results.space.tune.metric)
-        write_bytes(results.folder / "learning_curves.png", to_png(figure))
-        drawn["curves"] = Markup(to_svg(figure, "learning curves"))  # noqa: S704 - matplotlib escapes
-    write_text(results.folder / "report.html", _page(results, drawn))
+    parts = search_parts(results)
+    for name, file in FILES.items():
+        if name in parts:
+            write_bytes(results.folder / file, to_png(parts[name].figure))
+    write_text(results.folder / "report.html", search_page(results, parts, _importances(results), audio))
     return results.folder / "report.html"
+
+
+def compare(results_dirs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write a page that puts searches side by side, by default ``comparison.html`` in the folder above them all.
+
+    Raises UserError where one is no results folder, or is named twice.
+    """
+    if len({results_dir.resolve() for results_dir in results_dirs}) < len(results_dirs):
+        raise UserError("a search is named twice; name each once")
+    searches = [read_results(results_dir) for results_dir in results_dirs]
+    path = output or comparison.common_parent(results_dirs) / "comparison.html"
+    write_text(path, comparison_page(searches))
+    return path.resolve()
 
 
 def print_summary(results_dir: Path, console: Console) -> None:
@@ -83,7 +89,7 @@ def print_summary(results_dir: Path, console: Console) -> None:
     results = read_results(results_dir)
     if results.leaky:
         console.print("[bold red]LEAKY[/]: train and test share speakers or recordings; do not compare these figures")
-    console.print(f"[bold]{escape(results.space.experiment.name)}[/]: {escape(_trial_counts(results))}")
+    console.print(f"[bold]{escape(results.space.experiment.name)}[/]: {escape(trial_counts(results))}")
     if results.trials:
         console.print(_trials_table(results))
     if leader := results.leader:
@@ -92,6 +98,8 @@ def print_summary(results_dir: Path, console: Console) -> None:
             console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
     if results.figures:
         console.print(_figures_table(results))
+    for sentence in verdicts(results):
+        console.print(escape(sentence))
     if not results.test:
         console.print("[yellow]no test figures yet[/]: the search was interrupted, or is still running")
     if results.openings:
@@ -104,13 +112,46 @@ def print_summary(results_dir: Path, console: Console) -> None:
             console.print(f"{name}: {escape(str(path))}", soft_wrap=True, highlight=False)
 
 
+def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
+    """Print the test figures of several searches with intervals, what differs, and the gaps between them."""
+    searches = [read_results(results_dir) for results_dir in results_dirs]
+    names = comparison.labels(searches)
+    table = Table("", *("test " + TITLES[name] for name in ("uar", "accuracy")), "time", "", box=SIMPLE_HEAD)
+    for name, results in zip(names, searches, strict=True):
+        cells = [f"{show(key, results.answer.get(key))} {interval(results.test, key)}" for key in ("uar", "accuracy")]
+        stamp = "[bold red]LEAKY[/]" if results.leaky else ""
+        table.add_row(escape(name), *map(escape, cells), show("seconds", comparison.costs(results)["seconds"]), stamp)
+    console.print(table)
+    differing = Table("", box=SIMPLE_HEAD)
+    for name in names:
+        differing.add_column(escape(name), overflow="fold")
+    for key, values in comparison.differing(searches).items():
+        differing.add_row(escape(key), *(escape(value or "-") for value in values))
+    if differing.row_count:
+        console.print(differing)
+    for gap in comparison.gaps(searches):
+        said = f"no gap: {gap.why_not}"
+        if gap.figures:
+            said = f"{signed(gap.figures['uar']['difference'])} points UAR {limits_of(gap.figures['uar'])}"
+        console.print(escape(f"{gap.one} less {gap.other}: {said}"))
+
+
 def main(arguments: list[str]) -> int:
-    """``ser-ray report RESULTS_DIR``: write the page and the figures, print the summary; 0, or UserError."""
-    parser = argparse.ArgumentParser(prog="ser-ray report", description="Write report.html and figures of a search.")
-    parser.add_argument("results_dir", type=Path, help="the folder of one search, results/<name>")
-    results_dir = parser.parse_args(arguments).results_dir
-    build(results_dir)
-    print_summary(results_dir, terminal())
+    """``ser-ray report RESULTS_DIR...``: write the page and the figures, print the summary; 0, or UserError."""
+    parser = argparse.ArgumentParser(prog="ser-ray report", description="Write report.html, or compare searches.")
+    parser.add_argument("results_dirs", type=Path, nargs="+", help="the folder of a search, results/<name>; or several")
+    parser.add_argument("--no-audio", action="store_true", help="leave recordings out: smaller, and may be published")
+    parser.add_argument("--output", type=Path, help="of several: the page, default comparison.html above them all")
+    given = parser.parse_args(arguments)
+    if len(given.results_dirs) > 1:
+        page = compare(given.results_dirs, given.output)
+        print_comparison(given.results_dirs, console := terminal())
+        console.print(f"comparison: {escape(str(page))}", soft_wrap=True, highlight=False)
+        return 0
+    if given.output is not None:
+        raise UserError("--output: the report of one search is report.html in its folder; name several to compare them")
+    build(given.results_dirs[0], audio=not given.no_audio)
+    print_summary(given.results_dirs[0], terminal())
     return 0
 
 
@@ -119,52 +160,21 @@ def terminal() -> Console:
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
-def show(key: str, value: object) -> str:
-    """A value as a table shows it: figures with three decimals, durations in minutes, a dash for nothing.
-
-    >>> show("dev_uar", "0.71249"), show("optimizer.lr", "0.000312987"), show("seconds", "4000"), show("epochs", "")
-    ('0.712', '0.000313', '1 h 07 min', '-')
-    """
-    if value is None or value == "":
-        return "-"
-    number = as_number(value)
-    if number is None or key in ("trial_id", "status"):  # an id of digits is no number
-        return str(value)
-    if key.removeprefix("dev_") in (*HEADLINE, "precision", "recall", "f1", "ece"):
-        return f"{number:.3f}"
-    if key == "seconds":
-        hours, minutes = divmod(round(number / 60), 60)
-        return f"{hours} h {minutes:02} min" if hours else f"{number / 60:.1f} min"
-    return f"{number:,.0f}" if number >= 1 and number == int(number) else f"{number:.3g}"
-
-
 # -- below: how it is done
 
 
-def _interval(figures: dict[str, Any], name: str) -> str:
-    limits = figures.get("ci95", {}).get(name)
-    return f"[{limits[0]:.3f}, {limits[1]:.3f}]" if limits else ""
+def _importances(results: Results) -> Any:
+    if len(results.space.search) < 2:
+        return None
+    from ser_ray.search.importance import importances  # Optuna takes a second to import
 
-
-def _trial_columns(results: Results) -> list[str]:
-    columns = ["trial_id", "status", "epochs", "seconds", *results.space.search, "best_epoch"]
-    columns += ["dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa", "peak_memory_mb", "trainable_parameters"]
-    present = set().union(*results.trials)
-    return [column for column in columns if column in present]
-
-
-def _trial_counts(results: Results) -> str:
-    total = f"{len(results.trials)} trial{'s' if len(results.trials) != 1 else ''}"
-    counts = Counter(row.get("status", "unknown") for row in results.trials)
-    return total + "".join(f", {many} {status}" for status, many in counts.most_common())
+    return importances(results.space, read_tried(results.folder / "trials"))
 
 
 def _trials_table(results: Results) -> Table:
     # A terminal is narrow: of the figures only the one that trials are compared by; the page has them all.
     others = {f"dev_{name}" for name in HEADLINE} - {results.space.tune.metric}
-    columns = [
-        c for c in _trial_columns(results) if c not in {*others, "best_epoch", "peak_memory_mb", "trainable_parameters"}
-    ]
+    columns = [c for c in trial_columns(results) if c not in {*others, *COSTS, "best_epoch"}]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in columns:
         searched = column in results.space.search
@@ -180,31 +190,14 @@ def _trials_table(results: Results) -> Table:
 
 
 def _figures_table(results: Results) -> Table:
+    if len(results.figures) > 4:  # with intervals beside one another they would not fit a terminal
+        table = Table("", *(TITLES[name] for name in HEADLINE), box=SIMPLE_HEAD, pad_edge=False)
+        for title, row in results.figures.items():
+            cells = [f"{show(name, row.get(name))}\n{interval(row, name)}".strip() for name in HEADLINE]
+            table.add_row(escape(title), *map(escape, cells))
+        return table
     table = Table("", *map(escape, results.figures), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     for name in HEADLINE:
-        cells = [f"{show(name, row.get(name))} {_interval(row, name)}".strip() for row in results.figures.values()]
+        cells = [f"{show(name, row.get(name))} {interval(row, name)}".strip() for row in results.figures.values()]
         table.add_row(TITLES[name], *map(escape, cells))
     return table
-
-
-def _page(results: Results, drawn: dict[str, Markup]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    protocol = (results.test or results.dev).get("protocol") or to_dict(results.space.experiment.protocol)
-    return environment.get_template("report_template.html").render(
-        results=results,
-        drawn=drawn,
-        headline=HEADLINE,
-        titles=TITLES,
-        columns=_trial_columns(results),
-        counts=_trial_counts(results),
-        protocol={key: value for key, value in protocol.items() if value is not None},
-        command=shlex.join(["ser-ray", *results.provenance["argv"]]) if results.provenance else "",
-        show=show,
-        interval=_interval,
-    )

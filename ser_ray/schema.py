@@ -34,6 +34,10 @@ class UserError(ValueError):
     """Something that the user can mend: shown as one line (what, where, what to do), exit code 2."""
 
 
+class StorageError(UserError):
+    """A place where files go that cannot be written any more: nobody else could write there either."""
+
+
 @dataclass(frozen=True, slots=True)
 class Utterance:
     """One recording of one speaker, as a corpus describes it.

@@ -36,6 +36,7 @@ from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
+from ser_ray.search.trials import Trials
 from ser_ray.speech import kept, shards
 from ser_ray.speech.fingerprint import same_takes_in
 
@@ -154,19 +155,20 @@ def fit_on_ray(
             callbacks=list(callbacks),
             # Keeps the best checkpoint, and Ray adds the latest, to continue from.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="keep"),
-            failure_config=ray.train.FailureConfig(max_failures=1),
+            # One that fails is continued by whoever started it: a search, or the same command.
+            failure_config=ray.train.FailureConfig(max_failures=0),
             logging_config=ray.train.LoggingConfig("ERROR"),
         ),
     )
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        causes = (cluster.user_error(failure) for failure in error.worker_failures.values())
+        causes = (cluster.user_error(failure, trial.directory) for failure in error.worker_failures.values())
         raise next(filter(None, causes), error) from None
 
 
 def run_trial(
-    values: dict[str, Any],
+    point: dict[str, Any],
     space: dict[str, Any],
     shard_dirs: list[str],
     directory: str,
@@ -175,19 +177,20 @@ def run_trial(
 ) -> None:
     """One trial of a search, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune.
 
-    ``speech``: the datasets of waveforms, which trials share.
+    ``point``: its trial_id, below ``directory``, and the values of the searched keys. ``speech``: the datasets of
+    waveforms where trials share them. Raises UserError, also where the results folder cannot be written any more.
     """
-    from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     settled = SearchSpace.model_validate(space)
-    trial_dir = Path(directory) / "trials" / tune.get_context().get_trial_id()
+    trial_dir, values = Path(directory) / point["trial_id"], point["values"]
     trial_dir.mkdir(parents=True, exist_ok=True)
     with (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
         console = Console(file=notes, highlight=False, soft_wrap=True)
         dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
         with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
-            fit_on_ray(trial, speech if trial.prefix is None else None, [TuneReportCallback()])
+            shared = speech if speech and trial.prefix is None else None
+            fit_on_ray(trial, shared, [TuneReportCallback()])
 
 
 def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda record: None) -> None:
@@ -250,12 +253,14 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
     try:
         if existing.is_file():
             changes = config.differences(config.load(existing), space)
-            if changes:
+            refused = [change for change in changes if not change.startswith(config.MAY_CHANGE)]
+            if refused:
                 raise UserError(
-                    f"{directory} holds another search of that name, which differs in {changes[0]}"
-                    + (f" and {len(changes) - 1} more" if len(changes) > 1 else "")
-                    + "; set experiment.name, or remove the folder"
+                    f"{directory} holds another search of that name, which differs in {'; '.join(refused)}; "
+                    "set experiment.name, or remove the folder"
                 )
+            if changes:
+                disk.write_text(existing, config.dump(space))
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / "audit.json", findings)
@@ -264,15 +269,6 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
     except OSError as error:
         raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
     return directory
-
-
-def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
-    """One epoch as a line for people."""
-    loss = "   probe" if record["train_loss"] is None else f"{record['train_loss']:8.3f}"
-    return (
-        f"epoch {record['epoch']:2d}  train loss {loss}  dev UAR {record['dev_uar']:.3f}  "
-        f"best {record[f'best_{metric}']:.3f}  {record['seconds']:5.1f} s"
-    )
 
 
 def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
@@ -287,12 +283,16 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
     directory = open_results(space, shard_dirs, audit_task(task, console, shard_dirs), argv)
+    trials = Trials(directory, (), argv=argv)
+    if "single" not in trials.known:
+        trials.add("single", {})
+    trials.start("single")
     trial_dir = directory / "trials" / "single"
     started = time.monotonic()
     console.print(f"training {space.experiment.backbone} ({space.experiment.adapter.method}), {task.fold.description}")
 
     def show(record: folder.Record) -> None:
-        console.print(describe_epoch(record, space.tune.metric))
+        console.print(folder.describe_epoch(record, space.tune.metric))
 
     actors = 0 if here else cluster.capacity(space)
     planned = cache.plan(space.model_copy(update={"search": {}}))
@@ -302,8 +302,7 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
         else:
             with _following(trial_dir, show):
                 fit_on_ray(trial)
-    row = folder.trial_row(directory, "single", "finished", {}, time.monotonic() - started)
-    folder.write_trials(directory, [row])
+    row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
     return directory
 

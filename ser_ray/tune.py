@@ -13,192 +13,198 @@ if __name__ == "__main__":
 
     sys.exit(command(["tune", *sys.argv[1:]]))
 
-import json
-import logging
+import shutil
+import sys
 import time
-import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import ray.data
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, feed, prepare, report
-from ser_ray.config import Distribution, SearchSpace
-from ser_ray.evaluate import evaluate
+from ser_ray.config import SearchSpace
+from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
+from ser_ray.evaluation.folder import Tried
 from ser_ray.models import backbones
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
+from ser_ray.search import study
+from ser_ray.search.trials import Trials
 from ser_ray.speech import shards
-from ser_ray.train import audit_task, describe_epoch, open_results, run_trial
+from ser_ray.train import audit_task, open_results, run_trial
+from ser_ray.watch import Watch
 
-STATE = "tune_state"
-"""Tune's own folder inside the results: what an interrupted search continues from."""
-HEARTBEAT_S = 20.0
-"""A line at least this often while trials run, since an epoch of a large backbone takes minutes."""
-
-
-class Suggest:
-    """The search as Optuna's define-by-run function: picklable, and conditional through ``when``."""
-
-    def __init__(self, search: dict[str, Distribution]) -> None:
-        self.search = search
-
-    def __call__(self, trial: optuna.trial.Trial) -> dict[str, Any]:
-        """Ask the sampler for every key whose conditions hold."""
-        values: dict[str, Any] = {}
-        for key, distribution in self.search.items():
-            if all(values.get(name) in allowed for name, allowed in distribution.when.items()):
-                values[key] = _suggest(trial, key, distribution)
-        return values
-
-    def encode(self, point: dict[str, Any]) -> dict[str, Any]:
-        """A point of ``tune.first`` as Optuna's study knows it."""
-        return {key: _encode(value) for key, value in point.items()}
+TUNE_STATE = ".tune"
+"""Where Tune keeps its own notes while it runs. They are never read: a search continues from its trials' folders."""
 
 
-class SafeOptunaSearch(OptunaSearch):
-    """OptunaSearch that survives a result for a trial that the study has finished, as after a killed driver."""
+class Suggestions(Searcher):
+    """Hands trials to Tune: first those that were cut off, then what the study suggests, until the budget is spent."""
+
+    def __init__(self, space: SearchSpace, trials: Trials) -> None:
+        super().__init__(metric=f"best_{space.tune.metric}", mode="max")
+        self.space, self.trials = space, trials
+        self.study = study.make(space, trials)
+        self.first = study.first_points(space)
+        # Those that were cut off are open in the study as well: the sampler keeps away from them.
+        self.asked = {t.trial_id: study.begin(self.study, space, 0, t.values)[0] for t in trials if not t.over}
+        self.live: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial; None: not yet; FINISHED: no more."""
+        waiting = [tried for tried in self.trials if not tried.over and tried.trial_id not in self.live.values()]
+        if waiting:
+            return self._hand_out(trial_id, waiting[0].trial_id, waiting[0].values)
+        number = len(self.trials.known) + 1
+        if number > self._most() or self._spent():
+            return None if self.live else Searcher.FINISHED  # one that runs may be cut off, and come again
+        point = self.first[number - 1] if number <= len(self.first) else None
+        name = f"{number:03d}"
+        self.asked[name], values = study.begin(self.study, self.space, number, point)
+        self.trials.add(name, values)
+        return self._hand_out(trial_id, name, values)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report an epoch's value to the study, unless the study has closed that trial already."""
-        try:
-            super().on_trial_result(trial_id, result)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            logging.getLogger(__name__).info("trial %s is finished in the study", trial_id)
+        """Report an epoch to the study, which learns from trials before they end."""
+        if not self.space.tune.also:  # Optuna takes no such reports with several objectives
+            self.asked[self.live[trial_id]].report(result[str(self.metric)], result["epoch"])
 
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how a trial ended; one that broke off stays open until `Watch` has said what becomes of it."""
+        name = self.live.pop(trial_id)
+        if not error:
+            tried = self.trials.update(name)
+            study.end(self.study, self.space, self.asked.pop(name), tried)
 
-class Progress(tune.Callback):
-    """Lines for people, and ``trials.csv`` after every epoch."""
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is made from the trials."""
 
-    def __init__(self, space: SearchSpace, directory: Path, console: Console) -> None:
-        self.space, self.directory, self.console = space, directory, console
-        known = folder.read_trials(directory) if (directory / "trials.csv").is_file() else []
-        self.rows: dict[str, folder.Record] = {row["trial_id"]: dict(row) for row in known}
-        self.numbers = {trial_id: number for number, trial_id in enumerate(self.rows, start=1)}
-        self.last_line = time.monotonic()
-        self.noted: dict[str, int] = {}
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks with its state; a terminal cannot be, and a continued search brings its own."""
-        return self.__dict__ | {"console": None}
+    def _hand_out(self, trial_id: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        self.live[trial_id] = name
+        return {"trial_id": name, "values": dict(values)}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say what a trial will try."""
-        self._update(trial, "running")
-        self._say(trial, "starts: " + ", ".join(f"{k}={_short(v)}" for k, v in trial.config.items()))
+    def _most(self) -> int:
+        grid = self.space.tune.sampler == "grid"
+        return min(self.space.tune.trials, len(self.first)) if grid else self.space.tune.trials
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Say how an epoch went."""
-        self._update(trial, "finished" if result["last"] else "running")
-        self._say(trial, describe_epoch(result, self.space.tune.metric))
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say how a trial ended: by itself, or stopped by the scheduler."""
-        ended = trial.last_result.get("last", False)
-        self._update(trial, "finished" if ended else "stopped")
-        done = sum(row["status"] != "running" for row in self.rows.values())
-        self._say(
-            trial,
-            f"{'finished' if ended else 'stopped by the scheduler'}; {done} of {self.space.tune.trials} trials done",
+    def _spent(self) -> bool:
+        budget, resources = self.space.tune, cluster.worker(self.space)
+        gpus = resources.gpus * max(1, self.space.resources.workers)
+        gpu_hours = sum(tried.seconds for tried in self.trials) * gpus / 3600
+        return bool(
+            (budget.hours is not None and self.trials.hours() >= budget.hours)
+            or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
         )
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say why a trial failed."""
-        reason = str(trial.get_error() or "unknown").strip().splitlines()[-1]
-        self._update(trial, "failed", reason)
-        self._say(trial, f"failed: {reason}")
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """What trials say before their first epoch, and a sign of life while epochs are long."""
-        running = [trial for trial in trials if trial.status == "RUNNING"]
-        for trial in running:
-            self._pass_on_notes(trial)
-        if running and time.monotonic() - self.last_line > HEARTBEAT_S:
-            waiting = ", ".join(f"{self._number(t)} in epoch {self._epochs(t) + 1}" for t in running)
-            self.console.print(f"  ... running: trial {waiting}", style="dim")
-            self.last_line = time.monotonic()
+class Queue(Searcher):
+    """Hands given trials to Tune, and again those that were cut off."""
 
-    def _pass_on_notes(self, trial: Any) -> None:
-        path = self.directory / "trials" / trial.trial_id / folder.NOTES
-        notes = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for note in notes[self.noted.get(trial.trial_id, 0) :]:
-            self._say(trial, note)
-        self.noted[trial.trial_id] = len(notes)
+    def __init__(self, trials: Trials) -> None:
+        super().__init__(metric="epoch", mode="max")
+        self.trials, self.live = trials, dict[str, str]()
 
-    def _epochs(self, trial: Any) -> int:
-        return int(trial.last_result.get("epoch", 0)) if trial.last_result else 0
+    def suggest(self, trial_id: str) -> Any:
+        """The next one that is not over."""
+        for tried in self.trials:
+            if not tried.over and tried.trial_id not in self.live.values():
+                self.live[trial_id] = tried.trial_id
+                return {"trial_id": tried.trial_id, "values": dict(tried.values)}
+        return None if self.live else Searcher.FINISHED
 
-    def _number(self, trial: Any) -> int:
-        return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """It runs no more."""
+        del self.live[trial_id]
 
-    def _update(self, trial: Any, status: str, error: str = "") -> None:
-        seconds = (trial.last_result or {}).get("time_total_s", 0.0)
-        values = {key: trial.config.get(key, "") for key in self.space.search}
-        row = folder.trial_row(self.directory, trial.trial_id, status, values, seconds)
-        self.rows[trial.trial_id] = row | {"error": error}
-        folder.write_trials(self.directory, self.rows.values())
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials are in their folders."""
 
-    def _say(self, trial: Any, text: str) -> None:
-        self.console.print(f"[bold]trial {self._number(trial):2d}[/bold] {trial.trial_id}  {text}")
-        self.last_line = time.monotonic()
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+
+class Halving(ASHAScheduler):
+    """ASHA over our own epochs and the running best, told what earlier sessions saw."""
+
+    def __init__(self, space: SearchSpace, trials: Trials) -> None:
+        super().__init__(
+            time_attr="epoch",  # ours: training_iteration starts again at 1 when a trial is continued
+            metric=f"best_{space.tune.metric}",
+            mode="max",
+            max_t=max(space.experiment.epochs, space.tune.grace + 1),
+            grace_period=space.tune.grace,
+            reduction_factor=2,
+        )
+        self.trials = trials
+        for tried in trials:
+            if tried.over:
+                self._replay(SimpleNamespace(trial_id=tried.trial_id), tried)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A new trial, or one that goes on: the scheduler sees its earlier epochs first."""
+        self._replay(trial, self.trials.known[trial.config["trial_id"]])
+
+    def _replay(self, trial: Any, tried: Tried) -> None:
+        super().on_trial_add(None, trial)
+        for record in tried.history:
+            super().on_trial_result(None, trial, record)
 
 
 def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Path, console: Console) -> None:
-    """Run the trials, or what is left of them after an interruption."""
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            run_trial,
-            space=config.to_dict(space),
-            shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
-            directory=str(directory),
-            planned=cache.plan(space),
-            speech=_speech(space, task, shard_dirs),
-        ),
-        # The driver of a trial only waits; its workers have a placement group of their own.
-        {"cpu": 0.01},
-    )
-    state = directory / STATE
-    progress = Progress(space, directory, console)
-    if tune.Tuner.can_restore(str(state)):
-        console.print(f"continuing the search in {directory}")
-        tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, restart_errored=True)
-        tuner._local_tuner._run_config.callbacks = [progress]
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                num_samples=space.tune.trials,
-                max_concurrent_trials=cluster.concurrency(space),
-                search_alg=_searcher(space),
-                scheduler=_scheduler(space),
-            ),
-            run_config=tune.RunConfig(name=STATE, storage_path=str(directory), verbose=0, callbacks=[progress]),
-        )
-    tuner.fit()
-    # Tune returns quietly from a Ctrl-C, with trials half done.
-    ended = [row for row in progress.rows.values() if row["status"] != "running"]
-    if len(ended) < space.tune.trials:
-        raise KeyboardInterrupt
+    """Run the trials, or what is left of them after an interruption.
+
+    Raises UserError where the results folder cannot be written any more, KeyboardInterrupt where somebody stopped it.
+    """
+    trials = Trials(directory, space.search, argv=sys.argv[1:])
+    done = sum(tried.over for tried in trials)
+    if trials.known:
+        console.print(f"continuing the search in {directory}: {done} of {space.tune.trials} trials done")
+    for tried in trials:
+        if tried.status == "failed":  # in this session things may be better
+            trials.update(tried.trial_id, status="running", error="")
+    searcher = Suggestions(space, trials)
+    scheduler = FIFOScheduler() if space.tune.scheduler == "none" else Halving(space, trials)
+    speech = _speech(space, task, shard_dirs)
+    _run(space, trials, searcher, scheduler, shard_dirs, speech, console)
+
+
+def train_finals(space: SearchSpace, jobs: Iterable[Tried], shard_dirs: list[Path], dir_: Path, con: Console) -> None:
+    """Train the finalists over folds and seeds, as `evaluate.finals` lists them; continued like a search."""
+    trials = Trials(dir_, space.search, kind="finals", argv=sys.argv[1:])
+    for job in jobs:
+        if job.trial_id not in trials.known or trials.known[job.trial_id].status == "failed":
+            trials.add(job.trial_id, job.values)
+    left = sum(not tried.over for tried in trials)
+    con.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
+    if left:
+        _run(space, trials, Queue(trials), FIFOScheduler(), shard_dirs, {}, con)
 
 
 def main(arguments: list[str]) -> int:
     """``ser-ray tune [SPACE.yaml] [key=value ...]``."""
     has_file = bool(arguments) and "=" not in arguments[0]
     path = Path(arguments[0]) if has_file else config.default_space()
-    space = cluster.settle_paths(config.load(path, arguments[has_file:]))
+    space = _load(path, arguments[has_file:])
     if space.resources.workers == 0:
         raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
-    console = report.terminal()
+    run(space, report.terminal(), ["tune", *arguments])
+    return 0
+
+
+def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
+    """A whole search, or what is left of one: prepare, search, evaluate, report; returns its results folder."""
     started = time.monotonic()
-    console.print(f"[bold]ser-ray tune[/bold] {path} -> {space.results_dir()}")
+    console.print(f"[bold]ser-ray tune[/bold] {space.experiment.name} -> {space.results_dir()}")
     _check_backbones(space, console)
     cluster.connect()
     at_once = cluster.concurrency(space)
@@ -206,70 +212,97 @@ def main(arguments: list[str]) -> int:
     shard_dirs = prepare.prepare(space, console=console)
     task = load_task(space.experiment, shard_dirs)
     findings = audit_task(task, console, shard_dirs)
-    directory = open_results(space, shard_dirs, findings, ["tune", *arguments])
-    if not (directory / "evaluation" / "test.json").is_file():
-        console.print(
-            f"searching {', '.join(space.search)}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs"
-        )
-        search(space, task, shard_dirs, directory, console)
-        evaluate(directory, space, console, ["tune", *arguments])
-        _close(directory, time.monotonic() - started)
-    else:
-        console.print("this search is finished; showing its results")
-    report.build(directory)
-    report.print_summary(directory, console)
-    return 0
+    directory = open_results(space, shard_dirs, findings, argv)
+    with disk.locked(directory / ".lock", wait=False) as alone:
+        if not alone:
+            raise UserError(f"{directory}: another process works on this search; wait for it, or set experiment.name")
+        if is_evaluated(directory, space):
+            console.print("this search is finished; showing its results (tune.trials=+20 adds trials)")
+        else:
+            _search_and_evaluate(space, task, shard_dirs, directory, console, argv)
+            _close(directory, time.monotonic() - started)
+        report.build(directory)
+        report.print_summary(directory, console)
+    return directory
 
 
 # -- below: how it is done
 
 
-def _suggest(trial: optuna.trial.Trial, key: str, distribution: Distribution) -> Any:
-    if distribution.choice is not None:
-        encoded = trial.suggest_categorical(key, [_encode(value) for value in distribution.choice])
-        return next(value for value in distribution.choice if _encode(value) == encoded)
-    if distribution.randint is not None:
-        return trial.suggest_int(key, *distribution.randint)
-    low, high = distribution.uniform or distribution.loguniform or (0.0, 0.0)
-    return trial.suggest_float(key, low, high, log=distribution.loguniform is not None)
+def _search_and_evaluate(
+    space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Path, console: Console, argv: list[str]
+) -> None:
+    names = ", ".join(space.search) or "nothing"
+    console.print(f"searching {names}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs")
+    search(space, task, shard_dirs, directory, console)
+    if jobs := finals(directory, space, task):
+        train_finals(space, jobs, shard_dirs, directory, console)
+    evaluate(directory, space, console, argv, reuse=True)
 
 
-def _encode(value: Any) -> Any:
-    """Optuna's categories are scalars: lists travel as JSON."""
-    return value if isinstance(value, bool | int | float | str | None) else json.dumps(value)
-
-
-def _searcher(space: SearchSpace) -> SafeOptunaSearch:
-    suggest = Suggest(space.search)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    return SafeOptunaSearch(
-        suggest,
-        # The running best, since a trial that the scheduler stops is told to the study with its last value.
-        metric=f"best_{space.tune.metric}",
-        mode="max",
-        points_to_evaluate=[suggest.encode(point) for point in space.tune.first] or None,
-        sampler=optuna.samplers.TPESampler(
-            seed=space.tune.seed,
-            multivariate=True,
-            group=True,  # conditional keys
-            constant_liar=True,  # trials run at the same time: keep them apart
-            n_startup_trials=max(4, min(10, space.tune.trials // 3)),
+def _run(
+    space: SearchSpace,
+    trials: Trials,
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    shard_dirs: Sequence[Path],
+    speech: Mapping[str, ray.data.Dataset],
+    console: Console,
+) -> None:
+    at_once = cluster.concurrency(space)
+    watch = Watch(space, trials, at_once, console)
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            run_trial,
+            space=config.to_dict(space),
+            shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
+            directory=str(trials.results_dir / trials.kind),
+            planned=cache.plan(space),
+            speech=speech,
         ),
+        # The driver of a trial only waits; its workers have a placement group of their own.
+        {"cpu": 0.01},
     )
+    state = trials.results_dir / TUNE_STATE
+    shutil.rmtree(state, ignore_errors=True)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            num_samples=sys.maxsize, max_concurrent_trials=at_once, search_alg=searcher, scheduler=scheduler
+        ),
+        run_config=tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[watch]),
+    )
+    try:
+        with watch.shown():
+            tuner.fit()
+    except tune.TuneError:
+        if trials.error is None:
+            raise
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+    if trials.error is not None:
+        raise trials.error
+    # Tune returns quietly from a Ctrl-C, with trials half done.
+    if any(not tried.over for tried in trials):
+        raise KeyboardInterrupt
 
 
-def _scheduler(space: SearchSpace) -> TrialScheduler:
-    if space.tune.scheduler == "none":
-        return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr="epoch",  # ours: training_iteration starts again at 1 when a trial is continued
-        metric=f"best_{space.tune.metric}",
-        mode="max",
-        max_t=max(space.experiment.epochs, space.tune.grace + 1),
-        grace_period=space.tune.grace,
-        reduction_factor=2,
-    )
+def _load(path: Path, overrides: list[str]) -> SearchSpace:
+    """The space, with ``tune.trials=+N`` counted from what the search of that name has already."""
+    relative = [text for text in overrides if text.startswith("tune.trials=+")]
+    space = cluster.settle_paths(config.load(path, [text for text in overrides if text not in relative]))
+    home = space.results_dir()
+    trials = space.tune.trials
+    if (home / "search.yaml").is_file():
+        trials = max(trials, config.load(home / "search.yaml").tune.trials)
+    if relative:
+        more = relative[-1].partition("+")[2]
+        if not more.isdigit():
+            raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
+        over = [tried for tried in folder.read_tried(home / "trials") if tried.over]
+        # Of an unfinished search the rest comes first: the same command, given again after a kill, adds nothing.
+        trials += int(more) if len(over) >= trials and is_evaluated(home, space) else 0
+    return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
 def _speech(space: SearchSpace, task: Task, shard_dirs: list[Path]) -> dict[str, ray.data.Dataset]:
@@ -296,7 +329,3 @@ def _close(directory: Path, seconds: float) -> None:
     provenance = disk.read_json(directory / "provenance.json")
     finished = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(seconds, 1)}
     disk.write_json(directory / "provenance.json", provenance | finished)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]

@@ -31,6 +31,7 @@ TINY_EMOTIONS = {  # RAVDESS's code: pitch [Hz], syllables per second
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests that take minutes")
+    parser.addoption("--write-survival", action="store_true", help="write results/benchmarks/survival.md")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -48,6 +48,7 @@ def test_a_killed_search_continues_and_loses_nothing(space):
     text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text
     assert "continuing the search" in text
+    assert "1 of 3 trials done" in text
     after = {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
     assert len(after) == 3
     assert {row["status"] for row in after.values()} <= {"finished", "stopped"}
@@ -58,12 +59,14 @@ def test_a_killed_search_continues_and_loses_nothing(space):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space):
-    driver = start_tune(space, "interrupted")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space, number):
+    name = f"interrupted-{number.name}"
+    driver = start_tune(space, name)
     for line in driver.stdout:
         if "epoch  1" in line:
             break
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(number)
     text, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, text
-    assert not (results_of(space, "interrupted") / "evaluation").exists()
+    assert not (results_of(space, name) / "evaluation").exists()

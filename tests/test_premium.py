@@ -57,7 +57,7 @@ def test_the_gap_is_that_of_the_figures_and_its_interval_leaves_out_nothing():
     gap = answer["gaps"]["random"]["all"]["uar"]
     assert gap["value"] == pytest.approx(scores[0] - scores[1])
     assert 0 < gap["ci95"][0] < gap["value"] < gap["ci95"][1]
-    assert answer["gaps"]["speaker_kfold"]["a"]["uar"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert answer["gaps"]["speaker_kfold"]["a"]["uar"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
     assert json.loads(json.dumps(answer)) == answer
 
 

@@ -1,116 +1,38 @@
-"""The report of a results folder that the test writes: finished, leaky, interrupted, and with hostile names."""
+"""The report of a results folder that the test writes: finished, leaky, interrupted, with hostile names."""
 
 import csv
-import io
+import dataclasses
 import json
-from html.parser import HTMLParser
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
-from rich.console import Console
+from report_fixtures import (
+    HOSTILE,
+    SPACE,
+    Page,
+    point_to_speech,
+    predictions,
+    printed,
+    write_everything,
+    write_json,
+    write_results,
+    write_search,
+    write_speech,
+    write_trials,
+)
 
 from ser_ray import config
-from ser_ray.evaluation.baselines import chance, majority
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.mistakes import most_confident
+from ser_ray.evaluation.page import show
 from ser_ray.evaluation.results import read_history, read_results
-from ser_ray.evaluation.summary import summarise
-from ser_ray.report import build, main, print_summary, show
-from ser_ray.schema import Predictions, UserError
-
-HOSTILE = '<script>alert("x")</script> $\\frac{[red]'
-SPACE = {
-    "experiment": {
-        "name": "ravdess-whisper",
-        "corpora": {"ravdess": "data/ravdess", "emodb": "data/emodb"},
-        "backbone": "openai/whisper-base",
-        "protocol": {"scheme": "speaker_kfold", "folds": 6, "fold": 0},
-    },
-    "search": {"adapter.rank": {"choice": [4, 8, 16]}, "optimizer.lr": {"loguniform": [1e-5, 1e-3]}},
-}
-TRIALS = (  # not in the order of their dev UAR; 0007 and 1e10 must stay as they are
-    {"trial_id": "0007", "status": "stopped", "adapter.rank": 4, "optimizer.lr": 2.5e-5, "dev_uar": 0.41},
-    {"trial_id": "1e10", "status": "finished", "adapter.rank": 16, "optimizer.lr": 3.14159e-4, "dev_uar": 0.713},
-    {"trial_id": "broken", "status": "failed", "adapter.rank": 8, "optimizer.lr": 9e-4, "dev_uar": ""},
-    {"trial_id": "second", "status": "finished", "adapter.rank": 8, "optimizer.lr": 1.2e-4, "dev_uar": 0.688},
-)
-DEV_UAR = {"0007": [0.2, 0.41], "1e10": [0.3, 0.5, 0.64, 0.713], "second": [0.28, 0.55, 0.688]}
-
-
-def _predictions(seed, n=140, speakers=5):
-    emotions = config.Experiment.model_fields["emotions"].default
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, len(emotions) - 1, n)  # nobody is surprised
-    logits = rng.standard_normal((n, len(emotions))) + 2 * np.eye(len(emotions))[labels]
-    speakers = tuple(f"{'ravdess' if i % 2 else 'emodb'}/{i % (2 * speakers):02}" for i in range(n))
-    return Predictions(
-        emotions=emotions,
-        utterance_ids=tuple(f"{speaker}-{i}" for i, speaker in enumerate(speakers)),
-        corpora=tuple(speaker.partition("/")[0] for speaker in speakers),
-        speakers=speakers,
-        labels=labels,
-        probabilities=np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True),
-    )
-
-
-def _write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def write_search(folder: Path, leaky=False, detail="none") -> Path:
-    """What there is while trials are running."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "search.yaml").write_text(config.dump(config.SearchSpace.model_validate(SPACE)))
-    provenance = {
-        "version": "0.1.0",
-        "argv": ["tune", "search spaces/reference.yaml"],
-        "started": "2026-01-05 09:00",
-        "finished": None,
-        "host": HOSTILE,
-        "python": "3.11.9",
-        "packages": {"torch": "2.14.1", "ray": "2.60.0"},
-        "gpus": ["H100"],
-        "seed": 0,
-        "data": [{"corpus": "ravdess", "fingerprint": "abc123", "utterances": 1440, "hours": 1.48, "rejected": 1}],
-    }
-    _write_json(folder / "provenance.json", provenance)
-    splits = {
-        s: {"utterances": n, "speakers": 10, "emotions": {"angry": n}} for s, n in (("train", 900), ("test", 140))
-    }
-    finding = {"level": "leak" if leaky else "note", "what": "the same audio twice", "detail": detail}
-    _write_json(folder / "audit.json", {"leaky": leaky, "findings": [finding], "splits": splits})
-    constant = {"dev_accuracy": 0.7, "dev_macro_f1": 0.69, "dev_kappa": 0.64, "peak_memory_mb": 2048.0}
-    rows = [constant | {"epochs": 4, "seconds": 4000, "best_epoch": 3, "checkpoint": ""} | row for row in TRIALS]
-    with (folder / "trials.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[1]))
-        writer.writeheader()
-        writer.writerows(rows)
-    for trial, values in DEV_UAR.items():
-        history = folder / "trials" / trial / "history.jsonl"
-        history.parent.mkdir(parents=True)
-        lines = [
-            {"epoch": e, "train_loss": None if e == 0 else 2 / (e + 1), "dev_loss": 2.1 / (e + 1), "dev_uar": value}
-            for e, value in enumerate(values)
-        ]
-        history.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def write_results(folder: Path, leaky=False, detail="none") -> Path:
-    """A finished search: the above and an evaluation of the winner."""
-    write_search(folder, leaky, detail)
-    protocol = SPACE["experiment"]["protocol"]
-    test = _predictions(seed=1)
-    baselines = {"chance": chance(7), "majority": majority(np.array([3, 3, 1]), test.labels, 7)}
-    _write_json(folder / "evaluation/dev.json", summarise(_predictions(seed=0), protocol, leaky))
-    _write_json(folder / "evaluation/test.json", summarise(test, protocol, leaky) | {"baselines": baselines})
-    choice = {"trial_id": "second", "finalists": [{"trial_id": "second", "dev_uar": 0.72}], "why": "best rescored UAR"}
-    _write_json(folder / "evaluation/choice.json", choice)
-    _write_json(folder / "evaluation/test_openings.json", [{"when": "2026", "trial_id": "second", "argv": []}])
-    (folder / "best").mkdir()
-    return folder
+from ser_ray.evaluation.summary import write_predictions
+from ser_ray.report import build, main
+from ser_ray.schema import UserError
 
 
 @pytest.fixture(scope="module")
@@ -121,45 +43,18 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-class _Page(HTMLParser):
-    """The text of a page, its elements, and whether every element that opens is closed."""
-
-    VOID = ("meta", "br", "img", "link", "use", "path", "defs")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source, self.words, self.elements, self.open = path.read_text(encoding="utf-8"), [], [], []
-        self.feed(self.source)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.words.append(data)
-
-    def count(self, tag):
-        return sum(1 for name, _ in self.elements if name == tag)
-
-
-def _printed(folder: Path, width=160) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    print_summary(folder, console)
-    return console.file.getvalue()
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    """A search that left everything, its speech included, with its report."""
+    root = tmp_path_factory.mktemp("complete")
+    folder = write_everything(root / "search")
+    point_to_speech(folder, write_speech(root / "speech", predictions(seed=1).utterance_ids))
+    build(folder)
+    return folder
 
 
 def test_page_holds_the_answer(finished):
-    page = _Page(finished / "report.html")
+    page = Page(finished / "report.html")
     assert page.open == []
     test = json.loads((finished / "evaluation/test.json").read_text())
     for name in HEADLINE:
@@ -173,27 +68,107 @@ def test_page_holds_the_answer(finished):
     assert "ser-ray tune 'search spaces/reference.yaml'" in page.text
     for speaker in test["per_speaker"]:
         assert speaker in page.text
-    assert page.count("svg") == 3
-    read_aloud = [attributes.get("aria-label") for _, attributes in page.elements]
-    assert {"confusion matrix test", "confusion matrix dev", "learning curves"} <= set(read_aloud)
+    assert "ser-ray rerun results/search" in page.text
+    assert page.read_aloud() == {
+        "confusion matrix test",
+        "confusion matrix dev",
+        "learning curves",
+        "parallel coordinates of the trials",
+        "cost of the trials",
+    }
+    for absent in ("Finalists,", "run by run", "What mattered", "The most confident mistakes", "published"):
+        assert (absent in page.text) is (absent == "Finalists,"), absent
 
 
-def test_page_opens_offline(finished):
-    page = _Page(finished / "report.html")
+def test_page_opens_offline(complete):
+    page = Page(complete / "report.html")
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe")
         for name in ("src", "href", "xlink:href"):
-            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
     assert "@import" not in page.source
     assert "url(http" not in page.source
 
 
 def test_trials_are_listed_best_first_and_ids_stay_as_they_are(finished):
     assert [row["trial_id"] for row in read_results(finished).trials] == ["1e10", "second", "0007", "broken"]
-    page = _Page(finished / "report.html")
+    page = Page(finished / "report.html")
     table = page.text[page.text.index("Trials") :]
     assert table.index("1e10") < table.index("second") < table.index("0007") < table.index("broken")
     assert "1e10 finished 4 1 h 07 min 16 0.000314" in table
+
+
+def test_everything_that_a_search_leaves_is_shown(complete):
+    page = Page(complete / "report.html")
+    assert page.open == []
+    assert "On test it beats the frozen backbone + linear by 4.1 points UAR [1.0, 7.2], p < 0.001." in page.text
+    runner_up = "On dev it does not beat the runner-up, trial 1e10: +0.3 points UAR [-1.3, +0.7], p = 0.30."
+    assert runner_up in page.text
+    published = "1.2 points UAR above HuBERT-large, frozen as published (0.700, EmoBox, table 4; 6 folds)"
+    assert published in page.text
+    test = json.loads((complete / "evaluation/test.json").read_text())
+    low, high = test["ci95"]["uar"]
+    assert f"test UAR 0.712 pooled {test['uar']:.3f} [{low:.3f}, {high:.3f}]" in page.text
+    assert "Large figures: the mean over 3 runs" in page.text
+    assert "test, mean of 3 runs" in page.text
+    assert "frozen backbone + linear 0." in page.text
+    assert "0.671 [0.640, 0.690]" in page.text
+    assert "0 0 47 " in page.text[page.text.index("Test, run by run") :]
+    assert "second 0.720 0.700 0.700 0.600 3 0.700 0.710 0.720 7" in page.text  # a finalist
+    assert "reliability diagram" in page.read_aloud()
+    assert runner_up in printed(complete)
+
+
+def test_mistakes_can_be_heard(complete):
+    page = Page(complete / "report.html")
+    doubtful = most_confident(predictions(seed=1))
+    assert len(doubtful) == page.count("audio") == page.count("img") == 12
+    table = page.text[page.text.index("The most confident mistakes") :]
+    for mistake in doubtful:
+        assert f"{mistake.true} {mistake.predicted} {mistake.probability:.3f}" in table
+        assert mistake.utterance_id in table
+    assert "see what their licence allows" in table
+
+
+def test_without_audio_nothing_of_the_recordings_is_in_the_page(complete, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(complete, folder)
+    assert main([str(folder), "--no-audio"]) == 0
+    page = Page(folder / "report.html")
+    assert page.count("audio") == page.count("img") == 0
+    assert "data:" not in page.source.replace("data-value", "")
+    assert "The most confident mistakes" in page.text
+
+
+def test_speech_that_is_gone_is_said(tmp_path):
+    folder = write_everything(tmp_path / "search")
+    assert "Without sound: provenance.json does not say" in Page(build(folder)).text
+    point_to_speech(folder, tmp_path / "gone")
+    page = Page(build(folder))
+    assert page.count("audio") == 0
+    assert f"Without sound: {tmp_path / 'gone'}: not prepared" in page.text
+    point_to_speech(folder, write_speech(tmp_path / "other", ["ravdess/of another corpus"]))
+    assert "not in the prepared speech any more" in Page(build(folder)).text
+
+
+def test_many_trials_stay_small_without_audio(tmp_path):
+    write_everything(tmp_path / "search")
+    write_trials(tmp_path / "search", 60)
+    page = build(tmp_path / "search", audio=False)
+    assert page.stat().st_size < 3e6
+    text = Page(page).text
+    assert "60 trials, 60 finished" in text
+    assert "the best 6 of 60 trials" in text
+    shares = re.findall(r"(adapter\.method|adapter\.rank|optimizer\.lr|head\.dropout) (\d\.\d{3})", text)
+    assert shares[0][0] == "optimizer.lr"
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=0.002)
+
+
+def test_few_trials_say_nothing_of_importance(tmp_path):
+    write_trials(tmp_path, 7)
+    text = Page(build(tmp_path)).text
+    assert "What was tried" in text
+    assert "What mattered" not in text
 
 
 def test_figures_are_written_as_png(finished):
@@ -206,63 +181,70 @@ def test_figures_are_written_as_png(finished):
 
 
 def test_names_are_escaped_everywhere(tmp_path):
-    folder = write_results(tmp_path / "search", detail=HOSTILE)
-    for split in ("dev", "test"):
-        path = folder / "evaluation" / f"{split}.json"
-        path.write_text(path.read_text().replace("surprised", json.dumps(HOSTILE)[1:-1]))
+    folder = write_everything(tmp_path / "search", detail=HOSTILE)
+    for file in ("dev", "test", "choice"):
+        path = folder / "evaluation" / f"{file}.json"
+        text = path.read_text()
+        for name in ("surprised", "HuBERT-large, frozen", "EmoBox, table 4", "frozen backbone + linear", "1e10"):
+            text = text.replace(name, json.dumps(HOSTILE)[1:-1])
+        path.write_text(text)
+    hostile = dataclasses.replace(predictions(seed=1), speakers=(HOSTILE,) * 140, emotions=(HOSTILE, *"bcdefg"))
+    (folder / "evaluation/predictions.parquet").unlink()
+    write_predictions(hostile, "test", folder / "evaluation/predictions.parquet")
     with (folder / "trials.csv").open("a", newline="") as file:
         csv.writer(file).writerow(["", "", "", "", 1, 1, 1, "", HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.1])
-    page = _Page(build(folder))
+    page = Page(build(folder))
     assert page.count("script") == 1
     assert HOSTILE in page.text  # as text, where it was markup
-    assert "[red]" in _printed(folder)
+    assert page.text.count(HOSTILE) > 20
+    assert "[red]" in printed(folder)
 
 
 def test_a_leaky_search_is_stamped(tmp_path):
     folder = write_results(tmp_path / "search", leaky=True)
-    page = _Page(build(folder))
+    page = Page(build(folder))
     assert "LEAKY" in page.text
     assert "Speaker-disjoint" not in page.text
-    assert "LEAKY" in _printed(folder)
+    assert "LEAKY" in printed(folder)
 
 
 def test_a_second_opening_of_the_test_set_is_said(tmp_path):
     folder = write_results(tmp_path / "search")
-    _write_json(folder / "evaluation/test_openings.json", [{"trial_id": "second"}] * 3)
-    assert "The test set was opened 3 times." in _Page(build(folder)).text
-    assert "opened 3 times" in _printed(folder)
+    write_json(folder / "evaluation/test_openings.json", [{"trial_id": "second"}] * 3)
+    assert "The test set was opened 3 times." in Page(build(folder)).text
+    assert "opened 3 times" in printed(folder)
 
 
 def test_an_interrupted_search_shows_what_there_is(tmp_path):
     folder = write_search(tmp_path / "search")
-    page = _Page(build(folder))
+    page = Page(build(folder))
     assert "No test figures." in page.text
     assert "Best so far: 1e10" in page.text
-    assert page.count("svg") == 1
+    assert page.count("svg") == 3  # curves, parallel coordinates, cost
     assert not (folder / "evaluation").exists()
-    printed = _printed(folder)
-    assert "no test figures yet" in printed
-    assert "best so far: 1e10" in printed
+    said = printed(folder)
+    assert "no test figures yet" in said
+    assert "best so far: 1e10" in said
 
 
 def test_a_search_that_has_not_begun_shows_that(tmp_path):
     (tmp_path / "search.yaml").write_text(config.dump(config.SearchSpace.model_validate(SPACE)))
-    assert "None has begun." in _Page(build(tmp_path)).text
-    assert "0 trials" in _printed(tmp_path)
+    assert "None has begun." in Page(build(tmp_path)).text
+    assert "0 trials" in printed(tmp_path)
 
 
 def test_summary_in_the_terminal(finished):
-    printed = _printed(finished)
+    said = printed(finished)
     test = json.loads((finished / "evaluation/test.json").read_text())
     low, high = test["ci95"]["uar"]
-    assert f"{test['uar']:.3f} [{low:.3f}, {high:.3f}]" in printed
-    assert "* second" in printed
-    assert "chosen: second" in printed
-    assert "adapter.rank: 8\n" in printed
-    assert "majority" in printed
-    assert "the test set was opened once" in printed
-    assert str(finished / "best") in printed
-    assert str(finished / "report.html") in printed
+    assert f"{test['uar']:.3f} [{low:.3f}, {high:.3f}]" in said
+    assert "* second" in said
+    assert "chosen: second" in said
+    assert "adapter.rank: 8\n" in said
+    assert "majority" in said
+    assert "the test set was opened once" in said
+    assert str(finished / "best") in said
+    assert str(finished / "report.html") in said
 
 
 def test_command_writes_the_page_and_prints_where(tmp_path, capsys):
@@ -318,6 +300,7 @@ def test_rank_is_shown_only_where_there_is_lora(tmp_path, method, has_rank):
         ("dev_uar", 0.71249, "0.712"),
         ("trainable_parameters", "1186823", "1,186,823"),
         ("seconds", "7199", "2 h 00 min"),
+        ("peak_memory_mb", "1378.796875", "1,379"),
         ("seconds", 90, "1.5 min"),
         ("dev_uar", "nan", "nan"),
         ("adapter.targets", None, "-"),
@@ -326,3 +309,24 @@ def test_rank_is_shown_only_where_there_is_lora(tmp_path, method, has_rank):
 )
 def test_show(key, value, shown):
     assert show(key, value) == shown
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium to open the page in")
+def test_a_browser_opens_the_page_without_a_word(complete, tmp_path):
+    def console(page: Path) -> list[str]:
+        command = [
+            "chromium",
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'user'}",
+        ]
+        command += ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "</html>" in done.stdout
+        return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    broken = tmp_path / "broken.html"
+    broken.write_text("<script>nothing.here()</script>")
+    assert console(broken), "Chromium does not tell what its console says"
+    assert console(complete / "report.html") == []

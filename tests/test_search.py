@@ -1,82 +1,138 @@
-"""The search without Ray: what Optuna is asked, conditional keys, points tried first, a study that closed a trial."""
+"""What Tune is handed, without Ray: trials in their order, those that were cut off first, budgets, ASHA's memory."""
 
 from __future__ import annotations
 
-import optuna
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from search_fixtures import SEARCH, record, space
 
-from ser_ray.config import Distribution, SearchSpace
-from ser_ray.tune import SafeOptunaSearch, Suggest, _searcher
-
-SEARCH = {
-    "adapter.method": {"choice": ["frozen", "lora", "qlora"]},
-    "adapter.rank": {"choice": [4, 8], "when": {"adapter.method": ["lora", "qlora"]}},
-    "adapter.targets": {"choice": [["q_proj"], ["q_proj", "v_proj"]], "when": {"adapter.method": ["lora"]}},
-    "optimizer.lr": {"loguniform": [1e-5, 1e-3]},
-    "head.dropout": {"uniform": [0.0, 0.5]},
-    "epochs": {"randint": [2, 4]},
-}
+from ser_ray import cluster, tune
+from ser_ray.evaluation import folder
+from ser_ray.evaluation.folder import Tried
+from ser_ray.search.trials import Trials
 
 
-def space(**tune) -> SearchSpace:
-    experiment = {"name": "x", "corpora": {"synthetic": None}, "backbone": "embedded/tiny-whisper"}
-    return SearchSpace.model_validate({"experiment": experiment, "search": SEARCH, "tune": tune})
+@pytest.fixture(autouse=True)
+def one_gpu_each(monkeypatch):
+    monkeypatch.setattr(cluster, "worker", lambda space: cluster.Worker(1, 1))
 
 
-def ask(count: int, settings: SearchSpace) -> list[dict]:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    suggest = Suggest(settings.search)
-    return [suggest(study.ask()) for _ in range(count)]
+def searcher(directory: Path, **budget) -> tuple[tune.Suggestions, Trials]:
+    settings = space(SEARCH, **{"trials": 3} | budget)
+    trials = Trials(directory, settings.search)
+    return tune.Suggestions(settings, trials), trials
 
 
-def test_every_suggestion_is_in_its_range_and_makes_a_trial():
-    settings = space()
-    for values in ask(50, settings):
-        assert 1e-5 <= values["optimizer.lr"] <= 1e-3
-        assert 0 <= values["head.dropout"] <= 0.5
-        assert values["epochs"] in (2, 3, 4)
-        trial = settings.trial(values)
-        assert trial.epochs == values["epochs"]
+def finish(search: tune.Suggestions, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:
+    """As Tune does: the searcher first, then the callback."""
+    name = search.live[tune_id]
+    folder.append_history(search.trials.results_dir / "trials" / name, record(1, 0.5, 0.5))
+    search.on_trial_complete(tune_id, {"best_dev_uar": 0.5})
+    search.trials.update(name, seconds=seconds, status=status)
 
 
-def test_conditional_keys_are_asked_only_where_they_mean_something():
-    seen = set()
-    for values in ask(60, space()):
-        seen.add(values["adapter.method"])
-        assert ("adapter.rank" in values) == (values["adapter.method"] in ("lora", "qlora"))
-        assert ("adapter.targets" in values) == (values["adapter.method"] == "lora")
-        assert values.get("adapter.targets", ("q_proj",)) in (("q_proj",), ["q_proj"], ["q_proj", "v_proj"])
-    assert seen == {"frozen", "lora", "qlora"}
+def test_trials_are_numbered_and_end(tmp_path):
+    search, _ = searcher(tmp_path)
+    for number in range(1, 4):
+        handed = search.suggest(f"tune-{number}")
+        assert handed["trial_id"] == f"{number:03d}"
+        assert 1e-5 <= handed["values"]["optimizer.lr"] <= 1e-3
+    assert search.suggest("tune-4") is None  # what runs may be cut off, and come again
+    for number in range(1, 4):
+        finish(search, f"tune-{number}")
+    assert search.suggest("tune-5") == Searcher.FINISHED
+    assert [trial.value for trial in search.study.trials] == [0.5] * 3
 
 
-def test_the_points_given_first_are_tried_first():
-    first = [
-        {"adapter.method": "lora", "adapter.rank": 8, "adapter.targets": ["q_proj", "v_proj"], "optimizer.lr": 1e-4},
-        {"adapter.method": "frozen", "optimizer.lr": 1e-3},
-    ]
-    searcher = _searcher(space(first=first))
-    for number, point in enumerate(first):
-        values = searcher.suggest(f"trial-{number}")
-        assert {key: values[key] for key in point} == {key: point[key] for key in point}
+def test_what_was_cut_off_goes_on_before_anything_new(tmp_path):
+    search, _ = searcher(tmp_path)
+    first, second = search.suggest("a"), search.suggest("b")
+    finish(search, "b")
+    again, trials = searcher(tmp_path)  # another process, after a kill
+    assert again.suggest("c") == first
+    assert [tried.status for tried in trials] == ["running", "finished"]
+    assert again.suggest("d")["trial_id"] == "003"
+    assert second["values"] in [trial.params for trial in again.study.trials] or "adapter.rank" in second["values"]
 
 
-def test_the_same_seed_suggests_the_same():
-    one, other = _searcher(space(seed=3)), _searcher(space(seed=3))
-    assert [one.suggest(str(i)) for i in range(4)] == [other.suggest(str(i)) for i in range(4)]
+def test_a_trial_whose_process_dies_is_handed_out_again(tmp_path):
+    search, trials = searcher(tmp_path, trials=1)
+    handed = search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    trials.interrupted("001", "its process died")
+    assert search.suggest("b") == handed
+    finish(search, "b")
+    assert search.suggest("c") == Searcher.FINISHED
+    assert len(search.study.trials) == 1
 
 
-def test_a_result_for_a_trial_that_the_study_has_closed_is_let_pass():
-    searcher = _searcher(space())
-    searcher.suggest("a")
-    searcher._ot_study.tell(searcher._ot_trials["a"], 0.5, state=TrialState.COMPLETE)
-    searcher.on_trial_result("a", {"best_dev_uar": 0.6, "training_iteration": 2})
-    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        super(SafeOptunaSearch, searcher).on_trial_result("a", {"best_dev_uar": 0.6, "training_iteration": 3})
+def test_points_given_first_are_tried_first_once(tmp_path):
+    first = [{"adapter.method": "frozen", "optimizer.lr": 1e-4}, {"adapter.method": "lora", "adapter.rank": 8}]
+    search, _ = searcher(tmp_path, first=first)
+    assert search.suggest("a")["values"] == first[0]
+    finish(search, "a")
+    again, _ = searcher(tmp_path, first=first)
+    assert first[1].items() <= again.suggest("b")["values"].items()
+    finish(again, "b")
+    again.suggest("c")
+    assert len(again.trials.known) == 3
 
 
-def test_data_are_not_searched():
-    with pytest.raises(ValueError, match="same for all trials"):
-        SearchSpace.model_validate(
-            {"experiment": space().experiment, "search": {"protocol.fold": Distribution(choice=(0, 1))}}
-        )
+def test_a_grid_ends_with_its_last_point(tmp_path):
+    search, _ = searcher(tmp_path, sampler="grid", grid_points=2, trials=50)
+    number = 0
+    while (handed := search.suggest(f"t{number}")) != Searcher.FINISHED:
+        finish(search, f"t{number}")
+        number += 1
+        assert handed["trial_id"] == f"{number:03d}"
+    assert number == 6
+
+
+@pytest.mark.parametrize(("budget", "begun"), [({"gpu_hours": 1.5}, 2), ({"gpu_hours": 0.5}, 1), ({"hours": 1e-9}, 0)])
+def test_no_trial_begins_once_the_budget_is_spent(tmp_path, budget, begun):
+    search, trials = searcher(tmp_path, trials=10, **budget)
+    while (handed := search.suggest("t")) != Searcher.FINISHED:
+        assert handed is not None
+        finish(search, "t", seconds=3600.0)
+    assert len(trials.known) == begun
+
+
+def trained(directory: Path, trial_id: str, curve: list[float]) -> None:
+    for epoch, best in enumerate(curve, start=1):
+        folder.append_history(directory / "trials" / trial_id, record(epoch, best, best))
+    folder.write_tried(directory / "trials", Tried(trial_id, {}, "finished"))
+
+
+def test_asha_remembers_what_earlier_sessions_saw(tmp_path):
+    trained(tmp_path, "001", [0.5, 0.6, 0.7, 0.8])
+    trained(tmp_path, "002", [0.4, 0.5, 0.6, 0.7])
+    settings = space(SEARCH, grace=1)
+    trials = Trials(tmp_path, settings.search)
+    scheduler = tune.Halving(settings, trials)
+    trials.add("003", {})
+    bad = SimpleNamespace(trial_id="tune-3", config={"trial_id": "003"})
+    scheduler.on_trial_add(None, bad)
+    assert scheduler.on_trial_result(None, bad, record(1, 0.1, 0.1)) == TrialScheduler.STOP
+    trials.add("004", {})
+    good = SimpleNamespace(trial_id="tune-4", config={"trial_id": "004"})
+    scheduler.on_trial_add(None, good)
+    assert scheduler.on_trial_result(None, good, record(1, 0.9, 0.9)) == TrialScheduler.CONTINUE
+
+
+def test_asha_does_not_count_a_continued_trial_twice(tmp_path):
+    trained(tmp_path, "001", [0.5, 0.6])
+    folder.write_tried(tmp_path / "trials", Tried("001", {}, "running"))
+    settings = space(SEARCH, grace=1)
+    scheduler = tune.Halving(settings, Trials(tmp_path, settings.search))
+    goes_on = SimpleNamespace(trial_id="tune-9", config={"trial_id": "001"})
+    scheduler.on_trial_add(None, goes_on)
+    scheduler.on_trial_result(None, goes_on, record(3, 0.7, 0.7))
+    rungs = dict(scheduler._brackets[0]._rungs)
+    assert {milestone: dict(seen) for milestone, seen in rungs.items() if seen} == {
+        1: {"tune-9": 0.5},
+        2: {"tune-9": 0.6},
+    }

@@ -15,7 +15,10 @@ import ser_ray
 PACKAGE = Path(ser_ray.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-VERBS = {"prepare", "audit", "train", "evaluate", "tune", "report", "predict", "premium", "cache", "serve", "export"}
+VERBS = {
+    *("prepare", "audit", "train", "evaluate", "tune", "report", "predict", "premium", "cache", "rerun"),
+    *("serve", "export"),
+}
 LEVELS = {
     "schema": 0,
     "disk": 0,
@@ -24,12 +27,13 @@ LEVELS = {
     "speech": 2,
     "protocols": 2,
     "evaluation": 2,
+    "search": 3,
     "models": 3,
     "training": 4,
 }
 """Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""
 
-VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit", "cache"}
+VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit", "cache", "rerun"}
 """The one exception beside tune and premium: they prepare what is missing by themselves."""
 
 
@@ -81,7 +85,7 @@ def _uses(module: str, library: str) -> bool:
 
 
 def test_every_file_has_its_place() -> None:
-    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "feed"}
+    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "feed", "watch"}
     assert {_part(module) for module in MODULES} <= known
     assert LEVELS.keys() <= {_part(module) for module in MODULES}
 
@@ -105,8 +109,8 @@ def test_schema_disk_and_the_package_import_nothing_of_the_project() -> None:
     assert IMPORTS["ser_ray"] == set()
 
 
-def test_only_verbs_cluster_and_feed_import_ray() -> None:
-    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster", "feed"}
+def test_only_verbs_and_what_they_share_import_ray() -> None:
+    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster", "feed", "watch"}
 
 
 def test_only_cluster_starts_ray() -> None:
@@ -121,6 +125,7 @@ def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
         allowed = {
             "tune": {"train", "evaluate", "report", "cache"},
             "premium": {"train", "evaluate"},
+            "rerun": {"train", "tune", "report"},
             "train": {"cache"},
         }.get(verb, set())
         if verb in VERBS_THAT_NEED_DATA:
@@ -128,7 +133,7 @@ def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
         assert others <= allowed, f"{verb} imports {others - allowed}"
 
 
-@pytest.mark.parametrize("module", ["cluster", "feed"])
+@pytest.mark.parametrize("module", ["cluster", "feed", "watch"])
 def test_what_verbs_share_knows_no_verb(module: str) -> None:
     assert not {_part(imported) for imported in _own(f"ser_ray.{module}")} & VERBS
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import soundfile
 import yaml
 from backbone_fixtures import write_backbone
 
-from ser_ray import config
+from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.evaluation.folder import trial_history
 from ser_ray.evaluation.summary import read_predictions
@@ -177,6 +179,88 @@ def test_a_second_opening_of_the_test_set_is_counted(tuned):
 
 
 @pytest.mark.ray
+def test_a_finished_search_is_extended(tuned, space, capsys):
+    """In a copy, as other tests look at the search of three trials."""
+    shutil.copytree(tuned, results_of(space, "longer"))
+    settings = results_of(space, "longer") / "search.yaml"
+    settings.write_text(settings.read_text().replace("name: tiny", "name: longer"))
+    before = {row["trial_id"]: row for row in csv.DictReader((tuned / "trials.csv").open())}
+    evaluation = results_of(space, "longer") / "evaluation"
+    chosen, opened = (json.loads((evaluation / f"{name}.json").read_text()) for name in ("choice", "test_openings"))
+    assert main(["tune", str(space), "experiment.name=longer", "tune.trials=+1"]) == 0
+    after = {row["trial_id"]: row for row in csv.DictReader((results_of(space, "longer") / "trials.csv").open())}
+    assert after.keys() - before.keys() == {"004"}
+    assert {trial_id: after[trial_id] for trial_id in before} == before
+    capsys.readouterr()
+    assert main(["tune", str(space), "experiment.name=longer"]) == 0, "fewer trials in the file than there are"
+    assert "finished" in capsys.readouterr().out
+    now, openings = (json.loads((evaluation / f"{name}.json").read_text()) for name in ("choice", "test_openings"))
+    same = now["finalists"][0]["checkpoint"] == chosen["finalists"][0]["checkpoint"]
+    assert len(openings) == len(opened) + (not same), "the test set stays closed where the choice is the same"
+    assert openings[-1]["trial_id"] == now["trial_id"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_finalists_are_trained_over_folds_and_seeds(space, ray_cluster, capsys):
+    own = ["tune.trials=2", "tune.finalists=2", "tune.final_folds=[0, 1]", "tune.final_seeds=2", "tune.scheduler=none"]
+    arguments = ["tune", str(space), "experiment.name=finals", "experiment.epochs=1", *own]
+    assert main(arguments) == 0
+    results = results_of(space, "finals")
+    choice = json.loads((results / "evaluation/choice.json").read_text())
+    for finalist in choice["finalists"]:
+        pairs = [(run["fold"], run["seed"]) for run in finalist["runs"]]
+        assert sorted(pairs) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert finalist["dev_uar"] == pytest.approx(np.mean([run["dev_uar"] for run in finalist["runs"]]))
+        assert pairs[0] == (0, 0)
+        assert finalist["runs"][0]["checkpoint"].startswith("trials/"), "what the search finished is not trained again"
+        for run in finalist["runs"]:
+            experiment = config.load_experiment(results / run["checkpoint"] / "experiment.yaml")
+            assert (experiment.protocol.fold, experiment.seed) == (run["fold"], run["seed"])
+    assert len(list((results / "finals").iterdir())) == 6
+    assert {choice["against"]["trial_id"], choice["trial_id"]} == {"001", "002"}
+    test = json.loads((results / "evaluation/test.json").read_text())
+    assert test["n"] == 2 * 2 * 16, "two folds of 16 utterances, by two seeds"
+    assert test["mean"]["uar"] == pytest.approx(np.mean([run["uar"] for run in test["runs"]]))
+    assert 0 <= test["seeds_averaged"]["mean"]["uar"] <= 1
+    probe = test["baselines"]["frozen backbone + linear"]
+    gap = test["against"]["frozen backbone + linear"]["uar"]
+    assert gap["difference"] == pytest.approx(test["seeds_averaged"]["uar"] - probe["uar"])
+    speakers = {
+        split: set(p.speakers) for split, p in read_predictions(results / "evaluation/predictions.parquet").items()
+    }
+    assert len(speakers["test"]) == 4
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_rerun_says_that_nothing_differs(space, local, capsys):
+    assert main(["rerun", str(results_of(space, "local"))]) == 0
+    said = capsys.readouterr().out
+    assert "the data are the same: ravdess" in said
+    assert "all figures are the same" in said
+    again = json.loads((results_of(space, "local-rerun") / "rerun.json").read_text())
+    assert [row["difference"] for row in again["figures"]] == [0.0]
+
+
+def test_a_rerun_on_other_data_is_refused(space, local, tiny_corpus, tmp_path, capsys):
+    shutil.copytree(tiny_corpus, tmp_path / "ravdess")
+    next((tmp_path / "ravdess").rglob("*.wav")).unlink()
+    other = f"experiment.corpora.ravdess={tmp_path / 'ravdess'}"
+    assert main(["rerun", str(results_of(space, "local")), other, "experiment.name=other"]) == 2
+    assert "are not those of that run" in one_line(capsys)
+
+
+@pytest.mark.ray
+def test_two_commands_do_not_work_on_one_search(space, ray_cluster, capsys):
+    results_of(space, "busy").mkdir(parents=True)
+    with disk.locked(results_of(space, "busy") / ".lock"):
+        assert main(["tune", str(space), "experiment.name=busy"]) == 2
+    assert "another process works on this search" in one_line(capsys)
+
+
+@pytest.mark.ray
 def test_the_winner_predicts_what_the_evaluation_said(tuned, tiny_corpus, capsys):
     test = read_predictions(tuned / "evaluation/predictions.parquet")["test"]
     capsys.readouterr()
@@ -216,7 +300,7 @@ def test_an_interrupted_trial_continues_to_the_same_numbers(space, local, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ser_ray.train.describe_epoch", interrupt)
+        patch.setattr("ser_ray.train.folder.describe_epoch", interrupt)
         assert main(["train", str(space), "experiment.name=cut", "resources.workers=0"]) == 130
     assert len(trial_history(results_of(space, "cut") / "trials" / "single")) == 1
     continued = train(space, "cut", "resources.workers=0")
@@ -299,6 +383,32 @@ def test_a_results_folder_that_cannot_be_written_is_said(space, tmp_path, capsys
     blocked.write_text("in the way")
     assert main(["train", str(space), "resources.workers=0", f"storage.results={blocked}/results"]) == 2
     assert "storage.results" in one_line(capsys)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 1 MB, smaller than a checkpoint."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_is_one_line(space, small_disk, capsys):
+    arguments = ["train", str(space), "experiment.name=full", f"storage.results={small_disk}", "resources.workers=0"]
+    assert main(arguments) == 2
+    line = one_line(capsys)
+    assert f"{small_disk}/full/trials/single" in line
+    assert "No space left on device; make room" in line
+
+
+@pytest.mark.ray
+def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster, capsys):
+    assert main(["tune", str(space), "experiment.name=full", f"storage.results={small_disk}"]) == 2
+    assert "No space left on device; make room" in one_line(capsys)
+    assert not list((small_disk / "full").glob("evaluation/*"))
 
 
 def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):

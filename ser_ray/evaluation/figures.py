@@ -1,7 +1,7 @@
-"""Figures for papers and for the report: confusion matrices and learning curves, drawn by matplotlib without a display.
+"""Figures for papers and for the report, drawn by matplotlib without a display: confusion, curves, calibration.
 
 Each is a `Figure` on a transparent ground: `to_png` puts it on white, `to_svg` lets it take the colours of the page
-around it, light or dark.
+around it, light or dark. Those of a search's trials are in `ser_ray.evaluation.trial_figures`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-_INK: Final = "#1c1e21"
-_ACCENT: Final = "#2f6fbb"
-_MUTED: Final = "#9aa3ad"
-_FILL: Final = "#1f5fae"
-_STYLE: Final[dict[Any, Any]] = {
+from ser_ray.evaluation.calibration import Reliability
+
+INK: Final = "#1c1e21"
+ACCENT: Final = "#2f6fbb"
+MUTED: Final = "#8a939d"
+GROUND: Final = "#fdfefe"
+FILL: Final = "#1f5fae"
+SERIES: Final = (ACCENT, "#c2612c", "#2f8f63", "#8d63b8", "#b5508a", "#7d7a2c")
+"""Colours of lines that are told apart, of middle lightness: they are read on white and on black."""
+MARKS: Final = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 9.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10.5,
@@ -50,14 +57,14 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
     occurs = confusion.sum(axis=1)
     share = confusion / np.maximum(occurs, 1)[:, None]
     size = len(labels)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 0.62 * size, 1.2 + 0.5 * size), layout="constrained")
         axes = figure.add_subplot()
         for row, column in np.ndindex(size, size):
             corner = (column - 0.47, row - 0.46)
             # Opacity instead of a colour map, so that an empty cell is the ground, whatever that is.
-            axes.add_patch(Rectangle(corner, 0.94, 0.92, color=_FILL, alpha=0.06 + 0.94 * share[row, column], lw=0))
-            ink = "white" if share[row, column] > 0.7 else _INK
+            axes.add_patch(Rectangle(corner, 0.94, 0.92, color=FILL, alpha=0.06 + 0.94 * share[row, column], lw=0))
+            ink = "white" if share[row, column] > 0.7 else INK
             text: dict[str, Any] = {"color": ink, "ha": "center", "va": "center"}
             if confusion[row, column] == 0:
                 axes.text(column, row, "0", **text)
@@ -74,25 +81,83 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
 
 def learning_curves_figure(histories: Mapping[str, Sequence[Epoch]], winner: str | None, metric: str) -> Figure:
     """The dev metric of all trials, epoch by epoch, the winner in colour; beside it the winner's losses."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for trial, epochs in histories.items():
             if trial != winner:
-                _line(left, epochs, metric, color=_MUTED, alpha=0.7, linewidth=1, markersize=2)
+                _line(left, epochs, metric, color=MUTED, alpha=0.7, linewidth=1, markersize=2)
         won = histories.get(winner, ()) if winner is not None else ()
-        _line(left, won, metric, color=_ACCENT, linewidth=2, markersize=4)
-        name = metric.replace("_", " ").replace("uar", "UAR").replace("f1", "F1")
-        left.set(title=f"{name} of all trials" + (f", {winner} in blue" if won else ""), xlabel="epoch")
-        _line(right, won, "train_loss", color=_MUTED, label="train")
-        _line(right, won, "dev_loss", color=_ACCENT, label="dev")
+        _line(left, won, metric, color=ACCENT, linewidth=2, markersize=4)
+        left.set(title=f"{plain(metric)} of all trials" + (f", {winner} in blue" if won else ""), xlabel="epoch")
+        _line(right, won, "train_loss", color=MUTED, label="train")
+        _line(right, won, "dev_loss", color=ACCENT, label="dev")
         right.set(title=f"loss of {winner}" if won else "loss", xlabel="epoch")
         if right.lines:
             right.legend(frameon=False)
         for axes in (left, right):
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(axis="y", color=_MUTED, alpha=0.25)
+            axes.grid(axis="y", color=MUTED, alpha=0.25)
     return figure
+
+
+def reliability_figure(found: Reliability, title: str) -> Figure:
+    """How often the model is right where it is so sure, beside the line where both agree; below, how often it is."""
+    bins = len(found.n)
+    centres, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+        upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1)
+        upper.bar(centres, np.nan_to_num(found.accuracy), width, color=ACCENT, alpha=0.35)
+        upper.plot(found.confidence, found.accuracy, "o", color=ACCENT, markersize=4)
+        upper.set(ylim=(0, 1.02), ylabel="share that is right", title=title)
+        lower.bar(centres, found.n, width, color=MUTED, alpha=0.6)
+        lower.set(xlim=(0, 1), xlabel="probability of the predicted emotion", ylabel="utterances")
+    return figure
+
+
+def winners_figure(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figure:
+    """The dev metric of the winners of several searches, epoch by epoch; told apart by colour, mark and dash."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, epochs) in enumerate(histories.items()):
+            mark, dash = MARKS[number % len(MARKS)], ("-", "--", ":")[number // len(SERIES) % 3]
+            colour = SERIES[number % len(SERIES)]
+            _line(axes, epochs, metric, color=colour, label=name, marker=mark, linestyle=dash, markersize=5)
+        axes.set(title=f"{plain(metric)} of the winners", xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color=MUTED, alpha=0.25)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def intervals_figure(rows: Mapping[str, tuple[float, Sequence[float] | None]], title: str) -> Figure:
+    """Figures with their intervals, one line each, the first on top."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.2, 0.9 + 0.34 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for row, (value, limits) in enumerate(rows.values()):
+            if limits:
+                axes.plot(limits, [row, row], color=ACCENT, linewidth=1.6, alpha=0.6)
+            axes.plot([value], [row], "o", color=ACCENT, markersize=5)
+        axes.set(title=title, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.grid(axis="x", color=MUTED, alpha=0.25)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    return figure
+
+
+def plain(metric: str) -> str:
+    """A metric as an axis names it.
+
+    >>> plain("dev_macro_f1"), plain("seconds_per_epoch")
+    ('dev macro F1', 'seconds per epoch')
+    """
+    words = metric.replace("_", " ").replace("uar", "UAR").replace("f1", "F1")
+    return words.replace("memory mb", "memory [MB]")
 
 
 def to_png(figure: Figure) -> bytes:
@@ -108,12 +173,12 @@ def to_svg(figure: Figure, name: str) -> str:
     ``name`` must differ between the figures of a page: it makes their inner ids differ, and it is what is read aloud.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name, "svg.id": name.replace(" ", "-")}):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name, "svg.id": name.replace(" ", "-")}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     element = buffer.getvalue()
-    element = (
-        element[element.index("<svg") :].replace(_INK, "currentColor").replace(_ACCENT, f"var(--accent, {_ACCENT})")
-    )
+    element = element[element.index("<svg") :].replace(INK, "currentColor")
+    for name_of, colour in (("accent", ACCENT), ("ground", GROUND), ("soft", MUTED)):
+        element = element.replace(colour, f"var(--{name_of}, {colour})")
     return element.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
@@ -121,4 +186,4 @@ def _line(axes: Axes, epochs: Sequence[Epoch], key: str, **style: Any) -> None:
     """Draw what there is: an epoch may lack a value."""
     points = [(epoch["epoch"], epoch[key]) for epoch in epochs if epoch.get(key) is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), marker="o", **{"markersize": 3, **style})
+        axes.plot(*zip(*points, strict=True), **{"marker": "o", "markersize": 3, **style})

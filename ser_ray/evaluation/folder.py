@@ -1,7 +1,10 @@
 """Write a results folder, atomically; `ser_ray.evaluation.results` reads it.
 
-search.yaml  provenance.json  audit.json  trials.csv  trials/<id>/{history.jsonl, epoch_NNN/}
-best/  evaluation/{dev,test,choice,test_openings}.json  evaluation/predictions.parquet  report.html
+search.yaml  provenance.json  audit.json  trials.csv  trials/<id>/{trial.json, history.jsonl, epoch_NNN/}
+finals/<id>-foldF-seedS/  best/  evaluation/{dev,test,choice,test_openings}.json  evaluation/predictions.parquet
+report.html
+
+A trial's own folder is the truth about it; ``trials.csv`` is written anew from all of them.
 """
 
 from __future__ import annotations
@@ -9,17 +12,76 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ser_ray.disk import write_text
+from ser_ray.disk import read_json, write_json, write_text
 from ser_ray.evaluation.results import read_history
 
 Record = dict[str, Any]
 NOTES = "notes.txt"
 """In a trial's folder: lines for people on what it does before its first epoch."""
+COSTS = ("seconds_per_epoch", "peak_memory_mb", "trainable_parameters")
 DEV_FIGURES = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What is known of a trial, as its folder says."""
+
+    trial_id: str
+    values: Mapping[str, Any]
+    """Searched key -> value."""
+    status: str = "running"
+    """running (also one that was cut off), finished, stopped (by the scheduler), failed."""
+    error: str = ""
+    seconds: float = 0.0
+    """Of all sessions that worked on it."""
+    history: Sequence[Record] = field(default=(), repr=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do for it."""
+        return self.status in ("finished", "stopped", "failed")
+
+    @property
+    def best(self) -> Record:
+        """The record of its best epoch; empty before the first."""
+        return next((r for r in self.history if r["epoch"] == self.history[-1]["best_epoch"]), {})
+
+
+def write_tried(trials_dir: Path, tried: Tried) -> None:
+    """Write a trial's ``trial.json``."""
+    known = {"trial_id": tried.trial_id, "status": tried.status, "error": tried.error, "seconds": tried.seconds}
+    write_json(trials_dir / tried.trial_id / "trial.json", known | {"values": dict(tried.values)})
+
+
+def read_tried(trials_dir: Path) -> list[Tried]:
+    """All trials of a folder, in order of their ids."""
+    paths = sorted(trials_dir.glob("*/trial.json"))
+    return [Tried(**read_json(path), history=tuple(trial_history(path.parent))) for path in paths]
+
+
+def costs(history: Sequence[Record]) -> dict[str, float]:
+    """What a trial costs: seconds_per_epoch (the median), peak_memory_mb, trainable_parameters."""
+    epochs = [record["seconds"] for record in history if record["epoch"] > 0]
+    return {
+        "seconds_per_epoch": round(statistics.median(epochs), 3) if epochs else 0.0,
+        "peak_memory_mb": max(record["peak_memory_mb"] for record in history),
+        "trainable_parameters": history[-1]["trainable_parameters"],
+    }
+
+
+def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
+    """One epoch as a line for people."""
+    loss = "   probe" if record["train_loss"] is None else f"{record['train_loss']:8.3f}"
+    return (
+        f"epoch {record['epoch']:2d}  train loss {loss}  dev UAR {record['dev_uar']:.3f}  "
+        f"best {record[f'best_{metric}']:.3f}  {record['seconds']:5.1f} s"
+    )
 
 
 def append_history(trial_dir: Path, record: Record) -> None:
@@ -43,19 +105,19 @@ def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}"
 
 
-def trial_row(results_dir: Path, trial_id: str, status: str, values: Mapping[str, Any], seconds: float) -> Record:
-    """One row of ``trials.csv``, with the figures of the trial's best epoch so far."""
-    history = trial_history(results_dir / "trials" / trial_id)
-    best = next((r for r in history if r["epoch"] == history[-1]["best_epoch"]), {}) if history else {}
-    checkpoint = f"trials/{trial_id}/{checkpoint_name(best['epoch'])}" if best else ""
+def trial_row(tried: Tried, keys: Iterable[str] = ()) -> Record:
+    """One row of ``trials.csv``: the searched ``keys``, and the figures of the trial's best epoch so far."""
+    best, history = tried.best, tried.history
+    cost = costs(history) if history else dict.fromkeys(COSTS, "")
     return (
-        {"trial_id": trial_id, "status": status, "epochs": history[-1]["epoch"] if history else 0}
-        | {"seconds": round(seconds, 1)}
-        | dict(values)
+        {"trial_id": tried.trial_id, "status": tried.status, "epochs": history[-1]["epoch"] if history else 0}
+        | {"seconds": round(tried.seconds, 1)}
+        | {key: tried.values.get(key, "") for key in keys}
         | {"best_epoch": best.get("epoch", "")}
         | {name: best.get(name, "") for name in DEV_FIGURES}
-        | {"peak_memory_mb": max((r["peak_memory_mb"] for r in history), default="")}
-        | {"trainable_parameters": best.get("trainable_parameters", ""), "checkpoint": checkpoint}
+        | cost
+        | {"checkpoint": f"trials/{tried.trial_id}/{checkpoint_name(best['epoch'])}" if best else ""}
+        | {"error": tried.error}
     )
 
 

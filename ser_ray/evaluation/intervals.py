@@ -1,18 +1,39 @@
-"""How far a figure may be trusted: 95 % intervals from a bootstrap over speakers.
+"""How far a figure may be trusted: 95 % intervals, and a test of a difference, from a bootstrap over speakers.
 
 Utterances of one speaker resemble each other, so resampling utterances would claim more certainty than there is: what
 the field wants to know is how the model does on other speakers. Whole speakers are therefore drawn with replacement
-(the cluster bootstrap: Field and Welsh 2007, "Bootstrapping clustered data"; percentile limits: Efron and Tibshirani
-1993, chapter 13). With few speakers (below about ten) the intervals are too narrow; read them as a lower bound.
+(the cluster bootstrap: Field and Welsh 2007, "Bootstrapping clustered data").
+
+The percentiles of the draws are too narrow for the few speakers that corpora have: the draws spread by
+sqrt((S - 1) / S) too little, and S speakers tell their own spread only roughly (Hesterberg 2015, "What teachers should
+know about the bootstrap", section 4). An interval here is therefore the figure +- Student's t, with S - 1 degrees of
+freedom, times the draws' standard deviation set right; on the logit scale, where a figure near 1 varies evenly and no
+limit lies outside of what the figure can be. Coverage by simulation: results/benchmarks/coverage.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
+from scipy.special import expit, logit, stdtr, stdtrit
 
-from ser_ray.evaluation.metrics import confusion, headline
+from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
+
+LOWEST: Final = {"kappa": -1.0}
+"""What a figure can be at least, where that is not 0."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A figure of one model less that of another, its 95 % interval, and the two-sided p-value of there being none."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
 
 
 def bootstrap_ci95(
@@ -23,7 +44,7 @@ def bootstrap_ci95(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[dict[str, tuple[float, float]], str]:
-    """The 2.5th and 97.5th percentile of each headline figure over bootstrap draws, and the unit that was drawn.
+    """The 95 % interval of each headline figure, and the unit that was drawn.
 
     Args:
         labels: (N,) int, true labels.
@@ -35,33 +56,35 @@ def bootstrap_ci95(
 
     Returns:
         Figure -> (low, high), and ``speakers``; or ``utterances``, where there is one speaker only, of whom
-        nothing can be said about others.
+        nothing can be said about others. Where all speakers are recognised alike, as without any error, there is no
+        spread to judge by, and the limits meet.
 
     Raises:
         ValueError: the lengths differ, there are no utterances, or a label lies outside of 0..K-1.
 
-    >>> labels, predicted = np.array([0, 1, 0, 1]), np.array([0, 1, 0, 0])
-    >>> limits, unit = bootstrap_ci95(labels, predicted, ["a", "a", "b", "b"], num_labels=2)
-    >>> limits["accuracy"], unit
-    ((0.5, 1.0), 'speakers')
+    >>> labels, predicted = np.arange(60) % 3, np.arange(60) % 3
+    >>> predicted[:30:2] = 0  # errors of the first three of six speakers
+    >>> limits, unit = bootstrap_ci95(labels, predicted, [f"s{n // 10}" for n in range(60)], num_labels=3)
+    >>> [round(limit, 2) for limit in limits["accuracy"]], unit
+    ([0.46, 0.97], 'speakers')
     """
     if not len(labels) == len(predicted) == len(speakers) or not len(labels):
         raise ValueError(
             f"expected labels, predicted and speakers of one length above 0, not {len(labels)}, {len(predicted)} and "
             f"{len(speakers)}"
         )
-    if len(set(speakers)) > 1:
-        figures, unit = _over_speakers(labels, predicted, speakers, num_labels, draws, seed), "speakers"
+    values = headline(confusion(labels, predicted, num_labels))
+    if (units := len(set(speakers))) > 1:
+        drawn, unit = _over_speakers(labels, predicted, speakers, num_labels, draws, seed), "speakers"
     else:
-        # Drawing N utterances with replacement draws N cells of the confusion matrix, each as often as it occurs.
-        counts = confusion(labels, predicted, num_labels).reshape(-1)
-        flat = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=draws)
-        figures, unit = headline(flat.reshape(draws, num_labels, num_labels).astype(np.float64)), "utterances"
-    limits = {name: np.percentile(values, (2.5, 97.5)) for name, values in figures.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in limits.items()}, unit
+        # N units of one utterance each.
+        units, unit = len(labels), "utterances"
+        drawn = _over_utterances(labels, predicted, num_labels, draws, seed)
+    half_error = 0.5 / len(labels)
+    return {name: _limits(name, float(values[name]), drawn[name], units, half_error) for name in values}, unit
 
 
-def bootstrap_gap95(
+def paired_gap(
     labels: np.ndarray,
     one: np.ndarray,
     other: np.ndarray,
@@ -69,27 +92,67 @@ def bootstrap_gap95(
     num_labels: int,
     draws: int = 2000,
     seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of every headline figure of ``one`` less that of ``other``, both of the same N utterances.
+) -> dict[str, Gap]:
+    """Every headline figure of ``one`` less that of ``other``, both of the same N utterances, and whether it is luck.
 
-    Paired: a draw of speakers counts for both, so that a speaker who is hard for both does not widen the interval.
-    A gap whose interval leaves out 0 is more than the choice of speakers explains.
+    Paired: a draw of speakers counts for both, so that a speaker who is hard for both does not widen the interval. The
+    p-value is that of the same t, so that it is below 0.05 where the interval leaves out 0. (Swapping the two models
+    for every speaker by the toss of a coin keeps the level no better, and can never say p < 0.05 of five speakers.)
+    The arguments are those of `bootstrap_ci95`.
 
     Raises ValueError where the lengths differ, or there are fewer than two speakers.
 
-    >>> labels, right, wrong = np.array([0, 1, 0, 1]), np.array([0, 1, 0, 1]), np.array([0, 0, 0, 0])
-    >>> bootstrap_gap95(labels, right, wrong, ["a", "a", "b", "b"], num_labels=2)["accuracy"]
-    (0.5, 0.5)
+    >>> labels, one, other = np.arange(60) % 3, np.arange(60) % 3, np.arange(60) % 3
+    >>> other[:30:2] = 0
+    >>> gap = paired_gap(labels, one, other, [f"s{n // 10}" for n in range(60)], num_labels=3)["accuracy"]
+    >>> round(gap.difference, 3), round(gap.low, 2), round(gap.high, 2), round(gap.p, 2)
+    (0.167, -0.02, 0.36, 0.07)
     """
-    if not len(labels) == len(one) == len(other) == len(speakers) or len(set(speakers)) < 2:
+    units = len(set(speakers))
+    if not len(labels) == len(one) == len(other) == len(speakers) or units < 2:
         raise ValueError(
             f"expected labels, two predictions and speakers of one length, and at least 2 speakers, not {len(labels)}, "
-            f"{len(one)}, {len(other)}, {len(speakers)} of {len(set(speakers))} speakers"
+            f"{len(one)}, {len(other)}, {len(speakers)} of {units} speakers"
         )
+    values = [headline(confusion(labels, predicted, num_labels)) for predicted in (one, other)]
     # One seed, the same draws.
-    of_one, of_other = (_over_speakers(labels, p, speakers, num_labels, draws, seed) for p in (one, other))
-    limits = {name: np.percentile(of_one[name] - of_other[name], (2.5, 97.5)) for name in of_one}
-    return {name: (float(low), float(high)) for name, (low, high) in limits.items()}
+    drawn = [_over_speakers(labels, predicted, speakers, num_labels, draws, seed) for predicted in (one, other)]
+    return {
+        name: _gap(name, float(values[0][name] - values[1][name]), drawn[0][name] - drawn[1][name], units)
+        for name in HEADLINE
+    }
+
+
+# -- below: how it is done
+
+
+def _limits(name: str, value: float, drawn: np.ndarray, units: int, half_error: float) -> tuple[float, float]:
+    """The interval on the logit scale; a draw without a single error counts as one with half an error, as elsewhere
+    its logit would be infinite."""
+    lowest = LOWEST.get(name, 0.0)
+
+    def scaled(figure: float | np.ndarray) -> np.ndarray:
+        share = (figure - lowest) / (1 - lowest)
+        return np.asarray(logit(np.clip(share, half_error, 1 - half_error)))
+
+    middle, half = scaled(value), stdtrit(max(units - 1, 1), 0.975) * _standard_error(scaled(drawn), units)
+    low, high = lowest + (1 - lowest) * expit(np.array([middle - half, middle + half]))
+    # A figure without an error lies beyond what the clipped scale can say.
+    return float(min(low, value)), float(max(high, value))
+
+
+def _gap(name: str, difference: float, drawn: np.ndarray, units: int) -> Gap:
+    """On the plain scale, on which the gap of two figures is even."""
+    error, most = _standard_error(drawn, units), 1 - LOWEST.get(name, 0.0)
+    half = stdtrit(units - 1, 0.975) * error
+    # Without an error every speaker has the same gap.
+    p = 2 * float(stdtr(units - 1, -abs(difference) / error)) if error else float(difference == 0)
+    return Gap(difference, float(max(difference - half, -most)), float(min(difference + half, most)), p)
+
+
+def _standard_error(drawn: np.ndarray, units: int) -> float:
+    """Of a figure, from its bootstrap draws; of a single unit nothing is known."""
+    return float(drawn.std() * np.sqrt(units / (units - 1))) if units > 1 else np.inf
 
 
 def _over_speakers(
@@ -97,15 +160,19 @@ def _over_speakers(
 ) -> dict[str, np.ndarray]:
     """Headline figures (draws,) of samples of whole speakers; the draws depend on the speakers and the seed alone."""
     names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
-    by_speaker = _confusion_by_speaker(labels, predicted, speaker, len(names), num_labels)
+    cells = (speaker * num_labels + np.asarray(labels)) * num_labels + np.asarray(predicted)
+    by_speaker = np.bincount(cells, minlength=len(names) * num_labels**2).reshape(len(names), -1)
     times_drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
-    flat = times_drawn.astype(np.float64) @ by_speaker.reshape(len(names), -1).astype(np.float64)
+    flat = times_drawn.astype(np.float64) @ by_speaker.astype(np.float64)
     return dict(headline(flat.reshape(draws, num_labels, num_labels)))
 
 
-def _confusion_by_speaker(
-    labels: np.ndarray, predicted: np.ndarray, speaker: np.ndarray, num_speakers: int, num_labels: int
-) -> np.ndarray:
-    """(S, K, K): the confusion matrix of each speaker."""
-    return np.stack([confusion(labels[speaker == s], predicted[speaker == s], num_labels) for s in range(num_speakers)])
+def _over_utterances(
+    labels: np.ndarray, predicted: np.ndarray, num_labels: int, draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The same of single utterances: drawing N with replacement draws N cells of the confusion matrix, each as often
+    as it occurs."""
+    shares = confusion(labels, predicted, num_labels).reshape(-1) / len(labels)
+    flat = np.random.default_rng(seed).multinomial(len(labels), shares, size=draws)
+    return dict(headline(flat.reshape(draws, num_labels, num_labels).astype(np.float64)))

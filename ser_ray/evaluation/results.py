@@ -6,12 +6,14 @@ import csv
 import functools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
-from ser_ray.schema import UserError
+from ser_ray.evaluation.summary import read_predictions
+from ser_ray.schema import Predictions, UserError
 
 _LORA_ONLY: Final = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
 
@@ -33,6 +35,13 @@ class Results:
     """Rows of trials.csv, the best by the search's metric first."""
     histories: dict[str, list[dict[str, Any]]]
     """Trial -> its epochs in order."""
+    predictions: dict[str, Predictions]
+    """Split -> what the chosen trial said about it."""
+
+    @property
+    def metric(self) -> str:
+        """The headline figure that trials are compared by: ``uar``."""
+        return self.space.tune.metric.removeprefix("dev_")
 
     @property
     def leader(self) -> dict[str, str]:
@@ -49,19 +58,36 @@ class Results:
     @property
     def chosen_config(self) -> dict[str, Any]:
         """The leader's backbone, adapter and searched keys, dotted; of an adapter without LoRA no rank or the like."""
-        keys = dict.fromkeys(["backbone", *(f"adapter.{name}" for name in Adapter.model_fields), *self.space.search])
+        return self.leaders_config(self.space.search)
+
+    def leaders_config(self, searched: Iterable[str]) -> dict[str, Any]:
+        """The same with other keys than those searched here, as a comparison with another search needs it."""
+        keys = dict.fromkeys(["backbone", *(f"adapter.{name}" for name in Adapter.model_fields), *searched])
         base = to_dict(self.space.experiment)
         values: dict[str, Any] = {
             key: functools.reduce(lambda node, part: node[part], key.split("."), base) for key in keys
         }
-        values |= {key: self.leader[key] for key in self.space.search if self.leader.get(key)}
+        values |= {key: self.leader[key] for key in keys if key in self.space.search and self.leader.get(key)}
         without = _LORA_ONLY if values["adapter.method"] in ("frozen", "full") else ()
         return {key: value for key, value in values.items() if key not in without and value is not None}
 
     @property
+    def runs(self) -> list[dict[str, Any]]:
+        """The figures of each fold and seed that was tested; empty where one checkpoint was."""
+        return list(self.test.get("runs", ()))
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The test figures that count: the mean over the runs where there are several, else those of the one."""
+        return self.test.get("mean") or self.test
+
+    @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Row of the table of headline figures (test, dev, chance, majority) -> figures, as far as there are any."""
-        rows = {"test": self.test, "dev": self.dev, **(self.test or self.dev).get("baselines", {})}
+        """Row of the table of headline figures (test, dev, baselines) -> figures, as far as there are any."""
+        rows = {"test": self.test}
+        if "mean" in self.test:
+            rows = {f"test, mean of {len(self.runs)} runs": self.answer, "test, runs pooled": self.test}
+        rows |= {"dev": self.dev, **(self.test or self.dev).get("baselines", {})}
         return {name: figures for name, figures in rows.items() if figures}
 
 
@@ -71,6 +97,7 @@ def read_results(results_dir: Path) -> Results:
         raise UserError(f"{results_dir}: no results folder (it holds no search.yaml); give results/<name>")
     space = load(results_dir / "search.yaml")
     evaluation = results_dir / "evaluation"
+    predictions = evaluation / "predictions.parquet"
     histories = sorted(results_dir.glob("trials/*/history.jsonl"))
     return Results(
         folder=results_dir.resolve(),
@@ -83,6 +110,7 @@ def read_results(results_dir: Path) -> Results:
         openings=_read_json(evaluation / "test_openings.json", []),
         trials=_read_trials(results_dir / "trials.csv", space.tune.metric),
         histories={path.parent.name: read_history(path) for path in histories},
+        predictions=read_predictions(predictions) if predictions.is_file() else {},
     )
 
 

@@ -12,11 +12,15 @@ training/            optimiser moments and counters, to resume from
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ser_ray import config
@@ -29,12 +33,13 @@ from ser_ray.schema import UserError
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
     """Write the model into ``directory``; ``metrics.json`` comes last, so a directory that has it is whole."""
     directory.mkdir(parents=True, exist_ok=True)
-    if model.peft is not None:
-        model.peft.save_pretrained(str(directory / "adapter"), safe_serialization=True, save_embedding_layers=False)
-    elif model.experiment.adapter.method == "full":
-        model.backbone.model.save_pretrained(directory / "backbone")
-        backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
-    save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
+    with _system_errors(directory):
+        if model.peft is not None:
+            model.peft.save_pretrained(str(directory / "adapter"), safe_serialization=True, save_embedding_layers=False)
+        elif model.experiment.adapter.method == "full":
+            model.backbone.model.save_pretrained(directory / "backbone")
+            backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
+        save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
     (directory / "experiment.yaml").write_text(config.dump(model.experiment), encoding="utf-8")
     write_json(directory / "labels.json", dict(enumerate(model.experiment.emotions)))
     write_json(directory / "metrics.json", metrics)
@@ -70,7 +75,8 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
     state = optimizer.state_dict()["state"]
     moments = {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
     moments = {key: tensor.detach().cpu().contiguous() for key, tensor in moments.items()}
-    save_file(moments, directory / "optimizer.safetensors")
+    with _system_errors(directory):
+        save_file(moments, directory / "optimizer.safetensors")
     write_json(directory / "state.json", counters)
 
 
@@ -100,3 +106,15 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
     elif model.experiment.adapter.method == "full":
         weights = backbones.load(str(directory / "backbone"), device=device)
         model.backbone.model.load_state_dict(weights.model.state_dict())
+
+
+@contextmanager
+def _system_errors(directory: Path) -> Iterator[None]:
+    """safetensors says in words what the system said by a number: a full disk is an OSError here as elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error

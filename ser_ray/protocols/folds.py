@@ -87,6 +87,15 @@ def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
     return Fold(splits, protocol.scheme == "random", description, protocol.scheme == "cross_corpus")
 
 
+def count_folds(index: pa.Table, protocol: Protocol) -> int:
+    """How many values `Protocol.fold` can have for these data."""
+    if protocol.scheme in ("speaker_kfold", "random"):
+        return protocol.folds
+    if protocol.scheme == "leave_one_speaker_out":
+        return len(index["speaker"].unique())
+    return len(_given(protocol)) if protocol.scheme == "given_folds" else 1
+
+
 # -- the schemes: sorted rows -> the split of each utterance_id
 
 
@@ -103,14 +112,7 @@ def _speaker_kfold(rows: Rows, protocol: Protocol) -> dict[str, str]:
 
 
 def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
-    given = protocol.given
-    if given == "emobox":
-        given = tuple(tuple(f"ravdess/{actor}" for actor in actors) for actors in EMOBOX_RAVDESS)
-    elif isinstance(given, str):
-        if not given.endswith(".csv"):
-            raise UserError(f"protocol.given: {given!r} is not known; write emobox, lists of speakers, or a .csv file")
-        given = read_folds(given)
-    assert given is not None, "Protocol checks this"
+    given = _given(protocol)
     listed = [speaker for speakers in given for speaker in speakers]
     present = {row["speaker"] for row in rows}
     if len(given) < 3:
@@ -125,6 +127,18 @@ def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
         raise UserError(f"protocol.given: {_names(left)} in no fold; list every speaker, or leave the corpus out")
     fold_of = {speaker: fold for fold, speakers in enumerate(given) for speaker in speakers}
     return _by_speaker(rows, fold_of, len(given), protocol.fold)
+
+
+def _given(protocol: Protocol) -> tuple[tuple[str, ...], ...]:
+    given = protocol.given
+    if given == "emobox":
+        return tuple(tuple(f"ravdess/{actor}" for actor in actors) for actors in EMOBOX_RAVDESS)
+    if isinstance(given, str):
+        if not given.endswith(".csv"):
+            raise UserError(f"protocol.given: {given!r} is not known; write emobox, lists of speakers, or a .csv file")
+        return read_folds(given)
+    assert given is not None, "Protocol checks this"
+    return given
 
 
 def _leave_one_speaker_out(rows: Rows, protocol: Protocol) -> dict[str, str]:

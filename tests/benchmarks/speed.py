@@ -40,7 +40,7 @@ from ser_ray import prepare as verb
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.disk import write_json, write_text
 from ser_ray.evaluation import metrics
-from ser_ray.evaluation.intervals import bootstrap_ci95, bootstrap_gap95
+from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.models import prefix
 from ser_ray.models.classifier import build
 from ser_ray.protocols.task import Task, load_task
@@ -116,9 +116,7 @@ def whisper(bench: Bench) -> Iterable[Row]:
     rate = statistics.mean([first.rate, second.rate])
     labels = np.array(dev["label"].to_pylist())
     speakers = [i.split("-")[-1] for i in dev["utterance_id"].to_pylist()]
-    low, high = bootstrap_gap95(labels, second.predicted, theirs.dev_predicted, speakers, len(experiment.emotions))[
-        "uar"
-    ]
+    gap = paired_gap(labels, second.predicted, theirs.dev_predicted, speakers, len(experiment.emotions))["uar"]
     ours_uar = _uar(experiment, labels, second.predicted, speakers)
     theirs_uar = _uar(experiment, labels, theirs.dev_predicted, speakers)
     yield Row(
@@ -128,7 +126,7 @@ def whisper(bench: Bench) -> Iterable[Row]:
         rate / theirs.utterances_per_s,
         "12",
         f"dev UAR after {experiment.epochs} epochs: ours {ours_uar}, Trainer {theirs_uar}; "
-        f"gap {second.uar - theirs.dev_uar:+.3f} [{low:+.3f}, {high:+.3f}]",
+        f"gap {gap.difference:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]",
     )
     yield Row(
         "the same, upper half adapted, prefix cached, over 5 epochs with making the cache",
@@ -229,7 +227,7 @@ def compiled(bench: Bench) -> Iterable[Row]:
 
 
 def on_ray(bench: Bench) -> Iterable[Row]:
-    """Epochs after the first, of two of RAVDESS's emotions, one thread each: on Ray resident and streamed, and plain."""
+    """Epochs after the first, of two of RAVDESS's emotions, one thread each: on Ray (resident, streamed) and plain."""
     shared = [
         "experiment.emotions=[angry, happy]",
         "experiment.merge={}",

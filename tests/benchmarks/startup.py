@@ -39,7 +39,8 @@ WATCHED = {
     "ser_ray.cache": ("plan",),
     "ser_ray.feed": ("load_datasets",),
     "ser_ray.train": ("main", "audit_task", "open_results", "fit_here", "run_trial", "_work"),
-    "ser_ray.tune": ("main", "_check_backbones", "Progress.on_trial_start"),
+    "ser_ray.tune": ("main", "_check_backbones"),
+    "ser_ray.watch": ("Watch.on_trial_start",),
     "ser_ray.models.classifier": ("build",),
     "ser_ray.training.loop": ("fit", "train_step"),
 }

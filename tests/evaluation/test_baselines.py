@@ -1,13 +1,16 @@
-"""Chance and majority against scikit-learn's dummy classifiers."""
+"""Chance and majority against scikit-learn's dummy classifiers; the linear ones against plain loops."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.svm import LinearSVC
 
-from ser_ray.evaluation.baselines import chance, majority
+from ser_ray.evaluation.baselines import STRENGTHS, chance, linear, linear_svm, majority
 from ser_ray.evaluation.metrics import confusion, headline
 
 UNHURRIED = settings(deadline=None)  # what an example takes says how busy the machine is
@@ -36,3 +39,96 @@ def test_majority_equals_scikit_learn(train, test):
     )
     if ours["accuracy"]:
         assert ours["uar"] == pytest.approx(balanced_accuracy_score(test_labels, predicted))
+
+
+def _speech(seed=0, speakers=6, each=20, emotions=3, apart=1.0):
+    """Features of two scales, of which the first few tell the emotion; every speaker has a place of their own."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(speakers * each) % emotions)
+    speaker = np.repeat(np.arange(speakers), each)
+    features = rng.standard_normal((len(labels), 8)) + 0.5 * rng.standard_normal((speakers, 8))[speaker]
+    features[:, :emotions] += apart * np.eye(emotions)[labels]
+    return features * np.array([1, 100, 0.01, 1, 1, 1000, 1, 1]) + 5, labels, [f"s{s}" for s in speaker]
+
+
+def _standard(features, of):
+    return (features - of.mean(axis=0)) / of.std(axis=0)
+
+
+def test_linear_minimises_the_weighted_cross_entropy():
+    features, labels, _ = _speech()
+    labels[labels == 1] = np.where(np.arange((labels == 1).sum()) % 3 > 0, 0, 1)  # unequal emotions
+    train, test = features[:80], features[80:]
+    z, y = _standard(train, train), labels[:80]
+    weight_N = len(y) / (3 * np.bincount(y)[y])
+
+    def loss(flat):
+        weights = flat.reshape(9, 3)
+        chosen = log_softmax(z @ weights[:8] + weights[8], axis=1)[np.arange(80), y]
+        return -0.05 * (weight_N * chosen).sum() + 0.5 * (weights[:8] ** 2).sum()
+
+    found = minimize(loss, np.zeros(27), method="BFGS", options={"gtol": 1e-6}).x.reshape(9, 3)
+    ours = linear(train, y, test, num_labels=3, strength=0.05)
+    assert ours == pytest.approx(softmax(_standard(test, train) @ found[:8] + found[8], axis=1), abs=2e-3)
+
+
+def test_linear_svm_chooses_what_a_loop_over_left_out_speakers_chooses():
+    chosen = set()
+    for seed in range(6):
+        features, labels, speakers = _speech(seed, speakers=5, emotions=3, apart=0.7)
+        tested, _, _ = _speech(seed + 100)
+        speaker = np.array(speakers)
+
+        def fit(train, strength, features=features, labels=labels):
+            z = _standard(features[train], features[train])
+            return LinearSVC(C=strength, class_weight="balanced", dual=False).fit(z, labels[train])
+
+        scores = []
+        for strength in STRENGTHS:
+            found = []
+            for name in sorted(set(speakers)):
+                rest, left_out = speaker != name, speaker == name
+                guesses = fit(rest, strength).predict(_standard(features[left_out], features[rest]))
+                found.append(balanced_accuracy_score(labels[left_out], guesses))
+            scores.append(np.mean(found))
+        best = STRENGTHS[int(np.argmax(np.round(scores, 12)))]
+        chosen.add(best)
+        margins = fit(np.full(100, True), best).decision_function(_standard(tested, features))
+        assert linear_svm(features, labels, speakers, tested, 3) == pytest.approx(softmax(margins, axis=1))
+    assert len(chosen) > 1
+
+
+CLASSIFIERS = {
+    "linear": lambda x, y, speakers, test, k: linear(x, y, test, k),
+    "linear_svm": linear_svm,
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("present", [(0, 1, 2), (1, 3), (0, 2, 4)])
+@pytest.mark.parametrize("speakers", [1, 2, 6])
+def test_predictions_are_probabilities_of_all_declared_emotions(name, present, speakers):
+    features, labels, names = _speech(speakers=speakers, each=120 // speakers, emotions=len(present), apart=2.0)
+    emotion = np.array(present)[labels]
+    said = CLASSIFIERS[name](features, emotion, names, features, 5)
+    assert said.shape == (120, 5)
+    assert said.sum(axis=1) == pytest.approx(1)
+    assert np.all((said > 0) == np.isin(np.arange(5), present))
+    assert balanced_accuracy_score(emotion, said.argmax(axis=1)) > 0.8
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_features_on_another_scale_and_a_constant_one_change_nothing(name):
+    features, labels, speakers = _speech()
+    other = np.concatenate([features * 1e3 - 7, np.full((len(features), 1), 3.0)], axis=1)
+    said = [CLASSIFIERS[name](x, labels, speakers, x, 3) for x in (features, other)]
+    assert said[0] == pytest.approx(said[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_one_emotion_and_features_that_are_no_numbers_are_refused(name):
+    features, labels, speakers = _speech()
+    with pytest.raises(ValueError, match="class"):
+        CLASSIFIERS[name](features, np.zeros_like(labels), speakers, features, 3)
+    with pytest.raises(ValueError, match="NaN"):
+        CLASSIFIERS[name](np.where(features > 5, np.nan, features), labels, speakers, features, 3)

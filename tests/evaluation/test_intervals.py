@@ -1,11 +1,21 @@
-"""The bootstrap against a plain loop over the same draws, and against what an interval must do."""
+"""The intervals against plain loops, against Student's t where that is exact, and against the truth of simulations."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
 
-from ser_ray.evaluation.intervals import bootstrap_ci95, bootstrap_gap95
+from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import coverage
 
 
 def _judged(rng, speakers=6, each=15, num_labels=4, spread=0.3):
@@ -24,17 +34,20 @@ def test_equals_a_loop_that_repeats_the_drawn_speakers():
 
     names = sorted(set(speakers))
     times_drawn = np.random.default_rng(7).multinomial(len(names), [1 / len(names)] * len(names), size=200)
-    looped = {name: [] for name in (*HEADLINE, "scikit-learn's uar")}
+    looped = {"uar": [], "kappa": []}
     for times in times_drawn:
         drawn = []
         for name, many in zip(names, times, strict=True):
             drawn += [i for i, speaker in enumerate(speakers) if speaker == name] * many
-        for name, value in headline(confusion(labels[drawn], predicted[drawn], 4)).items():
-            looped[name].append(float(value))
-        looped["scikit-learn's uar"].append(balanced_accuracy_score(labels[drawn], predicted[drawn]))
-    for name in HEADLINE:
-        assert limits[name] == pytest.approx(tuple(np.percentile(looped[name], (2.5, 97.5))), abs=1e-12), name
-    assert limits["uar"] == pytest.approx(tuple(np.percentile(looped["scikit-learn's uar"], (2.5, 97.5))))
+        looped["uar"].append(balanced_accuracy_score(labels[drawn], predicted[drawn]))
+        looped["kappa"].append((cohen_kappa_score(labels[drawn], predicted[drawn]) + 1) / 2)
+    uar = balanced_accuracy_score(labels, predicted)
+    kappa = (cohen_kappa_score(labels, predicted) + 1) / 2
+    for name, share, scale in (("uar", uar, 1), ("kappa", kappa, 2)):
+        odds = [np.log(value / (1 - value)) for value in looped[name]]
+        half = stats.t(5).ppf(0.975) * np.std(odds) * np.sqrt(6 / 5)
+        ends = 1 / (1 + np.exp(-(np.log(share / (1 - share)) + np.array([-half, half]))))
+        assert limits[name] == pytest.approx(tuple(scale * ends - (scale - 1)), abs=1e-9), name
 
 
 def test_one_speaker_falls_back_to_utterances():
@@ -42,26 +55,62 @@ def test_one_speaker_falls_back_to_utterances():
     labels, predicted, _ = _judged(rng, speakers=1, each=200)
     limits, unit = bootstrap_ci95(labels, predicted, ["corpus/01"] * 200, num_labels=4)
     assert unit == "utterances"
-    accuracies = [np.mean((labels == predicted)[rng.integers(0, 200, 200)]) for _ in range(4000)]
-    assert limits["accuracy"] == pytest.approx(tuple(np.percentile(accuracies, (2.5, 97.5))), abs=0.015)
+    right = int((labels == predicted).sum())
+    wilson = stats.binomtest(right, 200).proportion_ci(method="wilson")
+    assert limits["accuracy"] == pytest.approx((wilson.low, wilson.high), abs=0.01)
 
 
-def test_covers_the_truth_about_as_often_as_it_says():
-    """Over many draws of 24 speakers the interval holds the population's accuracy; an utterance bootstrap would not."""
-    truth, covered, covered_by_utterances = 0.6, 0, 0
-    for seed in range(150):
-        rng = np.random.default_rng(seed)
-        skill = rng.choice([0.4, 0.8], size=24)
-        speakers = np.repeat(np.arange(24), 20)
-        labels = rng.integers(0, 3, len(speakers))
-        hit = rng.random(len(speakers)) < skill[speakers]
-        predicted = np.where(hit, labels, (labels + 1) % 3)
-        limits, _ = bootstrap_ci95(labels, predicted, speakers.astype(str).tolist(), 3, draws=400, seed=seed)
-        covered += limits["accuracy"][0] <= truth <= limits["accuracy"][1]
-        half = 1.96 * np.sqrt(hit.mean() * (1 - hit.mean()) / len(hit))
-        covered_by_utterances += abs(hit.mean() - truth) <= half
-    assert 0.86 <= covered / 150 <= 0.99
-    assert covered_by_utterances < covered - 15
+def test_one_utterance_says_nothing():
+    limits, unit = bootstrap_ci95(np.array([1]), np.array([1]), ["corpus/01"], num_labels=3)
+    assert unit == "utterances"
+    assert limits["accuracy"] == (0.0, 1.0)
+    assert limits["kappa"] == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("speakers", [4, 10, 24])
+def test_holds_the_truth_as_often_as_it_says_where_percentiles_do_not(speakers):
+    """Wide bounds for 150 simulations each at true UARs of .6 and .9: +- 4 standard errors around 95 %."""
+    held, by_percentiles, tries = 0, 0, 300
+    for simulation in range(tries):
+        classifier = coverage.of_uar((0.6, 0.9)[simulation % 2])
+        labels, (said,), names = coverage.simulate(np.random.default_rng(simulation), [classifier], speakers, True)
+        truth = coverage.truth(classifier)["uar"]
+        low, high = bootstrap_ci95(labels, said, names, 6, draws=300)[0]["uar"]
+        held += low <= truth <= high
+        low, high = coverage.percentiles(labels, said, names, draws=300)["uar"]
+        by_percentiles += low <= truth <= high
+    assert 0.90 <= held / tries <= 0.995
+    if speakers <= 10:
+        assert by_percentiles / tries < 0.91
+        assert by_percentiles < held
+
+
+def test_an_interval_over_utterances_would_be_too_narrow():
+    labels, predicted, speakers = _judged(np.random.default_rng(5), speakers=20, each=40)
+    low, high = bootstrap_ci95(labels, predicted, speakers, 4)[0]["accuracy"]
+    of_utterances = stats.binomtest(int((labels == predicted).sum()), len(labels)).proportion_ci(method="wilson")
+    assert high - low > 2 * (of_utterances.high - of_utterances.low)
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+def test_limits_hold_the_figure_and_lie_in_its_range(speakers, each, right, seed):
+    rng = np.random.default_rng(seed)
+    names = [f"s{n}" for n in range(speakers) for _ in range(each)]
+    labels = rng.integers(0, 3, len(names))
+    predicted = np.where(rng.random(len(names)) < right, labels, rng.integers(0, 3, len(names)))
+    limits, _ = bootstrap_ci95(labels, predicted, names, 3, draws=50)
+    for name, value in headline(confusion(labels, predicted, 3)).items():
+        low, high = limits[name]
+        assert (-1 if name == "kappa" else 0) <= low <= value <= high <= 1, name
+
+
+def test_without_an_error_the_limits_meet():
+    labels = np.arange(40) % 4
+    limits, _ = bootstrap_ci95(labels, labels, [f"s{n // 8}" for n in range(40)], 4)
+    for name in HEADLINE:
+        assert limits[name][0] > 0.97, name
+        assert limits[name][1] == 1, name
 
 
 def test_equal_seeds_give_equal_intervals_and_other_seeds_others():
@@ -81,25 +130,57 @@ def test_the_gap_of_equal_predictions_is_nothing():
     rng = np.random.default_rng(0)
     labels, guesses = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
     speakers = [f"s{n % 6}" for n in range(60)]
-    assert set(bootstrap_gap95(labels, guesses, guesses, speakers, 3).values()) == {(0.0, 0.0)}
+    for gap in paired_gap(labels, guesses, guesses, speakers, 3).values():
+        assert (gap.difference, gap.low, gap.high, gap.p) == (0, 0, 0, 1)
 
 
-def test_the_gap_is_a_plain_loop_over_draws_of_speakers():
+def test_the_gap_equals_a_paired_t_test_over_speakers_where_all_speak_alike():
+    """With equally many utterances a speaker, the gap of accuracies is the mean of the speakers' gaps."""
     rng = np.random.default_rng(1)
-    labels, one, other = (rng.integers(0, 3, 80) for _ in range(3))
-    one = np.where(rng.uniform(size=80) < 0.5, labels, one)
-    speaker = rng.integers(0, 8, 80)
-    limits = bootstrap_gap95(labels, one, other, [str(s) for s in speaker], 3, draws=4000)
-    gaps = []
-    for _ in range(4000):
-        rows = np.concatenate([np.flatnonzero(speaker == s) for s in rng.integers(0, 8, 8)])
-        gaps.append(np.mean(labels[rows] == one[rows]) - np.mean(labels[rows] == other[rows]))
-    assert limits["accuracy"] == pytest.approx(np.percentile(gaps, (2.5, 97.5)), abs=0.015)
+    speaker = np.repeat(np.arange(12), 25)
+    labels, one, other = (rng.integers(0, 3, 300) for _ in range(3))
+    one = np.where(rng.uniform(size=300) < 0.15, labels, one)
+    gap = paired_gap(labels, one, other, [f"s{s:02}" for s in speaker], 3, draws=40_000)["accuracy"]
+    right = [np.array([np.mean((said == labels)[speaker == s]) for s in range(12)]) for said in (one, other)]
+    test = stats.ttest_rel(*right)
+    ends = test.confidence_interval(0.95)
+    assert gap.difference == pytest.approx(np.mean(right[0] - right[1]))
+    assert (gap.low, gap.high) == pytest.approx((ends.low, ends.high), abs=0.002)
+    assert gap.p == pytest.approx(test.pvalue, rel=0.05)
+
+
+@given(st.integers(2, 8), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+def test_a_gap_is_certain_where_its_interval_leaves_out_nothing(speakers, first, second, seed):
+    rng = np.random.default_rng(seed)
+    names = [f"s{n % speakers}" for n in range(speakers * 8)]
+    labels = rng.integers(0, 3, len(names))
+    one, other = (
+        np.where(rng.random(len(names)) < right, labels, rng.integers(0, 3, len(names))) for right in (first, second)
+    )
+    forth, back = paired_gap(labels, one, other, names, 3, 50), paired_gap(labels, other, one, names, 3, 50)
+    for name in HEADLINE:
+        gap, most = forth[name], 2 if name == "kappa" else 1
+        assert -most <= gap.low <= gap.difference <= gap.high <= most
+        assert 0 <= gap.p <= 1
+        assert (gap.p < 0.05) == (gap.low > 0 or gap.high < 0) or gap.p == pytest.approx(0.05, abs=1e-6)
+        assert (back[name].difference, back[name].low, back[name].high) == pytest.approx(
+            (-gap.difference, -gap.high, -gap.low)
+        )
+
+
+def test_the_paired_test_raises_few_false_alarms():
+    """300 pairs of classifiers that are equally good: 15 alarms expected, 30 and more by chance once in 5000 times."""
+    classifier, alarms = coverage.of_uar(0.6), 0
+    for simulation in range(300):
+        labels, said, names = coverage.simulate(np.random.default_rng(simulation), [classifier] * 2, 10, False)
+        alarms += paired_gap(labels, *said, names, 6, draws=300)["uar"].p < 0.05
+    assert 2 <= alarms <= 30
 
 
 def test_a_gap_needs_two_speakers_and_equal_lengths():
     labels = np.array([0, 1])
     with pytest.raises(ValueError, match="at least 2 speakers"):
-        bootstrap_gap95(labels, labels, labels, ["a", "a"], 2)
+        paired_gap(labels, labels, labels, ["a", "a"], 2)
     with pytest.raises(ValueError, match="one length"):
-        bootstrap_gap95(labels, labels[:1], labels, ["a", "b"], 2)
+        paired_gap(labels, labels[:1], labels, ["a", "b"], 2)

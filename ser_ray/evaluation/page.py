@@ -1,0 +1,249 @@
+"""Pages of HTML: one search, or several side by side. Templates: ``ser_ray/templates``; every value is escaped."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from ser_ray.config import to_dict
+from ser_ray.evaluation import comparison, figures, mistakes, trial_figures
+from ser_ray.evaluation.calibration import reliability
+from ser_ray.evaluation.folder import COSTS, DEV_FIGURES
+from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.results import Results, as_number
+from ser_ray.evaluation.verdicts import NAMES, limits_of, signed, verdicts
+from ser_ray.schema import Predictions, UserError
+
+TITLES: Final = NAMES | {
+    "f1": "F1",
+    "trial_id": "trial",
+    "seconds": "time",
+    "best_epoch": "best epoch",
+    "dev_uar": "dev UAR",
+    "dev_accuracy": "dev accuracy",
+    "dev_macro_f1": "dev macro F1",
+    "dev_kappa": "dev kappa",
+    "peak_memory_mb": "memory [MB]",
+    "trainable_parameters": "trainable",
+    "seconds_per_epoch": "s an epoch",
+}
+"""What a key is called in a table; one that is not here goes by its own name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A figure of a page: its matplotlib original, for files of its own, and as SVG in the page's colours."""
+
+    figure: Figure
+    svg: Markup
+
+
+def search_page(results: Results, parts: Mapping[str, Part], importances: Any, audio: bool) -> str:
+    """The page of one search.
+
+    Args:
+        results: what its folder holds.
+        parts: of `search_parts`.
+        importances: of the searched keys, from `ser_ray.search.importance`, or None.
+        audio: whether the recordings of the most confident mistakes become a part of the page.
+    """
+    split = "test" if results.test else "dev"
+    detail = results.test or results.dev
+    predictions = results.predictions.get(split)
+    doubtful = mistakes.most_confident(predictions) if predictions is not None else []
+    heard, silent = _recordings(results, doubtful) if audio and doubtful else ({}, "")
+    protocol = detail.get("protocol") or to_dict(results.space.experiment.protocol)
+    return (
+        _environment()
+        .get_template("search.html")
+        .render(
+            results=results,
+            detail=detail,
+            detail_of=split,
+            drawn={name: part.svg for name, part in parts.items()},
+            verdicts=verdicts(results),
+            published=results.test.get("published", ()),
+            columns=trial_columns(results),
+            counts=trial_counts(results),
+            finalists=results.choice.get("finalists", ()),
+            dev_figures=DEV_FIGURES,
+            metric=results.space.tune.metric,
+            importances=importances,
+            front=_front(results),
+            calibration=reliability(predictions) if predictions is not None else None,
+            mistakes=doubtful,
+            wrong=int((predictions.predicted != predictions.labels).sum()) if predictions is not None else 0,
+            heard=heard,
+            silent=silent,
+            protocol={key: value for key, value in protocol.items() if value is not None},
+            command=shlex.join(["ser-ray", *results.provenance["argv"]]) if results.provenance else "",
+            again=shlex.join(["ser-ray", "rerun", str(Path(results.space.storage.results) / results.folder.name)]),
+        )
+    )
+
+
+def search_parts(results: Results) -> dict[str, Part]:
+    """The figures that there is something for: test, dev, curves, parallel, cost, reliability."""
+    metric, winner = results.space.tune.metric, results.leader.get("trial_id")
+    parts = {}
+    for split, summary in (("test", results.test), ("dev", results.dev)):
+        if summary:
+            title = f"{split}: {summary['n']} utterances"
+            figure = figures.confusion_figure(np.array(summary["confusion"]), summary["labels"], title)
+            parts[split] = _part(figure, f"confusion matrix {split}")
+    if any(results.histories.values()):
+        parts["curves"] = _part(figures.learning_curves_figure(results.histories, winner, metric), "learning curves")
+    rows = _with_numbers(results.trials, [metric])
+    if len(rows) > 1 and any(row.get(key) for row in rows for key in results.space.search):
+        figure = trial_figures.parallel_figure(rows, results.space.search, metric, winner)
+        parts["parallel"] = _part(figure, "parallel coordinates of the trials")
+    spent = _costs(results)
+    rows = _with_numbers(results.trials, [metric, *spent])
+    if len(rows) > 1 and spent:
+        parts["cost"] = _part(trial_figures.cost_figure(rows, spent, _front(results), metric), "cost of the trials")
+    predictions = results.predictions.get("test" if results.test else "dev")
+    if predictions is not None:
+        parts["reliability"] = _part(_reliability_figure(predictions), "reliability diagram")
+    return parts
+
+
+def comparison_page(searches: Sequence[Results]) -> str:
+    """The page of several searches side by side."""
+    named = dict(zip(comparison.labels(searches), searches, strict=True))
+    searched = dict.fromkeys(key for r in searches for key in r.space.search)
+    winners = [{"trial_id": r.leader["trial_id"], **r.leaders_config(searched)} if r.leader else {} for r in searches]
+    histories = {name: r.histories.get(r.leader.get("trial_id", ""), []) for name, r in named.items()}
+    tested = {
+        name: (r.answer["uar"], r.test.get("ci95", {}).get("uar")) for name, r in named.items() if "uar" in r.answer
+    }
+    drawn = {}
+    if tested:
+        drawn["intervals"] = _part(figures.intervals_figure(tested, "test UAR"), "test figures with intervals").svg
+    metrics = {r.space.tune.metric for r in searches}
+    if any(histories.values()):
+        metric = metrics.pop() if len(metrics) == 1 else "dev_uar"
+        drawn["winners"] = _part(figures.winners_figure(histories, metric), "learning curves of the winners").svg
+    costs = {name: comparison.costs(r) for name, r in named.items()}
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            searches=named,
+            stamped=[name for name, r in named.items() if r.leaky],
+            gaps=comparison.gaps(searches),
+            differing=comparison.differing(searches),
+            winners=winners,
+            winner_keys=list(dict.fromkeys(key for row in winners for key in row)),
+            costs=costs,
+            cost_keys=list(dict.fromkeys(key for row in costs.values() for key in row)),
+            cost_titles={"trials": "trials", "seconds": "time of all trials"},
+            drawn=drawn,
+        )
+    )
+
+
+def show(key: str, value: object) -> str:
+    """A value as a table shows it: figures with three decimals, durations in minutes, a dash for nothing.
+
+    >>> show("dev_uar", "0.71249"), show("optimizer.lr", "0.000312987"), show("seconds", "4000"), show("epochs", "")
+    ('0.712', '0.000313', '1 h 07 min', '-')
+    """
+    if value is None or value == "":
+        return "-"
+    number = as_number(value)
+    if number is None or key in ("trial_id", "status"):  # an id of digits is no number
+        return str(value)
+    if key.removeprefix("dev_") in (*HEADLINE, "precision", "recall", "f1", "ece", "probability"):
+        return f"{number:.3f}"
+    if key == "seconds":
+        hours, minutes = divmod(round(number / 60), 60)
+        return f"{hours} h {minutes:02} min" if hours else f"{number / 60:.1f} min"
+    return f"{number:,.0f}" if number >= 1000 or (number >= 1 and number == int(number)) else f"{number:.3g}"
+
+
+def interval(summary: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval of a figure, or nothing where there is none."""
+    limits = (summary.get("ci95") or {}).get(name)
+    return f"[{limits[0]:.3f}, {limits[1]:.3f}]" if limits else ""
+
+
+def trial_columns(results: Results) -> list[str]:
+    """The columns of trials.csv that a table of trials shows."""
+    columns = ["trial_id", "status", "epochs", "seconds", *results.space.search, "best_epoch", *DEV_FIGURES, *COSTS]
+    present = set().union(*results.trials)
+    return [column for column in columns if column in present]
+
+
+def trial_counts(results: Results) -> str:
+    """How many trials there are, and what became of them."""
+    total = f"{len(results.trials)} trial{'s' if len(results.trials) != 1 else ''}"
+    counts = Counter(row.get("status", "unknown") for row in results.trials)
+    return total + "".join(f", {many} {status}" for status, many in counts.most_common())
+
+
+# -- below: how it is done
+
+
+def _part(figure: Figure, name: str) -> Part:
+    return Part(figure, Markup(figures.to_svg(figure, name)))  # noqa: S704 - matplotlib escapes
+
+
+def _with_numbers(rows: Sequence[dict[str, str]], keys: Sequence[str]) -> list[dict[str, str]]:
+    return [row for row in rows if all(as_number(row.get(key)) is not None for key in keys)]
+
+
+def _costs(results: Results) -> list[str]:
+    """The costs that are known of any trial; one that an older table lacks is left out."""
+    return [key for key in COSTS if any(as_number(row.get(key)) is not None for row in results.trials)]
+
+
+def _front(results: Results) -> list[str]:
+    """The costs that the front is drawn for: those that the search kept low, or the time an epoch takes."""
+    known = _costs(results)
+    return [key for key in results.space.tune.also or COSTS[:1] if key in known] or known[:1]
+
+
+def _reliability_figure(predictions: Predictions) -> Figure:
+    found = reliability(predictions)
+    return figures.reliability_figure(found, f"{len(predictions)} utterances, calibration error {found.ece:.3f}")
+
+
+def _recordings(results: Results, doubtful: Sequence[mistakes.Mistake]) -> tuple[dict[str, mistakes.Recording], str]:
+    """The recordings, or none and the reason: prepared speech may be gone long before its results are."""
+    directories = [Path(data["directory"]) for data in results.provenance.get("data", ()) if "directory" in data]
+    if not directories:
+        return {}, "provenance.json does not say where the prepared speech lies"
+    try:
+        return mistakes.recordings([mistake.utterance_id for mistake in doubtful], directories), ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {
+        "headline": HEADLINE,
+        "titles": TITLES,
+        "show": show,
+        "interval": interval,
+        "plain": figures.plain,
+        "signed": signed,
+        "limits_of": limits_of,
+    }
+    environment.filters["plain"] = figures.plain
+    return environment

@@ -1,0 +1,98 @@
+"""What a search found, in sentences: what the winner beats, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ser_ray.evaluation.results import Results
+
+NAMES: Final = {
+    "accuracy": "accuracy",
+    "uar": "UAR",
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "kappa": "kappa",
+}
+
+Gap = Mapping[str, Any]
+"""difference, ci95 and, where it was tested, p (two-sided)."""
+
+
+def verdicts(results: Results) -> list[str]:
+    """Sentences on the winner: against baselines on test, the runner-up on dev, and what others published."""
+    found = []
+    for name, gaps in results.test.get("against", {}).items():
+        if metric := _metric(gaps, results.metric):
+            found.append(f"On test it {comparison(_with_article(name), gaps[metric], metric)}.")
+    runner_up = results.choice.get("against") or {}
+    if metric := _metric(runner_up.get("gap", {}), results.metric):
+        name = f"the runner-up, trial {runner_up['trial_id']}"
+        found.append(f"On dev it {comparison(name, runner_up['gap'][metric], metric)}.")
+    found += [_beside_published(row, results) for row in results.test.get("published", ())]
+    return [sentence for sentence in found if sentence]
+
+
+def comparison(name: str, gap: Gap, metric: str) -> str:
+    """Whether one beats the other, which the interval decides: it must leave out 0.
+
+    >>> comparison("the runner-up", {"difference": 0.041, "ci95": [0.01, 0.072]}, "uar")
+    'beats the runner-up by 4.1 points UAR [1.0, 7.2]'
+    >>> comparison("the runner-up", {"difference": 0.003, "ci95": [-0.013, 0.007], "p": 0.3}, "uar")
+    'does not beat the runner-up: +0.3 points UAR [-1.3, +0.7], p = 0.30'
+    >>> comparison("chance", {"difference": -0.02, "ci95": [-0.03, -0.01]}, "kappa")
+    'is worse than chance: -2.0 points kappa [-3.0, -1.0]'
+    """
+    low, high = gap["ci95"]
+    tested = f", {_p(gap['p'])}" if gap.get("p") is not None else ""
+    if low > 0:
+        limits = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        return f"beats {name} by {100 * gap['difference']:.1f} points {NAMES[metric]} {limits}{tested}"
+    verb = "is worse than" if high < 0 else "does not beat"
+    return f"{verb} {name}: {signed(gap['difference'])} points {NAMES[metric]} {limits_of(gap)}{tested}"
+
+
+def signed(share: float) -> str:
+    """A difference of shares in points, with its sign.
+
+    >>> signed(0.0031), signed(-0.02), signed(-0.0001)
+    ('+0.3', '-2.0', '0.0')
+    """
+    points = round(100 * share, 1)
+    return f"{points:+.1f}" if points else "0.0"
+
+
+def limits_of(gap: Gap) -> str:
+    """The interval of a difference, in points."""
+    low, high = gap["ci95"]
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+# -- below: how it is done
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+
+
+def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:
+    """Of the figures that have a gap the one that trials are compared by, or UAR, or the first."""
+    known = [name for name in (preferred, "uar", *gaps) if name in gaps and name in NAMES]
+    return known[0] if known else None
+
+
+def _with_article(name: str) -> str:
+    return f"the {name}" if name.startswith("frozen") else name
+
+
+def _beside_published(row: Mapping[str, Any], results: Results) -> str:
+    """No test of a difference: of others' work there is a figure, but no predictions."""
+    metric = _metric(row, results.metric)
+    if metric is None or metric not in results.answer:
+        return ""
+    gap = round(100 * (results.answer[metric] - row[metric]), 1)
+    where = f"{abs(gap):.1f} points {NAMES[metric]} {'above' if gap > 0 else 'below'}" if gap else "level with"
+    note = f"; {row['note']}" if row.get("note") else ""
+    return (
+        f"It is {where} {row['name']} as published ({row[metric]:.3f}, {row.get('source', 'no source given')}{note})."
+    )

@@ -1,0 +1,134 @@
+"""The Optuna study of a search, told from the results folder: the folder is the truth, the study is made from it.
+
+So nothing has to be saved beside the trials themselves. A search that was killed at any moment, one that is extended,
+and one that begins with what earlier searches learned all make their study in the same way; no pickle is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ser_ray import config
+from ser_ray.config import SearchSpace
+from ser_ray.evaluation import folder
+from ser_ray.evaluation.folder import Record, Tried, costs
+from ser_ray.schema import UserError
+from ser_ray.search import points
+
+STARTUP: Final = (4, 10)
+"""At least and at most so many random points before the sampler models anything; between them a third of the trials."""
+
+
+def make(space: SearchSpace, tried: Iterable[Tried]) -> optuna.Study:
+    """A study that knows the trials that are over, and those of ``tune.warm_start``.
+
+    Raises UserError where a folder to start from cannot be read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    study = optuna.create_study(
+        directions=["maximize", *("minimize" for _ in space.tune.also)], sampler=_sampler(space, 0)
+    )
+    for earlier in space.tune.warm_start:
+        for trial in _earlier(Path(earlier)):
+            if (known := frozen(space, trial)) is not None:
+                study.add_trial(known)
+    for trial in tried:
+        if trial.over and (known := frozen(space, trial)) is not None:
+            study.add_trial(known)
+    return study
+
+
+def begin(
+    study: optuna.Study, space: SearchSpace, number: int, point: Mapping[str, Any] | None
+) -> tuple[optuna.Trial, points.Point]:
+    """Open the ``number``-th trial: at ``point``, whose missing keys are sampled, or wherever the sampler goes.
+
+    What it draws depends on the seed, the number and what the study knows: a search that was cut off and continued
+    tries what the unbroken one would have tried.
+    """
+    study.sampler = _sampler(space, number)
+    if point is not None:
+        study.enqueue_trial({key: points.encode(value) for key, value in point.items()})
+    trial = study.ask()
+    return trial, points.ask(trial, space.search)
+
+
+def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: Tried) -> None:
+    """Tell the study what became of a trial."""
+    values = objectives(space, tried.history)
+    if values is None or tried.status == "failed":
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        study.tell(trial, list(values))
+
+
+def objectives(space: SearchSpace, history: Sequence[Record]) -> tuple[float, ...] | None:
+    """What the study compares trials by: the best dev figure so far, and the figures of ``tune.also``; None without an
+    epoch. The running best, as a trial that is stopped early counts with what it reached."""
+    if not history:
+        return None
+    cost = costs(history)
+    return (float(history[-1][f"best_{space.tune.metric}"]), *(cost[name] for name in space.tune.also))
+
+
+def frozen(space: SearchSpace, tried: Tried) -> FrozenTrial | None:
+    """A trial that is over, as a study keeps it; None where a value lies outside of the space, as an earlier
+    search's may."""
+    params, distributions = {}, {}
+    for key, value in tried.values.items():
+        if key not in space.search:
+            return None
+        distribution = points.as_optuna(space.search[key])
+        encoded = points.encode(value)
+        inside = encoded in getattr(distribution, "choices", (encoded,)) and _within(distribution, encoded)
+        if not inside:
+            return None
+        params[key], distributions[key] = encoded, distribution
+    values = objectives(space, tried.history)
+    if values is None or tried.status == "failed":
+        return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
+    return create_trial(
+        values=list(values),
+        params=params,
+        distributions=distributions,
+        intermediate_values={r["epoch"]: r[f"best_{space.tune.metric}"] for r in tried.history},
+    )
+
+
+def first_points(space: SearchSpace) -> list[points.Point]:
+    """The points that are tried before the sampler chooses: those of ``tune.first``, or all of a grid."""
+    if space.tune.sampler == "grid":
+        return points.grid(space.search, space.tune.grid_points, space.tune.seed)
+    return [dict(point) for point in space.tune.first]
+
+
+def _sampler(space: SearchSpace, number: int) -> optuna.samplers.BaseSampler:
+    seed = int(config.fingerprint(space.tune.seed, number), 16) % 2**32
+    if space.tune.sampler != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    least, most = STARTUP
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        multivariate=True,
+        group=True,  # conditional keys
+        constant_liar=True,  # trials run at the same time: keep them apart
+        n_startup_trials=max(least, min(most, space.tune.trials // 3)),
+    )
+
+
+def _within(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    low, high = getattr(distribution, "low", None), getattr(distribution, "high", None)
+    return low is None or high is None or (isinstance(value, int | float) and low <= value <= high)
+
+
+def _earlier(results_dir: Path) -> list[Tried]:
+    if not (results_dir / "trials").is_dir():
+        raise UserError(f"tune.warm_start: {results_dir}: no results folder of a search; give results/<name>")
+    return [trial for trial in folder.read_tried(results_dir / "trials") if trial.over]

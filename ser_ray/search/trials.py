@@ -1,0 +1,92 @@
+"""The trials of a search while it runs: what is on disk, in memory, and written back at every change."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ser_ray import disk
+from ser_ray.evaluation import folder
+from ser_ray.evaluation.folder import Tried
+
+ATTEMPTS: Final = 4
+"""A trial whose processes keep dying is given up after so many starts without an epoch between them: a machine that
+fails now and then costs an epoch each time, one that always fails must not hold the search for ever."""
+
+
+class Trials:
+    """The trials below ``results_dir/kind``; ``keys`` are the columns of ``trials.csv`` that say what was tried."""
+
+    def __init__(self, results_dir: Path, keys: Iterable[str], kind: str = "trials", argv: Iterable[str] = ()) -> None:
+        self.results_dir, self.keys, self.kind = results_dir, list(keys), kind
+        self.known = {tried.trial_id: tried for tried in folder.read_tried(results_dir / kind)}
+        self.before = {trial_id: tried.seconds for trial_id, tried in self.known.items()}
+        self.starts: dict[str, int] = {}
+        self.reached: dict[str, int] = {}
+        self.error: Exception | None = None
+        """Why nothing can be written any more; Tune, which calls this, makes a traceback of it or passes over it."""
+        self.started = time.monotonic()
+        self.session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": list(argv)}
+
+    def __iter__(self) -> Any:
+        """In order of their ids."""
+        return iter(sorted(self.known.values(), key=lambda tried: tried.trial_id))
+
+    def add(self, trial_id: str, values: Mapping[str, Any]) -> Tried:
+        """A trial that is to be begun."""
+        self.known[trial_id] = Tried(trial_id, values)
+        return self.update(trial_id)
+
+    def start(self, trial_id: str) -> Tried:
+        """It begins, or goes on."""
+        epochs = len(self.known[trial_id].history)
+        if self.reached.get(trial_id) != epochs:  # it came further since its last start
+            self.reached[trial_id], self.starts[trial_id] = epochs, 0
+        self.starts[trial_id] = self.starts.get(trial_id, 0) + 1
+        return self.update(trial_id, status="running", error="")
+
+    def update(self, trial_id: str, seconds: float | None = None, **changes: Any) -> Tried:
+        """Write what is new of a trial: its status, error, ``seconds`` in this session; its history is read again."""
+        if seconds is not None:
+            changes["seconds"] = self.before.get(trial_id, 0.0) + seconds
+        directory = self.results_dir / self.kind
+        history = tuple(folder.trial_history(directory / trial_id))
+        tried = dataclasses.replace(self.known[trial_id], history=history, **changes)
+        self.known[trial_id] = tried
+        try:
+            folder.write_tried(directory, tried)
+            if self.kind == "trials":
+                folder.write_trials(self.results_dir, [folder.trial_row(known, self.keys) for known in self])
+            self._write_session()
+        except OSError as error:
+            self.error = error
+            raise
+        return tried
+
+    def interrupted(self, trial_id: str, reason: str) -> Tried:
+        """A trial whose process died: it goes on from its last epoch, unless that has happened too often."""
+        if self.starts.get(trial_id, 0) < ATTEMPTS:
+            return self.update(trial_id, status="running", error=reason)
+        return self.update(trial_id, status="failed", error=f"{reason} ({ATTEMPTS} times)")
+
+    def hours(self) -> float:
+        """Hours of all sessions of this search."""
+        sessions = [*_earlier_sessions(self.results_dir, self.session["started"]), {"seconds": self._own_seconds()}]
+        return sum(float(session["seconds"]) for session in sessions) / 3600
+
+    def _own_seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _write_session(self) -> None:
+        earlier = _earlier_sessions(self.results_dir, self.session["started"])
+        own = self.session | {"seconds": round(self._own_seconds(), 1)}
+        disk.write_json(self.results_dir / "sessions.json", [*earlier, own])
+
+
+def _earlier_sessions(results_dir: Path, own: object) -> list[dict[str, Any]]:
+    path = results_dir / "sessions.json"
+    sessions: list[dict[str, Any]] = disk.read_json(path) if path.is_file() else []
+    return [session for session in sessions if session["started"] != own]

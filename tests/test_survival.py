@@ -1,0 +1,186 @@
+"""A search whose processes are killed at random moments, beside one that nobody disturbs: the same trials, none twice.
+
+Victims are the driver, the process of a trial, a training worker, an evaluation actor and a Ray Data actor. What it
+counted is written to results/benchmarks/survival.md by ``pytest tests/test_survival.py --slow --write-survival``.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_verbs import results_of, write_space
+
+from ser_ray.evaluation import folder
+
+KILLS = 20
+VICTIMS = {  # as Ray names the processes
+    "driver": "",
+    "process of a trial": "ImplicitFunc",
+    "training worker": "RayTrainWorker",
+    "controller of a trial": "TrainController",
+    "evaluation actor": "Scorer",
+    "Ray Data actor": "MapWorker",
+}
+RARE = {"evaluation actor": 3, "Ray Data actor": 2}
+"""These live for seconds only: killed as soon as they are seen, so often."""
+PAUSE_S = (2.0, 20.0)
+"""Between a kill, or the start of trials, and the next: often before an epoch is over, sometimes after several."""
+SEARCH = (
+    "tune.trials=8",
+    "tune.concurrency=1",  # so that the order of trials, and with it what the sampler knows, is the same
+    "tune.scheduler=none",
+    "tune.finalists=2",
+    "experiment.epochs=5",
+    "experiment.patience=5",
+    "storage.prefix_gb=1",
+)
+
+
+def start(space: Path, name: str) -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    log = (space.parent / f"{name}.log").open("ab")
+    cache = f"storage.cache={space.parent / name}-cache"  # each makes its own prefix
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", cache, *SEARCH]
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def victims(driver: int) -> dict[str, list[psutil.Process]]:
+    """Kind -> living processes of this search, idle ones left out."""
+    found: dict[str, list[psutil.Process]] = {"driver": [psutil.Process(driver)]}
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:  # gone meanwhile
+            continue
+        for kind, word in VICTIMS.items():
+            if word and title.startswith("ray::") and word in title:
+                found.setdefault(kind, []).append(process)
+    return found
+
+
+def wait_for_victims(
+    space: Path, name: str, driver: subprocess.Popen[bytes], rng: random.Random, sessions: int
+) -> None:
+    """Until the trials of this session have begun, and a while more; or a rare victim is there, or the search over."""
+    log = space.parent / f"{name}.log"
+    while driver.poll() is None and log.read_text().count("searching ") < sessions:
+        time.sleep(0.2)
+    until = time.monotonic() + rng.uniform(*PAUSE_S)
+    while driver.poll() is None and time.monotonic() < until and not RARE.keys() & victims(driver.pid).keys():
+        time.sleep(0.2)
+
+
+def disturb(space: Path, name: str, seed: int) -> collections.Counter[str]:
+    """Run the search to its end, killing until `KILLS` is reached; returns how often which kind."""
+    rng, killed = random.Random(seed), collections.Counter[str]()
+    driver, sessions = start(space, name), 1
+    while True:
+        wait_for_victims(space, name, driver, rng, sessions)
+        if driver.poll() is None:
+            found = victims(driver.pid)
+            rare = [kind for kind, most in RARE.items() if kind in found and killed[kind] < most]
+            often = [kind for kind in found if kind not in RARE] if killed.total() < KILLS else []
+            # The kind that has been killed least: the driver is always there, the others come and go.
+            kind = rare[0] if rare else min(often, key=lambda one: (killed[one], rng.random()), default=None)
+            if kind is not None:
+                try:
+                    rng.choice(found[kind]).kill()
+                except psutil.NoSuchProcess:
+                    continue
+                killed[kind] += 1
+                if kind == "driver":
+                    driver.wait(60)
+        if driver.poll() == 0:
+            return killed
+        if driver.poll() is not None:
+            driver, sessions = start(space, name), sessions + 1
+            assert sessions < 2 * KILLS, (space.parent / f"{name}.log").read_text()[-3000:]
+
+
+def rows(results: Path) -> dict[str, dict[str, str]]:
+    return {row["trial_id"]: row for row in csv.DictReader((results / "trials.csv").open())}
+
+
+def lines(results: Path, trial_id: str) -> list[dict]:
+    """All epochs that were ever trained, the repeated ones too."""
+    path = results / "trials" / trial_id / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif("not config.getoption('--write-survival')", reason="takes half an hour; run with --write-survival")
+def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(tiny_corpus, tmp_path, request):
+    space = write_space(tmp_path, tiny_corpus)
+    assert start(space, "unbroken").wait(1200) == 0, (tmp_path / "unbroken.log").read_text()[-3000:]
+    killed = disturb(space, "broken", seed=0)
+    unbroken, broken = results_of(space, "unbroken"), results_of(space, "broken")
+    log = (tmp_path / "broken.log").read_text()
+    assert killed.total() >= KILLS, f"the search was over after {killed}"
+    before, after = rows(unbroken), rows(broken)
+    assert before.keys() == after.keys()
+    assert {row["status"] for row in (*before.values(), *after.values())} == {"finished"}, log[-3000:]
+    repeated = 0
+    for trial_id, row in before.items():
+        same = [key for key in row if key.startswith(("adapter.", "optimizer.", "epochs"))]
+        assert {key: row[key] for key in same} == {key: after[trial_id][key] for key in same}, trial_id
+        # The loop takes the steps that the unbroken one takes; sums of floats may differ in their last digits.
+        assert float(after[trial_id]["dev_uar"]) == pytest.approx(float(row["dev_uar"]), abs=0.07)
+        epochs = [line["epoch"] for line in lines(broken, trial_id)]
+        assert sorted(set(epochs)) == [line["epoch"] for line in lines(unbroken, trial_id)]
+        repeated += len(epochs) - len(set(epochs))
+    # An epoch is trained again only where its checkpoint was not whole yet when the kill came.
+    assert repeated <= killed.total()
+    for tried in folder.read_tried(broken / "trials"):
+        assert (broken / after[tried.trial_id]["checkpoint"] / "head.safetensors").is_file()
+        assert float(after[tried.trial_id]["dev_uar"]) == tried.best["dev_uar"]
+    for name in ("best/head.safetensors", "evaluation/test.json", "evaluation/predictions.parquet", "report.html"):
+        assert (broken / name).is_file(), name
+    openings = json.loads((broken / "evaluation/test_openings.json").read_text())
+    assert len(openings) <= 1 + killed["driver"] + killed["evaluation actor"]
+    if request.config.getoption("--write-survival"):
+        write_page(killed, before, after, repeated, len(openings), broken)
+
+
+def write_page(killed, before, after, repeated: int, openings: int, broken: Path) -> None:
+    """results/benchmarks/survival.md."""
+    epochs = sum(int(row["epochs"]) for row in after.values())
+    seconds = [sum(float(row["seconds"]) for row in found.values()) for found in (before, after)]
+    sessions = len(json.loads((broken / "sessions.json").read_text()))
+    gap = max(abs(float(after[i]["dev_uar"]) - float(before[i]["dev_uar"])) for i in before)
+    text = [
+        "# A search that is killed",
+        "",
+        "```",
+        "pytest tests/test_survival.py --slow --write-survival",
+        "```",
+        "",
+        f"The same search of {len(before)} trials of 5 epochs, once left alone, once with kill -9 at random moments "
+        f"(seed 0, {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s apart).",
+        "",
+        "| killed | times |",
+        "|---|---|",
+        *(f"| {kind} | {killed[kind]} |" for kind in VICTIMS),
+        f"| together | {killed.total()} |",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| trials finished, unbroken and killed | {len(before)} and {len(after)}, the same points |",
+        f"| epochs, and how many of them were trained twice | {epochs}, {repeated} |",
+        f"| largest difference of a trial's best dev UAR | {gap:.4f} |",
+        f"| commands given until it was over | {sessions} |",
+        f"| seconds of all trials, unbroken and killed | {seconds[0]:.0f} and {seconds[1]:.0f} |",
+        f"| times the test set was opened | {openings} |",
+    ]
+    page = Path(__file__).parents[1] / "results" / "benchmarks" / "survival.md"
+    page.write_text("\n".join(text) + "\n", encoding="utf-8")

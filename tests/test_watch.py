@@ -1,0 +1,120 @@
+"""What a person sees of a search: the same trials told to `Watch` in a terminal and in a log."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from rich.console import Console
+from search_fixtures import SEARCH, record, space
+
+from ser_ray.evaluation import folder
+from ser_ray.schema import StorageError, UserError
+from ser_ray.search.trials import ATTEMPTS, Trials
+from ser_ray.watch import Watch
+
+VALUES = {"adapter.method": "lora", "adapter.rank": 8, "optimizer.lr": 0.000312345}
+
+
+def trial(number: int, error: BaseException | None = None, **last: Any) -> Any:
+    config = {"trial_id": f"{number:03d}", "values": VALUES}
+    return SimpleNamespace(config=config, last_result=last, get_pickled_error=lambda: error)
+
+
+def watch(directory: Path, terminal: bool = False) -> tuple[Watch, io.StringIO]:
+    settings, text = space(SEARCH, trials=3), io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120, highlight=False, color_system=None)
+    trials = Trials(directory, settings.search)
+    for number in (1, 2):
+        trials.add(f"{number:03d}", VALUES)
+    return Watch(settings, trials, 1, console), text
+
+
+def epoch(seen: Watch, number: int, uar: float, last: bool = False) -> None:
+    name = f"{number:03d}"
+    reached = len(seen.trials.known[name].history) + 1
+    line = record(reached, uar, uar) | {"last": last}
+    folder.append_history(seen.trials.results_dir / "trials" / name, line)
+    seen.on_trial_result(0, [], trial(number), line | {"time_total_s": 60.0 * reached})
+
+
+def task_error(cause: Exception) -> RayTaskError:
+    return RayTaskError("run_trial", "Traceback ...\nlast line", cause)
+
+
+def test_a_log_has_a_line_for_everything(tmp_path):
+    seen, text = watch(tmp_path)
+    seen.on_trial_start(0, [], trial(1))
+    (tmp_path / "trials/001/notes.txt").write_text("frozen prefix: found\n")
+    seen.on_step_end(0, [])
+    epoch(seen, 1, 0.4)
+    epoch(seen, 1, 0.5, last=True)
+    seen.on_trial_complete(0, [], trial(1, last=True, time_total_s=120.0))
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "trial 001  starts: adapter.method=lora, adapter.rank=8, optimizer.lr=0.000312"
+    assert lines[1] == "trial 001  frozen prefix: found"
+    assert "epoch  2" in lines[3]
+    assert lines[4] == "trial 001  finished; 1 of 3 trials done, about 4 min left"
+    assert [row["status"] for row in folder.read_trials(tmp_path)] == ["finished", "running"]
+    assert [row["seconds"] for row in folder.read_trials(tmp_path)] == ["120.0", "0.0"]
+
+
+def test_a_terminal_shows_one_table(tmp_path):
+    seen, text = watch(tmp_path, terminal=True)
+    with seen.shown():
+        seen.on_trial_start(0, [], trial(1))
+        epoch(seen, 1, 0.5, last=True)
+        seen.on_trial_complete(0, [], trial(1, last=True, time_total_s=60.0))
+        seen.on_trial_start(0, [], trial(2))
+        epoch(seen, 2, 0.7)
+        drawn = Console(file=io.StringIO(), width=120)
+        drawn.print(seen.table())
+    table = drawn.file.getvalue()
+    assert "1 of 3 trials done, about 2 min left" in table
+    running, finished = table.splitlines()[-4:-2] if not table.splitlines()[-1] else table.splitlines()[-3:-1]
+    assert running.split()[:4] == ["002", "running", "1", "0.700"]
+    assert finished.split()[:4] == ["001", "finished", "1", "0.500"]
+    assert "epoch  1" not in text.getvalue()
+
+
+def test_a_trial_that_goes_on_says_after_what(tmp_path):
+    seen, text = watch(tmp_path)
+    folder.append_history(tmp_path / "trials" / "001", record(3, 0.4, 0.4))
+    seen.on_trial_start(0, [], trial(1))
+    assert "goes on after epoch 3: " in text.getvalue()
+
+
+def test_a_stopped_trial_is_no_finished_one(tmp_path):
+    seen, text = watch(tmp_path)
+    seen.on_trial_start(0, [], trial(1))
+    epoch(seen, 1, 0.4)
+    seen.on_trial_complete(0, [], trial(1, last=False, time_total_s=60.0))
+    assert seen.trials.known["001"].status == "stopped"
+    assert "stopped by the scheduler" in text.getvalue()
+
+
+def test_what_died_goes_on_and_what_was_refused_does_not(tmp_path):
+    seen, text = watch(tmp_path)
+    for attempt in range(1, ATTEMPTS + 1):
+        seen.on_trial_start(0, [], trial(1))
+        seen.on_trial_error(0, [], trial(1, RayActorError()))
+        assert seen.trials.known["001"].over == (attempt == ATTEMPTS)
+    seen.on_trial_start(0, [], trial(2))
+    seen.on_trial_error(0, [], trial(2, task_error(UserError("epoch 3: the loss is nan; lower optimizer.lr"))))
+    assert seen.trials.known["002"].status == "failed"
+    assert seen.trials.known["002"].error == "epoch 3: the loss is nan; lower optimizer.lr"
+    assert text.getvalue().count("goes on from its last epoch: its process died") == ATTEMPTS - 1
+
+
+def test_a_full_disk_ends_the_search(tmp_path):
+    seen, _ = watch(tmp_path)
+    seen.on_trial_start(0, [], trial(1))
+    full = task_error(OSError(errno.ENOSPC, "No space left on device", "/results/x"))
+    with pytest.raises(StorageError, match="/results/x: No space left on device; make room"):
+        seen.on_trial_error(0, [], trial(1, full))
+    assert not seen.trials.known["001"].over
