@@ -14,8 +14,7 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import coverage
+import interval_coverage
 
 
 def _judged(rng, speakers=6, each=15, num_labels=4, spread=0.3):
@@ -72,12 +71,14 @@ def test_holds_the_truth_as_often_as_it_says_where_percentiles_do_not(speakers):
     """Wide bounds for 150 simulations each at true UARs of .6 and .9: +- 4 standard errors around 95 %."""
     held, by_percentiles, tries = 0, 0, 300
     for simulation in range(tries):
-        classifier = coverage.of_uar((0.6, 0.9)[simulation % 2])
-        labels, (said,), names = coverage.simulate(np.random.default_rng(simulation), [classifier], speakers, True)
-        truth = coverage.truth(classifier)["uar"]
+        classifier = interval_coverage.of_uar((0.6, 0.9)[simulation % 2])
+        labels, (said,), names = interval_coverage.simulate(
+            np.random.default_rng(simulation), [classifier], speakers, True
+        )
+        truth = interval_coverage.truth(classifier)["uar"]
         low, high = bootstrap_ci95(labels, said, names, 6, draws=300)[0]["uar"]
         held += low <= truth <= high
-        low, high = coverage.percentiles(labels, said, names, draws=300)["uar"]
+        low, high = interval_coverage.percentiles(labels, said, names, draws=300)["uar"]
         by_percentiles += low <= truth <= high
     assert 0.90 <= held / tries <= 0.995
     if speakers <= 10:
@@ -171,9 +172,9 @@ def test_a_gap_is_certain_where_its_interval_leaves_out_nothing(speakers, first,
 
 def test_the_paired_test_raises_few_false_alarms():
     """300 pairs of classifiers that are equally good: 15 alarms expected, 30 and more by chance once in 5000 times."""
-    classifier, alarms = coverage.of_uar(0.6), 0
+    classifier, alarms = interval_coverage.of_uar(0.6), 0
     for simulation in range(300):
-        labels, said, names = coverage.simulate(np.random.default_rng(simulation), [classifier] * 2, 10, False)
+        labels, said, names = interval_coverage.simulate(np.random.default_rng(simulation), [classifier] * 2, 10, False)
         alarms += paired_gap(labels, *said, names, 6, draws=300)["uar"].p < 0.05
     assert 2 <= alarms <= 30
 

@@ -1,6 +1,6 @@
 """Do 95 % intervals hold the truth 95 % of the time, and does the paired test cry wolf 5 % of the time? By simulation.
 
-    python tests/benchmarks/coverage.py [SIMULATIONS] > results/benchmarks/coverage.md
+    python tests/benchmarks/interval_coverage.py [SIMULATIONS] > results/benchmarks/coverage.md
 
 Predictions of classifiers whose figures over all speakers that there could be are known: every speaker is recognised
 more or less well, and leans towards some emotions; a few of them are drawn, and the intervals are made of what is said
@@ -164,7 +164,7 @@ def main() -> None:
     started = time.process_time()
     cases = 2 * len(LEVELS)
     print("# Coverage of the intervals, false alarms of the paired test\n")
-    print(f"```\npython tests/benchmarks/coverage.py {simulations} > results/benchmarks/coverage.md\n```\n")
+    print(f"```\npython tests/benchmarks/interval_coverage.py {simulations} > results/benchmarks/coverage.md\n```\n")
     print(f"Simulated test sets of six emotions ({', '.join(f'{100 * s:.0f} %' for s in SHARES)}), about {EACH}")
     print("utterances a speaker; speakers are recognised unequally well and lean towards some emotions. True UAR")
     print(f"{', '.join(map(str, LEVELS))}; speakers who speak equally much, and not: {cases} cases of {simulations}")
