@@ -1,4 +1,4 @@
-"""What a model must beat: figures that need no audio, and linear classifiers on features that nobody trained here."""
+"""What a model must beat: figures that need no audio, and a linear classifier on features that nobody trained here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import numpy as np
 
 from ser_ray.evaluation.metrics import confusion, headline
 
-STRENGTH: Final = 0.01
-"""Inverse regularisation C of `linear`, as of the probe that a head may start from: about a thousand standardised
-features, about as many utterances."""
 STRENGTHS: Final = (0.0001, 0.001, 0.01, 0.1, 1.0)
 """What `linear_svm` chooses its C from."""
 FOLDS: Final = 5
@@ -38,37 +35,6 @@ def majority(train_labels: np.ndarray, test_labels: np.ndarray, num_labels: int)
     most_frequent = np.bincount(train_labels, minlength=num_labels).argmax()
     matrix = confusion(test_labels, np.full(len(test_labels), most_frequent), num_labels)
     return {name: float(value) for name, value in headline(matrix).items()}
-
-
-def linear(
-    train_features_ND: np.ndarray,
-    train_labels_N: np.ndarray,
-    test_features_MD: np.ndarray,
-    num_labels: int,
-    strength: float = STRENGTH,
-) -> np.ndarray:
-    """Logistic regression on standardised features, emotions weighted alike: a frozen backbone with a linear head.
-
-    Args:
-        train_features_ND: N train utterances, such as the mean over the frames of one layer.
-        train_labels_N: int, in 0..K-1.
-        test_features_MD: M test utterances.
-        num_labels: K, the number of declared emotions.
-        strength: C, the inverse regularisation.
-
-    Returns:
-        (M, K) float64 probabilities; 0 for an emotion that train has none of.
-
-    Raises:
-        ValueError: train has fewer than two emotions, or the features are no numbers.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
-    model.fit(train_features_ND, train_labels_N)
-    return _of_all_emotions(model.predict_proba(test_features_MD), model.classes_, num_labels)
 
 
 def linear_svm(

@@ -8,7 +8,8 @@ The percentiles of the draws are too narrow for the few speakers that corpora ha
 sqrt((S - 1) / S) too little, and S speakers tell their own spread only roughly (Hesterberg 2015, "What teachers should
 know about the bootstrap", section 4). An interval here is therefore the figure +- Student's t, with S - 1 degrees of
 freedom, times the draws' standard deviation set right; on the logit scale, where a figure near 1 varies evenly and no
-limit lies outside of what the figure can be. Coverage by simulation: results/benchmarks/coverage.md.
+limit lies outside of what the figure can be. Simulated intervals of 10 to 90 speakers hold the truth 94 % of the time,
+of four 95 to 96 % at twice the width of the percentiles, which hold it 78 % (results/benchmarks/coverage.md).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def bootstrap_ci95(
     Returns:
         Figure -> (low, high), and ``speakers``; or ``utterances``, where there is one speaker only, of whom
         nothing can be said about others. Where all speakers are recognised alike, as without any error, there is no
-        spread to judge by, and the limits meet.
+        spread to judge by, and the limits all but meet.
 
     Raises:
         ValueError: the lengths differ, there are no utterances, or a label lies outside of 0..K-1.
@@ -97,7 +98,7 @@ def paired_gap(
 
     Paired: a draw of speakers counts for both, so that a speaker who is hard for both does not widen the interval. The
     p-value is that of the same t, so that it is below 0.05 where the interval leaves out 0. (Swapping the two models
-    for every speaker by the toss of a coin keeps the level no better, and can never say p < 0.05 of five speakers.)
+    for every speaker by the toss of a coin kept the level hardly better, and can never say p < 0.05 of five speakers.)
     The arguments are those of `bootstrap_ci95`.
 
     Raises ValueError where the lengths differ, or there are fewer than two speakers.
@@ -127,8 +128,7 @@ def paired_gap(
 
 
 def _limits(name: str, value: float, drawn: np.ndarray, units: int, half_error: float) -> tuple[float, float]:
-    """The interval on the logit scale; a draw without a single error counts as one with half an error, as elsewhere
-    its logit would be infinite."""
+    """The interval on the logit scale. That of a figure without any error is infinite: it counts as half an error."""
     lowest = LOWEST.get(name, 0.0)
 
     def scaled(figure: float | np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from ser_ray.speech.fingerprint import SameTake
 Rows = Sequence[Mapping[str, Any]]
 
 FEW_SPEAKERS: Final = 5
-"""In test: with fewer, intervals over speakers are too narrow to be read (a bootstrap of four has 35 draws)."""
+"""In test: with fewer, an interval over speakers is so wide that few differences can be told from chance."""
 SHIFT: Final = 0.2
 """Total variation between the emotions of two splits from which it is noted: a fifth of one split is otherwise."""
 ONE_LENGTH: Final = 0.25
@@ -128,7 +128,7 @@ def _few_speakers(speakers: int) -> Iterable[dict[str, str]]:
         detail = "intervals are over its utterances, and say nothing about other speakers"
         yield _finding("note", "one speaker in test", detail)
     elif speakers < FEW_SPEAKERS:
-        yield _finding("note", "few speakers in test", f"{speakers}: intervals over speakers are too narrow")
+        yield _finding("note", "few speakers in test", f"{speakers}: intervals over speakers will be wide")
 
 
 def _few_voices(rows: Rows) -> Iterable[dict[str, str]]:
