@@ -2,8 +2,8 @@
 
 By default no speaker is on two sides: a network that has heard a speaker recognises the speaker, and every figure
 rises (IEMOCAP: 79.6 % with shared speakers, 73.0 % without, arXiv 2111.02735; RAVDESS: results/benchmarks/premium.md).
-The random split exists to measure that difference, and is stamped leaky. Every fold depends on the set of rows and the seed, not on the order
-of the rows nor on the machine.
+The random split exists to measure that difference, and is stamped leaky. Every fold depends on the set of rows and the
+seed, not on the order of the rows nor on the machine.
 """
 
 from __future__ import annotations
