@@ -267,7 +267,10 @@ def on_ray(bench: Bench) -> Iterable[Row]:
 
 
 def streams(bench: Bench) -> Iterable[Row]:
-    """Hours of audio a second after the first batch, padded batches of float32; all of RAVDESS, four times over."""
+    """Hours of audio a second after the first batch, padded batches of float32, of RAVDESS's train speakers.
+
+    The DataLoader has them in memory. What is streamed begins its next epoch meanwhile, as it does in training.
+    """
     task, shard_dirs = bench.task(bench.space().experiment)
     cluster.connect()
     paths = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
