@@ -14,11 +14,10 @@ if __name__ == "__main__":  # hand over at once: workers find everything in ser_
     sys.exit(command(["train", *sys.argv[1:]]))
 
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,10 @@ if TYPE_CHECKING:
     from ser_ray.models.classifier import EmotionClassifier
     from ser_ray.speech.stream import Content
     from ser_ray.training import loop
+
+
+Tell = Callable[[folder.Record], None]
+"""Hears of an epoch that is written."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,15 @@ def open_trial(
 
 
 def fit_on_ray(
-    trial: Trial, datasets: Mapping[str, ray.data.Dataset] | None = None, callbacks: Iterable[Any] = ()
+    trial: Trial,
+    datasets: Mapping[str, ray.data.Dataset] | None = None,
+    callbacks: Iterable[Any] = (),
+    tell: Tell | None = None,
 ) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
 
-    ``datasets``: the trial's data where they are loaded already.
+    ``datasets``: the trial's data where they are loaded already. With ``tell`` there is one worker, and it is this
+    process (Ray Train's local mode): it holds what the worker takes, and hears of every epoch.
     Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
     """
     from ray.train.torch import TorchTrainer
@@ -139,10 +146,10 @@ def fit_on_ray(
         datasets = feed.load_datasets(task, paths, trial.column(), trial.workers, trial.resident)
     directory = Path(trial.directory)
     trainer = TorchTrainer(
-        _work,
+        _work if tell is None else lambda settings: _work(settings, tell),
         train_loop_config=asdict(trial),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=trial.workers,
+            num_workers=0 if tell else trial.workers,
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
@@ -153,8 +160,6 @@ def fit_on_ray(
             name=directory.name,
             storage_path=str(directory.parent),
             callbacks=list(callbacks),
-            # Keeps the best checkpoint, and Ray adds the latest, to continue from.
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="keep"),
             # One that fails is continued by whoever started it: a search, or the same command.
             failure_config=ray.train.FailureConfig(max_failures=0),
             logging_config=ray.train.LoggingConfig("ERROR"),
@@ -175,25 +180,29 @@ def run_trial(
     planned: cache.Plan,
     speech: Mapping[str, ray.data.Dataset],
 ) -> None:
-    """One trial of a search, as Tune calls it: a TorchTrainer of its own, whose epochs travel back to Tune.
+    """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
 
+    One worker is this process; several are processes of their own, which takes a trial some ten seconds more.
     ``point``: its trial_id, below ``directory``, and the values of the searched keys. ``speech``: the datasets of
     waveforms where trials share them. Raises UserError, also where the results folder cannot be written any more.
     """
+    from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     settled = SearchSpace.model_validate(space)
     trial_dir, values = Path(directory) / point["trial_id"], point["values"]
-    trial_dir.mkdir(parents=True, exist_ok=True)
-    with (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
+    with _explained(trial_dir), (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
         console = Console(file=notes, highlight=False, soft_wrap=True)
         dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
         with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
             shared = speech if speech and trial.prefix is None else None
-            fit_on_ray(trial, shared, [TuneReportCallback()])
+            if workers == 1:
+                fit_on_ray(trial, shared, tell=tune.report)
+            else:
+                fit_on_ray(trial, shared, [TuneReportCallback()])
 
 
-def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda record: None) -> None:
+def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
     import torch
 
@@ -208,23 +217,13 @@ def fit_here(trial: Trial, on_record: Callable[[folder.Record], None] = lambda r
             yield shards.select(table, labels)
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
-        aside = directory / f".{folder.checkpoint_name(record['epoch'])}"
-        save(aside)
-        target = directory / folder.checkpoint_name(record["epoch"])
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        folder.append_history(directory, record)
-        keep = {folder.checkpoint_name(record["epoch"]), folder.checkpoint_name(record["best_epoch"])}
-        for old in directory.glob("epoch_*"):
-            if old.name not in keep:
-                shutil.rmtree(old)
-        on_record(record)
+        _write_epoch(directory, record, save)
+        tell(record)
 
-    done = [directory / folder.checkpoint_name(r["epoch"]) for r in folder.trial_history(directory)]
     model, content = trial.model(experiment, device)
     train, dev = (partial(tables, task.labels(split)) for split in ("train", "dev"))
     data = feed.data(experiment, task, train, dev, content)
-    loop.fit(model, data, on_epoch, trial.metric, next((d for d in reversed(done) if d.is_dir()), None))
+    loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
 
 
 def audit_task(task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
@@ -323,8 +322,8 @@ def main(arguments: list[str]) -> int:
 # -- below: how it is done
 
 
-def _work(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
+    """What every worker runs; in local mode, where Ray Train passes nothing on, epochs go to ``tell``."""
     import torch
     from ray.train.torch import get_device
 
@@ -335,41 +334,62 @@ def _work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(trial.cpus)))
     if 0 < trial.gpus < 1:  # a trial that takes more than its share fails by itself, not its neighbours
         torch.cuda.set_per_process_memory_fraction(trial.gpus)
-    context = ray.train.get_context()
-    rank, directory = context.get_world_rank(), Path(trial.directory)
+    rank, size, directory = 0, 1, Path(trial.directory)
+    if tell is None:
+        context, tell = ray.train.get_context(), ray.train.report
+        rank, size = context.get_world_rank(), context.get_world_size()
     train, dev = (feed.Tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
-        saved = None
         if rank == 0:
-            local = tempfile.mkdtemp()
-            save(Path(local))
-            saved = ray.train.Checkpoint.from_directory(local)
-            folder.append_history(directory, record)
-        # Of equals Ray keeps the latest; the earliest is ours, having been trained least.
-        keep = record[trial.metric] - 1e-9 * record["epoch"]
-        ray.train.report(
-            record | {"keep": keep},
-            checkpoint=saved,
-            checkpoint_dir_name=folder.checkpoint_name(record["epoch"]),
-            delete_local_checkpoint_after_upload=True,
-        )
+            _write_epoch(directory, record, save)
+        tell(record)
 
+    loop.forget_peak()  # of the trial before, where a process trains one after the other
     model, content = trial.model(experiment, get_device())
-    data = feed.data(experiment, task, train, dev, content, rank, context.get_world_size())
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else nullcontext() as last:
-        try:
-            loop.fit(model, data, on_epoch, trial.metric, Path(last) if last else None)
-        except torch.OutOfMemoryError as error:
-            share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
-            raise UserError(
-                f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
-                "or raise resources.gpus_per_worker"
-            ) from error
-        finally:
-            train.close()
-            dev.close()
+    data = feed.data(experiment, task, train, dev, content, rank, size)
+    try:
+        loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
+    except torch.OutOfMemoryError as error:
+        share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
+        raise UserError(
+            f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
+            "or raise resources.gpus_per_worker"
+        ) from error
+    finally:
+        train.close()
+        dev.close()
+
+
+def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:
+    """An epoch's checkpoint and its line; of the earlier checkpoints the best stays."""
+    target = directory / folder.checkpoint_name(record["epoch"])
+    aside = directory / f".{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    save(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    folder.append_history(directory, record)
+    keep = {target.name, folder.checkpoint_name(record["best_epoch"])}
+    for old in directory.glob("epoch_*"):
+        if old.name not in keep:
+            shutil.rmtree(old)
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    """That of the last epoch that was told; of one whose line is missing nobody has heard."""
+    told = [directory / folder.checkpoint_name(record["epoch"]) for record in folder.trial_history(directory)]
+    return next((path for path in reversed(told) if path.is_dir()), None)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """What cannot be written in the body is a StorageError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise cluster.user_error(error, directory) or error from None
 
 
 @contextmanager

@@ -260,15 +260,18 @@ def _run(
             planned=cache.plan(space),
             speech=speech,
         ),
-        # The driver of a trial only waits; its workers have a placement group of their own.
-        {"cpu": 0.01},
+        _resources(space),
     )
     state = trials.results_dir / TUNE_STATE
     shutil.rmtree(state, ignore_errors=True)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            num_samples=sys.maxsize, max_concurrent_trials=at_once, search_alg=searcher, scheduler=scheduler
+            num_samples=sys.maxsize,
+            max_concurrent_trials=at_once,
+            search_alg=searcher,
+            scheduler=scheduler,
+            reuse_actors=True,  # to start a process and import torch and transformers takes eight seconds
         ),
         run_config=tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[watch]),
     )
@@ -285,6 +288,12 @@ def _run(
     # Tune returns quietly from a Ctrl-C, with trials half done.
     if any(not tried.over for tried in trials):
         raise KeyboardInterrupt
+
+
+def _resources(space: SearchSpace) -> dict[str, float]:
+    """What the process of a trial takes: its only worker's share; of several it waits for, and they have their own."""
+    one = cluster.worker(space)
+    return {"cpu": one.cpus, "gpu": one.gpus} if space.resources.workers == 1 else {"cpu": 0.01}
 
 
 def _load(path: Path, overrides: list[str]) -> SearchSpace:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from ray import tune
-from ray.exceptions import RayActorError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ser_ray import cluster
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.schema import StorageError
+from ser_ray.schema import StorageError, UserError
 from ser_ray.search.logs import open_logs
 from ser_ray.search.trials import Trials
 
@@ -82,17 +81,16 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why a trial failed; one whose processes died goes on."""
-        trial_id, error = trial.config["trial_id"], trial.get_pickled_error()
+        trial_id, reason = trial.config["trial_id"], _reason(Path(trial.error_file))
         self.running.pop(trial_id, None)
-        refused = cluster.user_error(error) if error is not None else None
-        if isinstance(refused, StorageError):  # no other trial would fare better; all go on with the next command
-            self.trials.error = refused
-            raise refused
-        if refused is not None:
-            self.trials.update(trial_id, status="failed", error=str(refused))
-            self._say(trial_id, f"failed: {refused}", always=True)
+        kind, _, message = reason.partition(": ")
+        if kind == _name(StorageError):  # no other trial would fare better; all go on with the next command
+            self.trials.error = StorageError(message)
+            raise self.trials.error
+        if kind == _name(UserError):
+            self.trials.update(trial_id, status="failed", error=message)
+            self._say(trial_id, f"failed: {message}", always=True)
             return
-        reason = "its process died" if isinstance(error, RayActorError) else _last_line(error)
         tried = self.trials.interrupted(trial_id, reason)
         what = "failed" if tried.over else "was cut off and goes on from its last epoch"
         self._say(trial_id, f"{what}: {reason}", always=True)
@@ -166,5 +164,11 @@ def short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]
 
 
-def _last_line(error: BaseException | None) -> str:
-    return str(error or "unknown").strip().splitlines()[-1]
+def _reason(error_file: Path) -> str:
+    """The last line of what Tune noted of an error, an exception with its full name; of a process that died, that."""
+    lines = error_file.read_text(encoding="utf-8").rpartition("Failure # ")[2].strip().splitlines()
+    return "its process died" if lines[1].startswith("The actor") else lines[-1]
+
+
+def _name(kind: type[Exception]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

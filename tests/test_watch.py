@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import io
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,16 @@ from ser_ray.watch import Watch
 VALUES = {"adapter.method": "lora", "adapter.rank": 8, "optimizer.lr": 0.000312345}
 
 
-def trial(number: int, error: BaseException | None = None, **last: Any) -> Any:
-    config = {"trial_id": f"{number:03d}", "values": VALUES}
-    return SimpleNamespace(config=config, last_result=last, get_pickled_error=lambda: error)
+def trial(number: int, **last: Any) -> Any:
+    return SimpleNamespace(config={"trial_id": f"{number:03d}", "values": VALUES}, last_result=last)
+
+
+def failed(number: int, error: BaseException, directory: Path) -> Any:
+    """As Tune notes an error: one file, added to."""
+    path = directory / f"error-{number}.txt"
+    with path.open("a") as file:
+        file.write(f"Failure # 1 (occurred at 2026-11-23_07-32-54)\n{error}\n")
+    return SimpleNamespace(config={"trial_id": f"{number:03d}", "values": VALUES}, error_file=str(path))
 
 
 def watch(directory: Path, terminal: bool = False) -> tuple[Watch, io.StringIO]:
@@ -44,7 +51,11 @@ def epoch(seen: Watch, number: int, uar: float, last: bool = False) -> None:
 
 
 def task_error(cause: Exception) -> RayTaskError:
-    return RayTaskError("run_trial", "Traceback ...\nlast line", cause)
+    """As it comes from a process that raised it."""
+    try:
+        raise cause
+    except Exception as error:
+        return RayTaskError("run_trial", "".join(traceback.format_exception(error)), error)
 
 
 def test_a_log_has_a_line_for_everything(tmp_path):
@@ -102,10 +113,12 @@ def test_what_died_goes_on_and_what_was_refused_does_not(tmp_path):
     seen, text = watch(tmp_path)
     for attempt in range(1, ATTEMPTS + 1):
         seen.on_trial_start(0, [], trial(1))
-        seen.on_trial_error(0, [], trial(1, RayActorError()))
+        seen.on_trial_error(0, [], failed(1, RayActorError(), tmp_path))
         assert seen.trials.known["001"].over == (attempt == ATTEMPTS)
     seen.on_trial_start(0, [], trial(2))
-    seen.on_trial_error(0, [], trial(2, task_error(UserError("epoch 3: the loss is nan; lower optimizer.lr"))))
+    seen.on_trial_error(
+        0, [], failed(2, task_error(UserError("epoch 3: the loss is nan; lower optimizer.lr")), tmp_path)
+    )
     assert seen.trials.known["002"].status == "failed"
     assert seen.trials.known["002"].error == "epoch 3: the loss is nan; lower optimizer.lr"
     assert text.getvalue().count("goes on from its last epoch: its process died") == ATTEMPTS - 1
@@ -114,7 +127,14 @@ def test_what_died_goes_on_and_what_was_refused_does_not(tmp_path):
 def test_a_full_disk_ends_the_search(tmp_path):
     seen, _ = watch(tmp_path)
     seen.on_trial_start(0, [], trial(1))
-    full = task_error(OSError(errno.ENOSPC, "No space left on device", "/results/x"))
+    full = task_error(StorageError("/results/x: No space left on device; make room"))
     with pytest.raises(StorageError, match="/results/x: No space left on device; make room"):
-        seen.on_trial_error(0, [], trial(1, full))
+        seen.on_trial_error(0, [], failed(1, full, tmp_path))
     assert not seen.trials.known["001"].over
+
+
+def test_an_error_of_ours_says_its_last_line(tmp_path):
+    seen, text = watch(tmp_path)
+    seen.on_trial_start(0, [], trial(1))
+    seen.on_trial_error(0, [], failed(1, task_error(RuntimeError("boom")), tmp_path))
+    assert "goes on from its last epoch: RuntimeError: boom" in text.getvalue()
