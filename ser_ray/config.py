@@ -114,8 +114,9 @@ class Adapter(Section):
 class Head(Section):
     """From hidden states to emotions: layer mix -> masked pooling -> classifier."""
 
-    layer_mix: Literal["weighted", "last"] = "weighted"
-    """weighted: a learned sum of all layers (SUPERB, arXiv 2105.01051): emotion lives in the middle ones."""
+    layer_mix: Literal["weighted", "concat", "last"] = "weighted"
+    """weighted: a learned sum of all layers (SUPERB, arXiv 2105.01051): emotion lives in the middle ones. concat: all
+    layers pooled and put side by side, so that the classifier takes from each what it holds."""
     pooling: Literal["mean", "statistics", "attentive"] = "attentive"
     """Over real frames only. statistics: mean and standard deviation; attentive: the same under learned weights
     (Okabe et al. 2018, arXiv 1803.10963), which begin uniform."""
@@ -131,8 +132,8 @@ class Head(Section):
     def _probe_is_linear(self) -> Head:
         if self.init == "probe" and self.hidden:
             raise ValueError("head.init: probe needs a linear head: set head.hidden to 0")
-        if self.init == "probe" and self.layer_mix != "weighted":
-            raise ValueError("head.init: probe chooses a layer: set head.layer_mix to weighted")
+        if self.init == "probe" and self.layer_mix == "last":
+            raise ValueError("head.init: probe needs all layers: set head.layer_mix to weighted or concat")
         return self
 
 

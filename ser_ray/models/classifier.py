@@ -33,9 +33,12 @@ class Head(nn.Module):
         super().__init__()
         head, num_emotions = experiment.head, len(experiment.emotions)
         self.layer_mix, self.pooling = head.layer_mix, head.pooling
-        states = num_layers + 1 if head.layer_mix == "weighted" else 1
-        self.mix_L = nn.Parameter(torch.full((states,), 1.0 / states), requires_grad=states > 1)
+        self.states = 1 if head.layer_mix == "last" else num_layers + 1
+        self.mix_L = nn.Parameter(
+            torch.full((self.states,), 1.0 / self.states), requires_grad=head.layer_mix == "weighted"
+        )
         pooled = width if head.pooling == "mean" else 2 * width
+        pooled *= self.states if head.layer_mix == "concat" else 1
         if head.pooling == "attentive":
             self.score = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
             nn.init.zeros_(self.score[2].get_parameter("weight"))  # uniform attention at first: plain statistics
@@ -49,6 +52,8 @@ class Head(nn.Module):
 
     def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
         """Hidden states (L + 1 of (B, F, D)) and frame mask (B, F) -> logits_BK."""
+        if self.layer_mix == "concat":
+            return self.classify(torch.cat([self.pool(normalise(hidden), mask_BF) for hidden in hiddens], dim=-1))
         return self.classify(self.pool(self.mix(hiddens), mask_BF))
 
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
@@ -90,6 +95,8 @@ class EmotionClassifier(nn.Module):
     def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or what `prefix` kept of them -> logits_BK."""
         if self.prefix is not None and self.prefix.moments:
+            if self.head.layer_mix == "concat":
+                return self.head.classify(torch.cat(self.pooled_layers(inputs, lengths_B), dim=-1)).float()
             pooled_BP = pool_moments(inputs, self.head.mix_L, self.head.pooling == "statistics")
             return self.head.classify(pooled_BP).float()
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
@@ -108,9 +115,7 @@ class EmotionClassifier(nn.Module):
         """Plain statistics over the frames of every layer, each (B, P): what a probe of that layer sees."""
         deviation = self.head.pooling != "mean"
         if self.prefix is not None and self.prefix.moments:
-            return [
-                pool_moments(inputs, one, deviation) for one in torch.eye(len(self.head.mix_L), device=inputs.device)
-            ]
+            return [pool_moments(inputs, one, deviation) for one in torch.eye(self.head.states, device=inputs.device)]
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
         return [masked_statistics(normalise(hidden), mask_BF, deviation) for hidden in hiddens]
 

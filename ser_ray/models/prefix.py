@@ -34,7 +34,7 @@ def of(experiment: Experiment, precision: str) -> Prefix:
         experiment.adapter.method == "qlora",
         precision,
         first,
-        first + 1 if experiment.head.layer_mix == "weighted" else 1,
+        1 if experiment.head.layer_mix == "last" else first + 1,
         config.hidden_size,
         experiment.head.pooling if plain else None,
     )

@@ -1,6 +1,6 @@
 """The form in which the frozen part of a model is kept: what is the same in every epoch and every trial.
 
-    states   (F, S, D) fp16: the input of block k, with `head.layer_mix: weighted` the states below it as well
+    states   (F, S, D) fp16: the input of block k, unless `head.layer_mix` is last the states below it as well
     moments  (M, D) fp32: where nothing of the backbone learns and pooling is plain, frames are not needed either
 
 Moments: a head that mixes S states with weights w and pools mean and deviation over frames sees sum_l w_l mean_l and

@@ -1,4 +1,4 @@
-"""Start the head from a linear probe: logistic regression on the frozen backbone's best layer.
+"""Start the head from a linear probe: logistic regression on the frozen backbone's best layer, or on all of them.
 
 Fine-tuning under a random head first distorts the features that the head is to read (Kumar et al. 2022,
 arXiv 2202.10054); with a few hundred utterances per emotion it may never win them back.
@@ -30,13 +30,15 @@ def start_from_probe(
     dev: Iterable[Batch],
     gather: Callable[[Any], list[Any]],
 ) -> int:
-    """Fit the probe on train, put it into ``model.head``, return its layer (0: before the first block).
+    """Fit the probe on train, put it into ``model.head``, return its layer (0: before the first block, or all).
 
-    The layer is the one whose probe has the best UAR on dev. Uniform attention equals plain statistics, so all three
-    poolings start as exactly the probe.
+    The layer is the one whose probe has the best UAR on dev; with ``head.layer_mix: concat`` one probe sees all layers.
+    Uniform attention equals plain statistics, so all three poolings start as exactly the probe.
     """
     features_NLP, labels_N = _features(model, train, gather)
     dev_features_MLP, dev_labels_M = _features(model, dev, gather)
+    if model.head.layer_mix == "concat":
+        features_NLP, dev_features_MLP = (f.reshape(len(f), 1, -1) for f in (features_NLP, dev_features_MLP))
     center_LP, scale_LP = features_NLP.mean(0), features_NLP.std(0) + 1e-5
     features_NLP = (features_NLP - center_LP) / scale_LP
     dev_features_MLP = (dev_features_MLP - center_LP) / scale_LP
@@ -76,7 +78,8 @@ def _write(head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, pr
     linear = head.classifier[-1]
     assert isinstance(linear, nn.Linear)
     with torch.no_grad():
-        head.mix_L.zero_()[layer] = 1.0
+        if head.layer_mix == "weighted":
+            head.mix_L.zero_()[layer] = 1.0
         head.center_P.copy_(torch.from_numpy(center_P))
         head.scale_P.copy_(torch.from_numpy(scale_P))
         # An emotion that train has none of keeps a zero row and a bias far below the others.

@@ -100,6 +100,18 @@ def test_the_mix_starts_as_the_mean_of_normalised_layers() -> None:
     torch.testing.assert_close(_head(layer_mix="last").mix(hiddens), normalise(hiddens[-1]))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
+def test_concatenated_layers_are_pooled_one_by_one(pooling: str) -> None:
+    head, single = (_head(pooling=pooling, layer_mix=mix) for mix in ("concat", "last"))
+    hiddens, mask_BF = _hiddens()
+    if pooling == "attentive":
+        torch.nn.init.normal_(head.score[2].weight)
+        single.score.load_state_dict(head.score.state_dict())
+    expected_BP = torch.cat([single.pool(normalise(hidden), mask_BF) for hidden in hiddens], dim=1)
+    torch.testing.assert_close(head(hiddens, mask_BF), head.classifier(expected_BP))
+    assert not head.mix_L.requires_grad
+
+
 def test_a_single_layer_mix_does_not_learn() -> None:
     assert not _head(layer_mix="last").mix_L.requires_grad
     assert _head(layer_mix="weighted").mix_L.requires_grad

@@ -50,6 +50,9 @@ CASES = [
     ("frozen", 0, "weighted", "statistics"),
     ("frozen", 0, "weighted", "mean"),
     ("frozen", 0, "last", "statistics"),
+    ("lora", 1, "concat", "attentive"),
+    ("frozen", 0, "concat", "statistics"),
+    ("frozen", 0, "concat", "mean"),
 ]
 
 

@@ -46,8 +46,10 @@ def _probes(model: EmotionClassifier, train: list[Batch]) -> list[Pipeline]:
     ]
 
 
-def _model(backbones_dir: Path, pooling: str = "attentive", emotions: int = 3, **sections: object) -> EmotionClassifier:
-    head = {"pooling": pooling, "init": "probe"}
+def _model(
+    backbones_dir: Path, pooling: str = "attentive", emotions: int = 3, mix: str = "weighted", **sections: object
+) -> EmotionClassifier:
+    head = {"pooling": pooling, "init": "probe", "layer_mix": mix}
     names = ("angry", "happy", "sad", "fear")[:emotions]
     return build(experiment(backbones_dir / "whisper", names, head=head, **sections)).eval()
 
@@ -73,6 +75,21 @@ def test_the_head_starts_as_the_probe(backbones_dir: Path, pooling: str, emotion
     np.testing.assert_array_equal(found[:, :heard].argmax(1), probe.predict(features))
     if heard < emotions:
         assert (found[:, heard:] < found[:, :heard].min(1, keepdims=True)).all(), "never heard, never said"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_a_concatenating_head_starts_as_the_probe_of_all_layers(backbones_dir: Path, pooling: str) -> None:
+    model = _model(backbones_dir, pooling, mix="concat")
+    train, dev = tone_batches(30, 3, seed=1, noisiness=0.5), tone_batches(18, 3, seed=2, noisiness=0.5)
+    start_from_probe(model, train, dev, _alone)
+    (seen, labels), (unseen, _) = (
+        (np.concatenate([f for f, _ in every], axis=1), every[0][1])
+        for every in ([_features(model, part, layer) for layer in range(LAYERS + 1)] for part in (train, dev))
+    )
+    scaler = StandardScaler().fit(seen)
+    probe = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(scaler.transform(seen), labels)
+    found = torch.cat([logits(model, batch) for batch in dev]).numpy()
+    np.testing.assert_allclose(found, probe.decision_function(scaler.transform(unseen)), atol=2e-2)
 
 
 @pytest.mark.parametrize(("seed", "best"), [(1, 2), (2, 1)])
