@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from test_verbs import results_of, write_space
 
@@ -24,9 +25,9 @@ def space(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
     return write_space(tmp_path_factory.mktemp("kills"), tiny_corpus)
 
 
-def start_tune(space: Path, name: str) -> subprocess.Popen[str]:
+def start_tune(space: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}"]
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", *overrides]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -55,6 +56,31 @@ def test_a_killed_search_continues_and_loses_nothing(space):
     # Losses and seconds too: an epoch may be told again, but not trained again.
     assert {trial_id: trial_history(results / "trials" / trial_id) for trial_id in done} == histories
     assert len(json.loads((results / "evaluation/test_openings.json").read_text())) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
+    driver = start_tune(space, "two", "resources.workers=2", "tune.trials=1", "tune.finalists=1", "experiment.epochs=6")
+    text = ""
+    for line in driver.stdout:
+        text += line
+        if "epoch  1" in line:
+            break
+    workers = [
+        process
+        for process in psutil.Process(driver.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    assert len(workers) == 2, text
+    workers[0].kill()
+    rest, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, text + rest
+    assert "goes on from its last epoch" in rest
+    assert "goes on after epoch" in rest
+    (row,) = csv.DictReader((results_of(space, "two") / "trials.csv").open())
+    assert row["status"] == "finished"
+    assert [r["epoch"] for r in trial_history(results_of(space, "two") / "trials" / "001")] == list(range(1, 7))
 
 
 @pytest.mark.ray

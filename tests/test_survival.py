@@ -1,6 +1,6 @@
 """A search whose processes are killed at random moments, beside one that nobody disturbs: the same trials, none twice.
 
-Victims are the driver, the process of a trial, a training worker, an evaluation actor and a Ray Data actor. What it
+Victims are the driver, the training worker, an evaluation actor and a Ray Data actor. What it
 counted is written to results/benchmarks/survival.md by ``pytest tests/test_survival.py --slow --write-survival``.
 """
 
@@ -25,16 +25,16 @@ from ser_ray.evaluation import folder
 KILLS = 20
 VICTIMS = {  # as Ray names the processes
     "driver": "",
-    "process of a trial": "ImplicitFunc",
-    "training worker": "RayTrainWorker",
-    "controller of a trial": "TrainController",
+    "training worker": "ImplicitFunc",
     "evaluation actor": "Scorer",
     "Ray Data actor": "MapWorker",
 }
 RARE = {"evaluation actor": 3, "Ray Data actor": 2}
 """These live for seconds only: killed as soon as they are seen, so often."""
-PAUSE_S = (2.0, 20.0)
-"""Between a kill, or the start of trials, and the next: often before an epoch is over, sometimes after several."""
+EPOCHS = range(4)
+"""So many are trained between a kill, or the start of trials, and the next,"""
+PAUSE_S = (0.0, 3.0)
+"""and so long is waited then: from within an epoch to within the start of another trial."""
 SEARCH = (
     "tune.trials=8",
     "tune.concurrency=1",  # so that the order of trials, and with it what the sampler knows, is the same
@@ -75,9 +75,20 @@ def wait_for_victims(
     log = space.parent / f"{name}.log"
     while driver.poll() is None and log.read_text().count("searching ") < sessions:
         time.sleep(0.2)
-    until = time.monotonic() + rng.uniform(*PAUSE_S)
-    while driver.poll() is None and time.monotonic() < until and not RARE.keys() & victims(driver.pid).keys():
-        time.sleep(0.2)
+    more, pause = trained(space, name) + rng.choice(EPOCHS), rng.uniform(*PAUSE_S)
+    reached = None
+    while driver.poll() is None and not RARE.keys() & victims(driver.pid).keys():
+        if reached is None and trained(space, name) >= more:
+            reached = time.monotonic()
+        if reached is not None and time.monotonic() > reached + pause:
+            return
+        time.sleep(0.1)
+
+
+def trained(space: Path, name: str) -> int:
+    """Epochs in all, also those that were trained again."""
+    histories = (results_of(space, name) / "trials").glob("*/history.jsonl")
+    return sum(len(path.read_text().splitlines()) for path in histories)
 
 
 def disturb(space: Path, name: str, seed: int) -> collections.Counter[str]:
@@ -166,7 +177,7 @@ def write_page(killed, before, after, repeated: int, openings: int, broken: Path
         "```",
         "",
         f"The same search of {len(before)} trials of 5 epochs, once left alone, once with kill -9 at random moments "
-        f"(seed 0, {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s apart).",
+        f"(seed 0; {EPOCHS[0]} to {EPOCHS[-1]} epochs and up to {PAUSE_S[1]:g} s apart).",
         "",
         "| killed | times |",
         "|---|---|",
