@@ -148,6 +148,19 @@ def test_dev_chose_and_test_is_whole(tuned):
 
 
 @pytest.mark.ray
+def test_a_process_that_trains_again_takes_the_steps_of_a_new_one(tuned, space):
+    """A search trains its trials in processes that had others before; ``train`` in this one, from the same point."""
+    for row in csv.DictReader((tuned / "trials.csv").open()):
+        keys = ("adapter.method", "adapter.rank", "optimizer.lr")
+        point = [f"experiment.{key}={row[key]}" for key in keys if row[key]]
+        alone = train(space, f"alone-{row['trial_id']}", "resources.workers=0", *point)
+        searched = trial_history(tuned / "trials" / row["trial_id"])
+        for ours, theirs in zip(searched, alone, strict=False):  # the scheduler may have stopped it
+            assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3), row
+            assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-3), row
+
+
+@pytest.mark.ray
 def test_a_finished_search_is_shown_not_repeated(tuned, space, capsys):
     before = (tuned / "evaluation/test.json").stat().st_mtime_ns
     assert main(["tune", str(space)]) == 0
