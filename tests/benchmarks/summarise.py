@@ -42,7 +42,8 @@ def page(results: Results, command: str) -> str:
     lines += ["| " + " | ".join(keys) + " |", "|---|" + "---|" * (len(keys) - 1)]
     for row in results.trials:
         chosen = "**" if row["trial_id"] == results.choice["trial_id"] else ""
-        lines.append("| " + " | ".join(f"{chosen}{_short(row.get(key, ''))}{chosen}" for key in keys) + " |")
+        cells = [row["trial_id"], *(_short(row.get(key, "")) for key in keys[1:])]
+        lines.append("| " + " | ".join(f"{chosen}{cell}{chosen}" if cell else "" for cell in cells) + " |")
     for title, group in (("emotion", "per_emotion"), ("speaker", "per_speaker")):
         rows = results.test[group]
         names = list(next(iter(rows.values())))
