@@ -68,8 +68,19 @@ def victims(driver: int) -> dict[str, list[psutil.Process]]:
     return found
 
 
+def rare(driver: int, killed: collections.Counter[str]) -> list[str]:
+    """Kinds that live for seconds, are there now, and have not been killed often enough."""
+    found = victims(driver)
+    return [kind for kind, most in RARE.items() if kind in found and killed[kind] < most]
+
+
 def wait_for_victims(
-    space: Path, name: str, driver: subprocess.Popen[bytes], rng: random.Random, sessions: int
+    space: Path,
+    name: str,
+    driver: subprocess.Popen[bytes],
+    rng: random.Random,
+    sessions: int,
+    killed: collections.Counter[str],
 ) -> None:
     """Until the trials of this session have begun, and a while more; or a rare victim is there, or the search over."""
     log = space.parent / f"{name}.log"
@@ -77,7 +88,7 @@ def wait_for_victims(
         time.sleep(0.2)
     more, pause = trained(space, name) + rng.choice(EPOCHS), rng.uniform(*PAUSE_S)
     reached = None
-    while driver.poll() is None and not RARE.keys() & victims(driver.pid).keys():
+    while driver.poll() is None and not rare(driver.pid, killed):
         if reached is None and trained(space, name) >= more:
             reached = time.monotonic()
         if reached is not None and time.monotonic() > reached + pause:
@@ -96,13 +107,13 @@ def disturb(space: Path, name: str, seed: int) -> collections.Counter[str]:
     rng, killed = random.Random(seed), collections.Counter[str]()
     driver, sessions = start(space, name), 1
     while True:
-        wait_for_victims(space, name, driver, rng, sessions)
+        wait_for_victims(space, name, driver, rng, sessions, killed)
         if driver.poll() is None:
             found = victims(driver.pid)
-            rare = [kind for kind, most in RARE.items() if kind in found and killed[kind] < most]
+            seldom = rare(driver.pid, killed)
             often = [kind for kind in found if kind not in RARE] if killed.total() < KILLS else []
             # The kind that has been killed least: the driver is always there, the others come and go.
-            kind = rare[0] if rare else min(often, key=lambda one: (killed[one], rng.random()), default=None)
+            kind = seldom[0] if seldom else min(often, key=lambda one: (killed[one], rng.random()), default=None)
             if kind is not None:
                 try:
                     rng.choice(found[kind]).kill()

@@ -251,12 +251,13 @@ def on_ray(bench: Bench) -> Iterable[Row]:
         epochs[name] += records[1:]
         _say(name, *[f"{record['seconds']:.1f}" for record in records])
     seconds = {name: statistics.median(r["seconds"] for r in records) for name, records in epochs.items()}
+    memory = {name: max(record["peak_memory_mb"] for record in records) for name, records in epochs.items()}
     for name in ("resident", "streamed"):
         wait = statistics.median(record["input_wait"] for record in epochs[name])
         yield Row(
             f"steady-state epoch under TorchTrainer and Ray Data, {name}, seconds",
-            f"{seconds[name]:.2f}",
-            f"{seconds['plain']:.2f} (the same loop in a plain process, the same Parquet)",
+            f"{seconds[name]:.2f}, {memory[name]:.0f} MB",
+            f"{seconds['plain']:.2f}, {memory['plain']:.0f} MB (the same loop in a plain process, the same Parquet)",
             seconds["plain"] / seconds[name],
             "0.95",
             f"input wait {wait:.2%} of the epoch (aim: under 3 %)",
@@ -305,9 +306,12 @@ def streams(bench: Bench) -> Iterable[Row]:
         "ours, streamed": lambda: ours(False),
     } | {f"DataLoader, {n} workers": (lambda n=n: loader(n)) for n in (0, 1, 2)}
     found: dict[str, list[float]] = {name: [] for name in ways}
+    memory = dict.fromkeys(ways, 0.0)
     for _ in range(5):
         for name, way in ways.items():
+            _fresh()
             found[name].append(hours / way())
+            memory[name] = max(memory[name], loop._memory(torch.device("cpu"))["peak_memory_mb"])
     ray.shutdown()
     rate = {name: statistics.median(rates) for name, rates in found.items()}
     _say("stream", rate)
@@ -315,8 +319,8 @@ def streams(bench: Bench) -> Iterable[Row]:
     for way in ("resident", "streamed"):
         yield Row(
             f"stream alone, {way}, hours of audio a second after the first batch",
-            f"{rate[f'ours, {way}']:.2f}",
-            f"{best[0]:.2f} ({best[1]}, the best of 0, 1 and 2)",
+            f"{rate[f'ours, {way}']:.2f}, {memory[f'ours, {way}']:.0f} MB",
+            f"{best[0]:.2f}, {memory[best[1]]:.0f} MB ({best[1]}, the best of 0, 1 and 2)",
             rate[f"ours, {way}"] / best[0],
             "1" if way == "resident" else "",
         )
