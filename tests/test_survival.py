@@ -36,7 +36,7 @@ EPOCHS = range(4)
 PAUSE_S = (0.0, 3.0)
 """and so long is waited then: from within an epoch to within the start of another trial."""
 SEARCH = (
-    "tune.trials=8",
+    "tune.trials=12",
     "tune.concurrency=1",  # so that the order of trials, and with it what the sampler knows, is the same
     "tune.scheduler=none",
     "tune.finalists=2",
@@ -141,7 +141,7 @@ def lines(results: Path, trial_id: str) -> list[dict]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif("not config.getoption('--write-survival')", reason="takes half an hour; run with --write-survival")
+@pytest.mark.skipif("not config.getoption('--write-survival')", reason="takes ten minutes; run with --write-survival")
 def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(tiny_corpus, tmp_path, request):
     space = write_space(tmp_path, tiny_corpus)
     assert start(space, "unbroken").wait(1200) == 0, (tmp_path / "unbroken.log").read_text()[-3000:]
