@@ -323,7 +323,8 @@ class Resources(Section):
     """What one trial takes."""
 
     workers: int = Field(1, ge=0)
-    """Data-parallel processes a trial; 0 runs in this process, without Ray, for a debugger (train only)."""
+    """Data-parallel processes a trial: in a search one is Tune's own, several take a trial twenty seconds more; 0 runs
+    in this process, without Ray, for a debugger (train only)."""
     cpus_per_worker: float | Literal["auto"] = "auto"
     """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with one."""
     gpus_per_worker: float | Literal["auto"] = "auto"

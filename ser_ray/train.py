@@ -182,7 +182,7 @@ def run_trial(
 ) -> None:
     """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
 
-    One worker is this process; several are processes of their own, which takes a trial some ten seconds more.
+    One worker is this process; several are processes of their own, which takes a trial some twenty seconds more.
     ``point``: its trial_id, below ``directory``, and the values of the searched keys. ``speech``: the datasets of
     waveforms where trials share them. Raises UserError, also where the results folder cannot be written any more.
     """
