@@ -394,7 +394,8 @@ class SearchSpace(Section):
 def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
     """Read a search space from YAML and apply ``key=value`` overrides.
 
-    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first``.
+    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first``; so do keys that are
+    searched only with other values of it.
 
     Raises UserError, in one line, for a file that is missing or no YAML, and for every key or value that does not fit.
     """
@@ -412,7 +413,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
         if not equals:
             raise UserError(f"{override!r}: overrides are written key=value, such as experiment.epochs=3")
         value = _parse_value(override, text)
-        _fix_searched_key(content, key.removeprefix("experiment."), key)
+        if key.startswith("experiment.") and isinstance(content.get("search"), dict):
+            _fix_searched_key(content, key.removeprefix("experiment."), value)
         content = _with_values(content, {key: value}, known=False)
     return _validate(SearchSpace, content, where=f"{path}: ")
 
@@ -517,11 +519,17 @@ def _parse_value(override: str, text: str) -> Any:
         raise UserError(f"{override!r}: the value is not readable as YAML; quote it") from None
 
 
-def _fix_searched_key(content: dict[str, Any], key: str, full_key: str) -> None:
-    if full_key.startswith("experiment.") and isinstance(content.get("search"), dict):
-        content["search"].pop(key, None)
-        for point in (content.get("tune") or {}).get("first") or []:
-            point.pop(key, None)
+def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
+    """Search ``key`` no more. What depends on it is searched always, or where ``value`` is none of its, never."""
+    search = content["search"]
+    search.pop(key, None)
+    for point in (content.get("tune") or {}).get("first") or []:
+        point.pop(key, None)
+    conditions = {name: d["when"] for name, d in search.items() if isinstance(d, dict) and key in (d.get("when") or {})}
+    for name, when in conditions.items():
+        if value in when.pop(key):
+            continue
+        _fix_searched_key(content, name, None)
 
 
 def _with_values(content: dict[str, Any], values: Mapping[str, Any], known: bool = True) -> dict[str, Any]:

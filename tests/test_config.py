@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,6 +140,22 @@ def test_an_override_of_a_searched_key_fixes_it(space_file):
     assert space.experiment.adapter.rank == 32
     assert list(space.search) == ["optimizer.lr"]
     assert space.tune.first == ({"optimizer.lr": 1e-4},)
+
+
+@pytest.mark.parametrize(("method", "left"), [("qlora", {"adapter.rank", "head.dropout"}), ("full", set())])
+def test_what_depends_on_a_fixed_key_is_searched_always_or_never(tmp_path, method, left):
+    content = yaml.safe_load(MINIMAL)
+    content["search"] = {
+        "adapter.method": {"choice": ["qlora", "full"]},
+        "adapter.rank": {"choice": [2, 4], "when": {"adapter.method": ["qlora"]}},
+        "head.dropout": {"uniform": [0.0, 0.5], "when": {"adapter.rank": [2]}},
+    }
+    content["tune"] = {"first": [{"adapter.method": "qlora", "adapter.rank": 2, "head.dropout": 0.1}]}
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    space = load(path, [f"experiment.adapter.method={method}"])
+    assert space.search.keys() == space.tune.first[0].keys() == left
+    assert all("adapter.method" not in distribution.when for distribution in space.search.values())
 
 
 def test_a_trial_is_the_base_with_its_values(space_file):
