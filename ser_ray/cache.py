@@ -153,6 +153,25 @@ def keep(
         yield kept
 
 
+@contextmanager
+def find(
+    space: SearchSpace, experiment: Experiment, planned: Plan, shard_dirs: Sequence[Path]
+) -> Iterator[Kept | None]:
+    """The same where it is whole already, else None."""
+    if why_not(space, experiment) is not None:
+        yield None
+        return
+    wanted = planned[_decided(experiment)]
+    directory = space.cache_dir() / "prefix" / wanted.key()
+    if not (directory / IN_USE).is_file():
+        yield None
+        return
+    with disk.locked(directory / IN_USE, shared=True):
+        targets = tuple(directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir))
+        whole = all(target.is_file() for target in targets)
+        yield Kept(wanted, targets, 0, _gigabytes(directory), 0.0) if whole else None
+
+
 class Keeper:
     """An actor of the pool: the frozen part in memory, applied to one shard after the other."""
 

@@ -68,6 +68,9 @@ class Protocol(Section):
     given by the scheme, dev is one of so many balanced groups of the other speakers."""
     fold: int = Field(0, ge=0)
     """Which fold is tested, from 0; for ``leave_one_speaker_out`` which speaker, in order of name."""
+    dev_after: int = Field(1, ge=1)
+    """Dev is the fold so many places after the tested one, cyclically; where only test is given by the scheme, that
+    group of the other speakers. `Tune.rotate_dev` moves it."""
     given: Annotated[str | tuple[Words, ...] | None, BeforeValidator(_as_tuple)] = None
     """For ``given_folds``: ``emobox`` (RAVDESS's published folds), lists of speakers such as ``ravdess/01``, or a CSV
     file with the columns speaker and fold (numbers from 0)."""
@@ -305,12 +308,22 @@ class Tune(Section):
     """Folds over which finalists are trained again; the mean over them chooses, and is what test gives. null: the
     experiment's own fold, from the checkpoint that the search left."""
     final_seeds: int = Field(1, ge=1)
-    """Seeds with which each is trained: the experiment's, and those that follow."""
+    """Seeds with which each is trained: the experiment's, and those that follow. The mean of their probabilities is
+    one more figure of test."""
+    rotate_dev: bool = False
+    """With every further seed dev is the next fold (`Protocol.dev_after`): a finalist is then judged by more speakers,
+    and with as many seeds as there are folds beside the tested one all of them have been trained on, by most models."""
     first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
     """Points tried before the sampler chooses: searched key -> value; keys left out are sampled."""
 
     log: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
     """Where epochs are logged beside the results folder: results/NAME/tensorboard, results/NAME/mlflow.db."""
+
+    @model_validator(mode="after")
+    def _rotates_over_seeds(self) -> Tune:
+        if self.rotate_dev and self.final_seeds == 1:
+            raise ValueError("rotate_dev: every further seed takes another dev; set final_seeds to 2 or more")
+        return self
 
     @model_validator(mode="after")
     def _grid_is_complete(self) -> Tune:

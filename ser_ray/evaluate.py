@@ -20,6 +20,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,8 @@ import ray
 import torch
 from rich.console import Console
 
-from ser_ray import cluster, config, disk
+from ser_ray import cache, cluster, config, disk
+from ser_ray.cache import Kept
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.evaluation import baselines, egemaps, folder, published
 from ser_ray.evaluation.folder import Tried
@@ -44,6 +46,7 @@ from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions, UserError
 from ser_ray.speech import shards, stream
 from ser_ray.speech.audio import from_int16
+from ser_ray.speech.kept import COLUMN
 from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
 from ser_ray.training.probe import start_from_probe
@@ -74,11 +77,15 @@ class Scorer:
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.shard_dirs = [Path(shard_dir) for shard_dir in shard_dirs]
 
-    def score(self, directory: str, split: str) -> Predictions:
-        """A checkpoint's predictions on one split of its own fold, in order of utterance id."""
+    def score(self, directory: str, split: str, kept: Kept | None = None) -> Predictions:
+        """A checkpoint's predictions on one split of its own fold, in order of utterance id.
+
+        From the speech, or where that is at hand from what was ``kept`` of it for training.
+        """
         model = checkpoint.load(directory, str(self.device))
         task = load_task(model.experiment, self.shard_dirs)
-        return self._predict(model, task, split)
+        model.prefix = kept.prefix if kept else None
+        return self._predict(model, task, split, kept)
 
     def probe(self, values: dict[str, Any], split: str) -> Predictions:
         """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
@@ -112,14 +119,16 @@ class Scorer:
             found.update(zip(rows["utterance_id"].to_pylist(), egemaps.egemaps(waveforms), strict=True))
         return found
 
-    def _batches(self, task: Task, split: str, experiment: Experiment) -> Iterator[Batch]:
+    def _batches(self, task: Task, split: str, experiment: Experiment, kept: Kept | None = None) -> Iterator[Batch]:
         labels = task.labels(split)
-        tables = (shards.select(table, labels) for table in shards.read_tables(self.shard_dirs))
-        return stream.batches(tables, experiment.batch_seconds, seed=None)
+        found = shards.read_paths(kept.paths) if kept else shards.read_tables(self.shard_dirs)
+        content = stream.Content(COLUMN, kept.prefix.read) if kept else stream.SPEECH
+        tables = (shards.select(table, labels) for table in found)
+        return stream.batches(tables, experiment.batch_seconds, seed=None, content=content)
 
-    def _predict(self, model: Any, task: Task, split: str) -> Predictions:
+    def _predict(self, model: Any, task: Task, split: str, kept: Kept | None = None) -> Predictions:
         probabilities: dict[str, np.ndarray] = {}
-        for batch, logits_BK in predict_batches(model, self._batches(task, split, model.experiment)):
+        for batch, logits_BK in predict_batches(model, self._batches(task, split, model.experiment, kept)):
             rows = logits_BK.double().softmax(-1).cpu().numpy()
             probabilities.update(zip(batch.utterance_ids, rows, strict=True))
         return _predictions(task, task.labels(split), probabilities)
@@ -165,8 +174,7 @@ def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:
     for tried in _finalists(directory, space):
         for run in _runs(space, task, tried):
             if run.checkpoint == "":
-                values = {**tried.values, "protocol.fold": run.fold, "seed": run.seed}
-                jobs.append(Tried(_final_id(run), values))
+                jobs.append(Tried(_final_id(run), {**tried.values, **_where(space, run)}))
     return jobs
 
 
@@ -194,15 +202,16 @@ def evaluate(
     scorers = Scorers(space, shard_dirs, len(everything), console)
     try:
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
-        dev = scorers.map({run: _by_checkpoint(directory, run, "dev") for run in everything}, "dev")
+        with _kept(space, finalists, shard_dirs) as kept:
+            jobs = {run: _by_checkpoint(directory, run, "dev", kept[run.trial_id]) for run in everything}
+            dev = scorers.map(jobs, "dev")
         record = _Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
         chosen = record.choose(finalists)
         answer = record.known(chosen) if reuse else None
         if answer is None:
             console.print(f"chosen by dev: trial {chosen}; opening the test set")
             _record_opening(directory, chosen, argv)
-            jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
-            test = scorers.map(jobs, "test")
+            test = scorers.map({run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}, "test")
             folds = {run.fold for run in runs[chosen]}
             tried = next(tried for tried in finalists if tried.trial_id == chosen)
             rivals = {PROBE: scorers.map({fold: _by_probe(space, tried, fold) for fold in sorted(folds)}, PROBE)}
@@ -377,17 +386,34 @@ def _trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
     return whole
 
 
+def _where(space: SearchSpace, run: Run) -> dict[str, Any]:
+    """What a run has other than its finalist, as dotted keys."""
+    own = {"protocol.fold": run.fold, "seed": run.seed}
+    if not space.tune.rotate_dev:
+        return own
+    return own | {"protocol.dev_after": space.experiment.protocol.dev_after + run.seed - space.experiment.seed}
+
+
 def _final_id(run: Run) -> str:
     return f"{run.trial_id}-fold{run.fold}-seed{run.seed}"
 
 
 def _budget(space: SearchSpace) -> dict[str, Any]:
-    names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds")
+    names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds", "rotate_dev")
     return {name: config.to_dict(space.tune)[name] for name in names}
 
 
-def _by_checkpoint(directory: Path, run: Run, split: str) -> Callable[[Any], Any]:
-    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split)
+@contextmanager
+def _kept(space: SearchSpace, finalists: Sequence[Tried], shard_dirs: list[str]) -> Iterator[dict[str, Kept | None]]:
+    """Finalist -> what its training kept of its frozen part, as far as that is still there."""
+    planned, dirs = cache.plan(space), [Path(shard_dir) for shard_dir in shard_dirs]
+    with ExitStack() as stack:
+        found = {t.trial_id: cache.find(space, space.trial(t.values), planned, dirs) for t in finalists}
+        yield {trial_id: stack.enter_context(one) for trial_id, one in found.items()}
+
+
+def _by_checkpoint(directory: Path, run: Run, split: str, kept: Kept | None = None) -> Callable[[Any], Any]:
+    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, kept)
 
 
 def _by_probe(space: SearchSpace, tried: Tried, fold: int) -> Callable[[Any], Any]:

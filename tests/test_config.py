@@ -190,3 +190,9 @@ def test_the_space_is_frozen():
     space = SearchSpace.model_validate(config._read_yaml(MINIMAL))
     with pytest.raises(ValueError, match="frozen"):
         space.experiment.epochs = 3  # type: ignore[misc]
+
+
+def test_dev_rotates_over_seeds_only(space_file):
+    assert load(space_file, ["tune.rotate_dev=true", "tune.final_seeds=2"]).tune.rotate_dev
+    with pytest.raises(UserError, match="final_seeds to 2"):
+        load(space_file, ["tune.rotate_dev=true"])

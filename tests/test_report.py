@@ -111,6 +111,8 @@ def test_everything_that_a_search_leaves_is_shown(complete):
     assert f"test UAR 0.712 pooled {test['uar']:.3f} [{low:.3f}, {high:.3f}]" in page.text
     assert "Large figures: the mean over 3 runs" in page.text
     assert "test, mean of 3 runs" in page.text
+    assert "probabilities gives UAR 0.735 on test, the mean over 3 folds; one of them alone 0.712." in page.text
+    assert "test, seeds averaged, mean of folds" in page.text
     assert "frozen backbone + linear 0." in page.text
     assert "0.671 [0.640, 0.690]" in page.text
     assert "0 0 47 " in page.text[page.text.index("Test, run by run") :]

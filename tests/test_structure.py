@@ -127,6 +127,7 @@ def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
             "premium": {"train", "evaluate"},
             "rerun": {"train", "tune", "report"},
             "train": {"cache"},
+            "evaluate": {"cache"},
         }.get(verb, set())
         if verb in VERBS_THAT_NEED_DATA:
             allowed |= {"prepare"}

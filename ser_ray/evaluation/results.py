@@ -87,6 +87,8 @@ class Results:
         rows = {"test": self.test}
         if "mean" in self.test:
             rows = {f"test, mean of {len(self.runs)} runs": self.answer, "test, runs pooled": self.test}
+        if averaged := self.test.get("seeds_averaged"):
+            rows |= {"test, seeds averaged, mean of folds": averaged["mean"], "the same, folds pooled": averaged}
         rows |= {"dev": self.dev, **(self.test or self.dev).get("baselines", {})}
         return {name: figures for name, figures in rows.items() if figures}
 

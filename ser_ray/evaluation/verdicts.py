@@ -29,6 +29,7 @@ def verdicts(results: Results) -> list[str]:
     if metric := _metric(runner_up.get("gap", {}), results.metric):
         name = f"the runner-up, trial {runner_up['trial_id']}"
         found.append(f"On dev it {comparison(name, runner_up['gap'][metric], metric)}.")
+    found.append(_averaged(results))
     found += [_beside_published(row, results) for row in results.test.get("published", ())]
     return [sentence for sentence in found if sentence]
 
@@ -83,6 +84,19 @@ def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:
 
 def _with_article(name: str) -> str:
     return f"the {name}" if name.startswith("frozen") else name
+
+
+def _averaged(results: Results) -> str:
+    figures = results.test.get("seeds_averaged", {}).get("mean", {})
+    if results.metric not in figures:
+        return ""
+    folds = len({run["fold"] for run in results.runs})
+    seeds = len(results.runs) // folds
+    over = f", the mean over {folds} folds" if folds > 1 else ""
+    return (
+        f"The mean of its {seeds} seeds' probabilities gives {NAMES[results.metric]} {figures[results.metric]:.3f} on "
+        f"test{over}; one of them alone {results.answer[results.metric]:.3f}."
+    )
 
 
 def _beside_published(row: Mapping[str, Any], results: Results) -> str:

@@ -108,7 +108,7 @@ def _speaker_kfold(rows: Rows, protocol: Protocol) -> dict[str, str]:
             f"protocol: {_names(speakers)}: {len(speakers)} speakers do not fill {protocol.folds} speaker-disjoint "
             f"folds; set protocol.folds to {len(speakers)} or less, or protocol.scheme to random (stamped LEAKY)"
         )
-    return _by_speaker(rows, balanced_groups(rows, protocol.folds, protocol.seed), protocol.folds, protocol.fold)
+    return _by_speaker(rows, balanced_groups(rows, protocol.folds, protocol.seed), protocol.folds, protocol)
 
 
 def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _given_folds(rows: Rows, protocol: Protocol) -> dict[str, str]:
     if left := present - set(listed):
         raise UserError(f"protocol.given: {_names(left)} in no fold; list every speaker, or leave the corpus out")
     fold_of = {speaker: fold for fold, speakers in enumerate(given) for speaker in speakers}
-    return _by_speaker(rows, fold_of, len(given), protocol.fold)
+    return _by_speaker(rows, fold_of, len(given), protocol)
 
 
 def _given(protocol: Protocol) -> tuple[tuple[str, ...], ...]:
@@ -189,7 +189,7 @@ def _random(rows: Rows, protocol: Protocol) -> dict[str, str]:
     rng = np.random.default_rng(protocol.seed)
     order = sorted(rng.permutation(len(rows)).tolist(), key=lambda i: str(rows[i]["emotion"]))  # random within emotions
     folds = {_id(rows[i]): position % protocol.folds for position, i in enumerate(order)}
-    return {key: _split(fold, protocol.folds, protocol.fold) for key, fold in folds.items()}
+    return {key: _split(fold, protocol.folds, protocol) for key, fold in folds.items()}
 
 
 # -- what they share
@@ -214,17 +214,20 @@ def _with_dev(rows: Rows, protocol: Protocol, test: set[str]) -> dict[str, str]:
         own = [row for row in others if row["corpus"] == corpus]
         groups = min(protocol.folds, len({row["speaker"] for row in own}))
         if groups > 1:
-            dev |= {speaker for speaker, group in balanced_groups(own, groups, protocol.seed).items() if group == 0}
+            wanted = (protocol.dev_after - 1) % groups
+            group_of = balanced_groups(own, groups, protocol.seed)
+            dev |= {speaker for speaker, group in group_of.items() if group == wanted}
     return {_id(row): "test" if _id(row) in test else "dev" if row["speaker"] in dev else "train" for row in rows}
 
 
-def _by_speaker(rows: Rows, fold_of: Mapping[str, int], folds: int, test: int) -> dict[str, str]:
-    return {_id(row): _split(fold_of[str(row["speaker"])], folds, test) for row in rows}
+def _by_speaker(rows: Rows, fold_of: Mapping[str, int], folds: int, protocol: Protocol) -> dict[str, str]:
+    return {_id(row): _split(fold_of[str(row["speaker"])], folds, protocol) for row in rows}
 
 
-def _split(fold: int, folds: int, test: int) -> str:
-    """Test is the fold asked for, dev the next one, cyclically."""
-    return "test" if fold == test else "dev" if fold == (test + 1) % folds else "train"
+def _split(fold: int, folds: int, protocol: Protocol) -> str:
+    """Test is the fold asked for, dev one after it, cyclically; never the same."""
+    dev = (protocol.fold + 1 + (protocol.dev_after - 1) % (folds - 1)) % folds
+    return "test" if fold == protocol.fold else "dev" if fold == dev else "train"
 
 
 def _scheme_words(protocol: Protocol, tested: Iterable[str | None]) -> str:

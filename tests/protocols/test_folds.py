@@ -76,6 +76,9 @@ def utterances_of_speakers() -> st.SearchStrategy[pa.Table]:
     )
 
 
+ROTATE = ["speaker_kfold", "random"]
+
+
 @settings(deadline=None)
 @given(table=utterances_of_speakers(), folds=st.integers(3, 6), seed=st.integers(0, 3))
 def test_speaker_kfold_shares_no_speaker_and_tests_and_validates_every_utterance_once(table, folds, seed):
@@ -83,6 +86,17 @@ def test_speaker_kfold_shares_no_speaker_and_tests_and_validates_every_utterance
     check_tested_once(table, protocols)
     validated = Counter(k for p in protocols for k, split in make_fold(table, p).splits.items() if split == "dev")
     assert validated == Counter(table["utterance_id"].to_pylist())
+
+
+@settings(deadline=None, max_examples=50)
+@given(table=utterances_of_speakers(), folds=st.integers(3, 6), fold=st.integers(0, 2), scheme=st.sampled_from(ROTATE))
+def test_dev_goes_round_all_but_the_tested(table, folds, fold, scheme):
+    rounds = [make_fold(table, Protocol(scheme=scheme, folds=folds, fold=fold, dev_after=n)) for n in range(1, folds)]
+    again = make_fold(table, Protocol(scheme=scheme, folds=folds, fold=fold, dev_after=folds))
+    (tested,) = {frozenset(k for k, split in one.splits.items() if split == "test") for one in rounds}
+    validated = Counter(k for one in rounds for k, split in one.splits.items() if split == "dev")
+    assert validated == Counter(k for k in table["utterance_id"].to_pylist() if k not in tested)
+    assert again.splits == rounds[0].splits
 
 
 @settings(deadline=None, max_examples=50)
