@@ -19,7 +19,7 @@ import ray
 import ray.data
 
 from ser_ray import __version__, disk
-from ser_ray.config import Experiment, SearchSpace
+from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
 from ser_ray.schema import StorageError, UserError
 from ser_ray.speech import shards
@@ -177,7 +177,7 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
-    search = dict(space.search)
+    search = {key: _settle_conditions(distribution) for key, distribution in space.search.items()}
     if "backbone" in search and search["backbone"].choice is not None:
         choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
         search["backbone"] = search["backbone"].model_copy(update={"choice": choice})
@@ -289,6 +289,15 @@ def _is_file(given: object) -> bool:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
+
+
+def _settle_conditions(distribution: Distribution) -> Distribution:
+    """The backbones of its ``when`` as they then stand in the choice."""
+    when = distribution.when
+    if "backbone" not in when:
+        return distribution
+    names = tuple(_absolute_backbone(name) for name in when["backbone"])
+    return distribution.model_copy(update={"when": {**when, "backbone": names}})
 
 
 def _absolute_backbone(name: str) -> str:

@@ -87,13 +87,14 @@ class Scorer:
         model.prefix = kept.prefix if kept else None
         return self._predict(model, task, split, kept)
 
-    def probe(self, values: dict[str, Any], split: str) -> Predictions:
+    def probe(self, values: dict[str, Any], split: str, kept: Kept | None = None) -> Predictions:
         """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
         experiment = Experiment.model_validate(values)
         model, task = build(experiment, self.device), load_task(experiment, self.shard_dirs)
-        train, dev = (self._batches(task, part, experiment) for part in ("train", "dev"))
+        model.prefix = kept.prefix if kept else None
+        train, dev = (self._batches(task, part, experiment, kept) for part in ("train", "dev"))
         start_from_probe(model, train, dev, lambda value: [value])
-        return self._predict(model, task, split)
+        return self._predict(model, task, split, kept)
 
     def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
         """The same by a linear SVM on eGeMAPS features, which openSMILE computes."""
@@ -202,7 +203,7 @@ def evaluate(
     scorers = Scorers(space, shard_dirs, len(everything), console)
     try:
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
-        with _kept(space, finalists, shard_dirs) as kept:
+        with _kept(space, {t.trial_id: space.trial(t.values) for t in finalists}, shard_dirs) as kept:
             jobs = {run: _by_checkpoint(directory, run, "dev", kept[run.trial_id]) for run in everything}
             dev = scorers.map(jobs, "dev")
         record = _Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
@@ -214,7 +215,10 @@ def evaluate(
             test = scorers.map({run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}, "test")
             folds = {run.fold for run in runs[chosen]}
             tried = next(tried for tried in finalists if tried.trial_id == chosen)
-            rivals = {PROBE: scorers.map({fold: _by_probe(space, tried, fold) for fold in sorted(folds)}, PROBE)}
+            plain = _frozen(space.trial(tried.values))
+            with _kept(space, {PROBE: plain}, shard_dirs) as kept:
+                probes = {fold: _by_probe(plain, fold, kept[PROBE]) for fold in sorted(folds)}
+                rivals = {PROBE: scorers.map(probes, PROBE)}
             if importlib.util.find_spec("opensmile"):
                 rivals[EGEMAPS] = scorers.map({fold: _by_egemaps(space, fold) for fold in sorted(folds)}, EGEMAPS)
             else:
@@ -404,27 +408,37 @@ def _budget(space: SearchSpace) -> dict[str, Any]:
 
 
 @contextmanager
-def _kept(space: SearchSpace, finalists: Sequence[Tried], shard_dirs: list[str]) -> Iterator[dict[str, Kept | None]]:
-    """Finalist -> what its training kept of its frozen part, as far as that is still there."""
-    planned, dirs = cache.plan(space), [Path(shard_dir) for shard_dir in shard_dirs]
+def _kept(
+    space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str]
+) -> Iterator[dict[str, Kept | None]]:
+    """Name of an experiment -> what training kept of its frozen part, as far as that is still there."""
+    found: dict[str, Kept | None] = {}
     with ExitStack() as stack:
-        found = {t.trial_id: cache.find(space, space.trial(t.values), planned, dirs) for t in finalists}
-        yield {trial_id: stack.enter_context(one) for trial_id, one in found.items()}
+        for name, experiment in experiments.items():
+            alone = space.model_copy(update={"experiment": experiment, "search": {}})
+            whole = cache.find(alone, experiment, cache.plan(alone), [Path(shard_dir) for shard_dir in shard_dirs])
+            found[name] = stack.enter_context(whole)
+        yield found
 
 
 def _by_checkpoint(directory: Path, run: Run, split: str, kept: Kept | None = None) -> Callable[[Any], Any]:
     return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, kept)
 
 
-def _by_probe(space: SearchSpace, tried: Tried, fold: int) -> Callable[[Any], Any]:
-    own = space.trial({**tried.values, "protocol.fold": fold})
+def _frozen(experiment: Experiment) -> Experiment:
+    """The same with a linear classifier on the frozen backbone."""
     plain = {
         "adapter": Adapter(method="frozen"),
         "head": Head(init="probe", pooling="statistics", dropout=0.0),
         "augment": config.Augment(),
     }
-    values = config.to_dict(own.model_copy(update=plain))
-    return lambda actor: actor.probe.remote(values, "test")
+    return experiment.model_copy(update=plain)
+
+
+def _by_probe(plain: Experiment, fold: int, kept: Kept | None) -> Callable[[Any], Any]:
+    protocol = plain.protocol.model_copy(update={"fold": fold})
+    values = config.to_dict(plain.model_copy(update={"protocol": protocol}))
+    return lambda actor: actor.probe.remote(values, "test", kept)
 
 
 def _by_egemaps(space: SearchSpace, fold: int) -> Callable[[Any], Any]:

@@ -441,6 +441,25 @@ def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
             cluster.settle_paths(config.load(config.default_space(), [override]))
 
 
+def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkeypatch):
+    from ser_ray import cluster
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(space.read_text())
+    content["search"] = {
+        "backbone": {"choice": ["mine", "embedded/tiny-whisper"]},
+        "adapter.first_layer": {"choice": [0, 1], "when": {"backbone": ["mine"]}},
+    }
+    content["tune"] = {"first": [{"backbone": "mine", "adapter.first_layer": 1}]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    settled = cluster.settle_paths(config.load(tmp_path / "space.yaml"))
+    whole = str(tmp_path / "mine")
+    assert settled.search["backbone"].choice == (whole, "embedded/tiny-whisper")
+    assert settled.search["adapter.first_layer"].when == {"backbone": (whole,)}
+    assert settled.tune.first == ({"backbone": whole, "adapter.first_layer": 1},)
+
+
 def test_checkpoints_load_outside_of_the_search(space, local):
     best = results_of(space, "local") / "trials" / "single" / "epoch_002"
     model = checkpoint.load(best)
