@@ -133,7 +133,9 @@ def write_everything(folder: Path, leaky=False, detail="none") -> Path:
     test["baselines"]["frozen backbone + linear"] = chosen | {"uar": 0.671, "ci95": {"uar": [0.64, 0.69]}}
     test["against"] = {"frozen backbone + linear": {"uar": {"difference": 0.041, "ci95": [0.01, 0.072], "p": 0.0004}}}
     test["published"] = [
-        {"name": "HuBERT-large, frozen", "uar": 0.7, "accuracy": 0.703, "source": "EmoBox, table 4", "note": "6 folds"}
+        {"name": "HuBERT-base, frozen", "uar": 0.654, "accuracy": 0.662, "source": "EmoBox, table 4"},
+        {"name": "HuBERT-large, frozen", "uar": 0.7, "accuracy": 0.703, "source": "EmoBox, table 4", "note": "6 folds"},
+        {"name": "people", "uar": None, "accuracy": 0.9, "source": "them"},
     ]
     write_json(folder / "evaluation/test.json", test)
     return folder

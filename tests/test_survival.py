@@ -31,7 +31,7 @@ VICTIMS = {  # as Ray names the processes
 }
 RARE = {"evaluation actor": 3, "Ray Data actor": 2}
 """These live for seconds only: killed as soon as they are seen, so often."""
-EPOCHS = range(4)
+EPOCHS = range(3)
 """So many are trained between a kill, or the start of trials, and the next,"""
 PAUSE_S = (0.0, 3.0)
 """and so long is waited then: from within an epoch to within the start of another trial."""

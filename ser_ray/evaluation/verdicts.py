@@ -30,7 +30,7 @@ def verdicts(results: Results) -> list[str]:
         name = f"the runner-up, trial {runner_up['trial_id']}"
         found.append(f"On dev it {comparison(name, runner_up['gap'][metric], metric)}.")
     found.append(_averaged(results))
-    found += [_beside_published(row, results) for row in results.test.get("published", ())]
+    found.append(_beside_published(results))
     return [sentence for sentence in found if sentence]
 
 
@@ -99,14 +99,15 @@ def _averaged(results: Results) -> str:
     )
 
 
-def _beside_published(row: Mapping[str, Any], results: Results) -> str:
-    """No test of a difference: of others' work there is a figure, but no predictions."""
-    metric = _metric(row, results.metric)
-    if metric is None or metric not in results.answer:
+def _beside_published(results: Results) -> str:
+    """The highest published figure; no test of a difference: of others' work there are no predictions."""
+    metric = results.metric
+    rows = [row for row in results.test.get("published", ()) if row.get(metric) is not None]
+    if not rows or metric not in results.answer:
         return ""
+    row = max(rows, key=lambda one: one[metric])
     gap = round(100 * (results.answer[metric] - row[metric]), 1)
     where = f"{abs(gap):.1f} points {NAMES[metric]} {'above' if gap > 0 else 'below'}" if gap else "level with"
     note = f"; {row['note']}" if row.get("note") else ""
-    return (
-        f"It is {where} {row['name']} as published ({row[metric]:.3f}, {row.get('source', 'no source given')}{note})."
-    )
+    highest = f", the highest of {len(rows)} published figures" if len(rows) > 1 else " as published"
+    return f"It is {where} {row['name']}{highest} ({row[metric]:.3f}, {row.get('source', 'no source given')}{note})."
