@@ -33,10 +33,10 @@ RARE = {"evaluation actor": 3, "Ray Data actor": 2}
 """These live for seconds only: killed as soon as they are seen, so often."""
 EPOCHS = range(3)
 """So many are trained between a kill, or the start of trials, and the next,"""
-PAUSE_S = (0.0, 3.0)
+PAUSE_S = (0.0, 1.0)
 """and so long is waited then: from within an epoch to within the start of another trial."""
 SEARCH = (
-    "tune.trials=12",
+    "tune.trials=16",
     "tune.concurrency=1",  # so that the order of trials, and with it what the sampler knows, is the same
     "tune.scheduler=none",
     "tune.finalists=2",

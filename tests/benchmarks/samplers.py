@@ -32,9 +32,9 @@ from ser_ray.search import points
 from ser_ray.search.trials import Trials
 
 SEEDS: Final = 5
-BUDGET: Final = 120
+BUDGET: Final = 90
 """Epochs: fifteen whole trials."""
-RATES: Final = [round(float(rate), 6) for rate in np.geomspace(1e-4, 1e-2, 7)]
+RATES: Final = [round(float(rate), 6) for rate in np.geomspace(1e-4, 1e-2, 5)]
 METHODS: Final = {
     "TPE + ASHA": {"sampler": "tpe", "scheduler": "asha"},
     "random": {"sampler": "random", "scheduler": "none"},
@@ -49,7 +49,7 @@ def pool_space(**settings: Any) -> SearchSpace:
     values = config.to_dict(demo)
     values["search"]["optimizer.lr"] = {"choice": RATES}
     values["tune"] = {"trials": 1000, "grace": 2} | settings
-    values["experiment"]["patience"] = values["experiment"]["epochs"]
+    values["experiment"]["epochs"] = values["experiment"]["patience"] = 6
     return SearchSpace.model_validate(values)
 
 
