@@ -59,10 +59,15 @@ class Kept:
 
     prefix: Prefix
     paths: tuple[Path, ...]
-    made: int
+    made: int = 0
     """How many of them were made now."""
-    gigabytes: float
-    seconds: float
+    seconds: float = 0.0
+    """That took."""
+
+    @property
+    def gigabytes(self) -> float:
+        """On disk."""
+        return sum(path.stat().st_size for path in self.paths) / 1e9
 
     def __str__(self) -> str:
         found = f"made in {self.seconds:.0f} s" if self.made else "found"
@@ -145,7 +150,7 @@ def keep(
         yield None
         return
     wanted = planned[_decided(experiment)]
-    directory = space.cache_dir() / "prefix" / wanted.key()
+    directory = _place(space, wanted)
     with disk.locked(directory / IN_USE, shared=True):
         (directory / IN_USE).touch()
         with disk.locked(directory / MAKING):
@@ -162,14 +167,13 @@ def find(
         yield None
         return
     wanted = planned[_decided(experiment)]
-    directory = space.cache_dir() / "prefix" / wanted.key()
+    directory = _place(space, wanted)
     if not (directory / IN_USE).is_file():
         yield None
         return
     with disk.locked(directory / IN_USE, shared=True):
-        targets = tuple(directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir))
-        whole = all(target.is_file() for target in targets)
-        yield Kept(wanted, targets, 0, _gigabytes(directory), 0.0) if whole else None
+        targets = tuple(_targets(directory, shard_dirs).values())
+        yield Kept(wanted, targets) if all(target.is_file() for target in targets) else None
 
 
 class Keeper:
@@ -215,6 +219,15 @@ class Keeper:
 # -- below: how it is done
 
 
+def _place(space: SearchSpace, wanted: Prefix) -> Path:
+    return space.cache_dir() / "prefix" / wanted.key()
+
+
+def _targets(directory: Path, shard_dirs: Sequence[Path]) -> dict[Path, Path]:
+    """Shard of speech -> the file of what is kept of it."""
+    return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)}
+
+
 def _make(
     space: SearchSpace,
     experiment: Experiment,
@@ -224,9 +237,8 @@ def _make(
     actors: int,
     console: Console,
 ) -> Kept | None:
-    sources = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
-    targets = [directory / source.name for source in sources]
-    work = [{"source": str(s), "target": str(t)} for s, t in zip(sources, targets, strict=True) if not t.is_file()]
+    targets = _targets(directory, shard_dirs)
+    work = [{"source": str(s), "target": str(t)} for s, t in targets.items() if not t.is_file()]
     started = time.monotonic()
     if work:
         missing = {Path(row["source"]) for row in work}
@@ -240,8 +252,7 @@ def _make(
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
         _compute(work, experiment, wanted, actors, space, console)
-    gigabytes = sum(target.stat().st_size for target in targets) / 1e9
-    return Kept(wanted, tuple(targets), len(work), gigabytes, time.monotonic() - started)
+    return Kept(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
 
 
 def _compute(

@@ -70,7 +70,7 @@ class Protocol(Section):
     """Which fold is tested, from 0; for ``leave_one_speaker_out`` which speaker, in order of name."""
     dev_after: int = Field(1, ge=1)
     """Dev is the fold so many places after the tested one, cyclically; where only test is given by the scheme, that
-    group of the other speakers. `Tune.rotate_dev` moves it."""
+    group of the other speakers; where dev is given too, it stays. `Tune.rotate_dev` moves it."""
     given: Annotated[str | tuple[Words, ...] | None, BeforeValidator(_as_tuple)] = None
     """For ``given_folds``: ``emobox`` (RAVDESS's published folds), lists of speakers such as ``ravdess/01``, or a CSV
     file with the columns speaker and fold (numbers from 0)."""
@@ -311,8 +311,8 @@ class Tune(Section):
     """Seeds with which each is trained: the experiment's, and those that follow. The mean of their probabilities is
     one more figure of test."""
     rotate_dev: bool = False
-    """With every further seed dev is the next fold (`Protocol.dev_after`): a finalist is then judged by more speakers,
-    and with as many seeds as there are folds beside the tested one all of them have been trained on, by most models."""
+    """With every further seed dev is the next fold (`Protocol.dev_after`): a finalist is judged by more speakers, and
+    none of those beside the tested ones is left out of training by all seeds."""
     first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
     """Points tried before the sampler chooses: searched key -> value; keys left out are sampled."""
 
@@ -538,11 +538,15 @@ def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
     search.pop(key, None)
     for point in (content.get("tune") or {}).get("first") or []:
         point.pop(key, None)
-    conditions = {name: d["when"] for name, d in search.items() if isinstance(d, dict) and key in (d.get("when") or {})}
-    for name, when in conditions.items():
-        if value in when.pop(key):
-            continue
-        _fix_searched_key(content, name, None)
+    for name in [name for name, distribution in search.items() if _depends_on(distribution, key)]:
+        if value not in search[name]["when"].pop(key):
+            _fix_searched_key(content, name, None)
+
+
+def _depends_on(distribution: object, key: str) -> bool:
+    """Whether its ``when`` names that key; what is no condition is left for the validation to refuse."""
+    when = distribution.get("when") if isinstance(distribution, dict) else None
+    return isinstance(when, dict) and isinstance(when.get(key), list)
 
 
 def _with_values(content: dict[str, Any], values: Mapping[str, Any], known: bool = True) -> dict[str, Any]:

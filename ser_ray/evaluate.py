@@ -46,7 +46,6 @@ from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions, UserError
 from ser_ray.speech import shards, stream
 from ser_ray.speech.audio import from_int16
-from ser_ray.speech.kept import COLUMN
 from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
 from ser_ray.training.probe import start_from_probe
@@ -123,7 +122,7 @@ class Scorer:
     def _batches(self, task: Task, split: str, experiment: Experiment, kept: Kept | None = None) -> Iterator[Batch]:
         labels = task.labels(split)
         found = shards.read_paths(kept.paths) if kept else shards.read_tables(self.shard_dirs)
-        content = stream.Content(COLUMN, kept.prefix.read) if kept else stream.SPEECH
+        content = stream.content_of(kept.prefix if kept else None)
         tables = (shards.select(table, labels) for table in found)
         return stream.batches(tables, experiment.batch_seconds, seed=None, content=content)
 

@@ -85,13 +85,11 @@ class Trial:
     def model(self, experiment: Experiment, device: torch.device) -> tuple[EmotionClassifier, Content]:
         """The model before training, and how what it is fed is read."""
         from ser_ray.models.classifier import build
-        from ser_ray.speech.stream import SPEECH, Content
+        from ser_ray.speech.stream import content_of
 
         model = build(experiment, device)
-        if self.prefix is None:
-            return model, SPEECH
-        model.prefix = kept.Prefix(**self.prefix)
-        return model, Content(kept.COLUMN, model.prefix.read)
+        model.prefix = kept.Prefix(**self.prefix) if self.prefix else None
+        return model, content_of(model.prefix)
 
 
 @contextmanager

@@ -158,6 +158,16 @@ def test_what_depends_on_a_fixed_key_is_searched_always_or_never(tmp_path, metho
     assert all("adapter.method" not in distribution.when for distribution in space.search.values())
 
 
+@pytest.mark.parametrize("when", ["qlora", 3, ["adapter.method"], {"adapter.method": {"a": 1}}])
+def test_a_broken_condition_beside_an_override_is_one_line(tmp_path, when):
+    content = yaml.safe_load(MINIMAL)
+    content["search"] = {"adapter.method": {"choice": ["qlora", "full"]}, "adapter.rank": {"choice": [2], "when": when}}
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"adapter\.rank"):
+        load(path, ["experiment.adapter.method=full"])
+
+
 def test_a_trial_is_the_base_with_its_values(space_file):
     space = load(space_file)
     trial = space.trial({"adapter.rank": 4, "optimizer.lr": 1e-5})

@@ -122,6 +122,18 @@ def test_everything_that_a_search_leaves_is_shown(complete):
     assert runner_up in printed(complete)
 
 
+def test_people_without_a_uar_are_compared_by_accuracy(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+    test = json.loads((folder / "evaluation/test.json").read_text())
+    test["published"] = test["published"][-1:]
+    (folder / "evaluation/test.json").write_text(json.dumps(test))
+    gap = 100 * (0.9 - test["mean"]["accuracy"])
+    build(folder)
+    assert (
+        f"It is {gap:.1f} points accuracy below people as published (0.900, them)." in Page(folder / "report.html").text
+    )
+
+
 def test_mistakes_can_be_heard(complete):
     page = Page(complete / "report.html")
     doubtful = most_confident(predictions(seed=1))

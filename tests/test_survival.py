@@ -68,9 +68,8 @@ def victims(driver: int) -> dict[str, list[psutil.Process]]:
     return found
 
 
-def rare(driver: int, killed: collections.Counter[str]) -> list[str]:
-    """Kinds that live for seconds, are there now, and have not been killed often enough."""
-    found = victims(driver)
+def rare(found: dict[str, list[psutil.Process]], killed: collections.Counter[str]) -> list[str]:
+    """Of the kinds that live for seconds, those that are there and have not been killed often enough."""
     return [kind for kind, most in RARE.items() if kind in found and killed[kind] < most]
 
 
@@ -88,7 +87,7 @@ def wait_for_victims(
         time.sleep(0.2)
     more, pause = trained(space, name) + rng.choice(EPOCHS), rng.uniform(*PAUSE_S)
     reached = None
-    while driver.poll() is None and not rare(driver.pid, killed):
+    while driver.poll() is None and not rare(victims(driver.pid), killed):
         if reached is None and trained(space, name) >= more:
             reached = time.monotonic()
         if reached is not None and time.monotonic() > reached + pause:
@@ -110,7 +109,7 @@ def disturb(space: Path, name: str, seed: int) -> collections.Counter[str]:
         wait_for_victims(space, name, driver, rng, sessions, killed)
         if driver.poll() is None:
             found = victims(driver.pid)
-            seldom = rare(driver.pid, killed)
+            seldom = rare(found, killed)
             often = [kind for kind in found if kind not in RARE] if killed.total() < KILLS else []
             # The kind that has been killed least: the driver is always there, the others come and go.
             kind = seldom[0] if seldom else min(often, key=lambda one: (killed[one], rng.random()), default=None)

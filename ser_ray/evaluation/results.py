@@ -88,7 +88,9 @@ class Results:
         if "mean" in self.test:
             rows = {f"test, mean of {len(self.runs)} runs": self.answer, "test, runs pooled": self.test}
         if averaged := self.test.get("seeds_averaged"):
-            rows |= {"test, seeds averaged, mean of folds": averaged["mean"], "the same, folds pooled": averaged}
+            several = len({run["fold"] for run in self.runs}) > 1
+            rows |= {"test, seeds averaged, mean of folds": averaged["mean"]} if several else {}
+            rows |= {"the same, folds pooled" if several else "test, seeds averaged": averaged}
         rows |= {"dev": self.dev, **(self.test or self.dev).get("baselines", {})}
         return {name: figures for name, figures in rows.items() if figures}
 

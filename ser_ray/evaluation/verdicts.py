@@ -101,9 +101,13 @@ def _averaged(results: Results) -> str:
 
 def _beside_published(results: Results) -> str:
     """The highest published figure; no test of a difference: of others' work there are no predictions."""
-    metric = results.metric
-    rows = [row for row in results.test.get("published", ()) if row.get(metric) is not None]
-    if not rows or metric not in results.answer:
+    known = [
+        (metric, [row for row in results.test.get("published", ()) if row.get(metric) is not None])
+        for metric in (results.metric, "uar", "accuracy")
+        if metric in results.answer
+    ]
+    metric, rows = next((found for found in known if found[1]), ("", []))
+    if not rows:
         return ""
     row = max(rows, key=lambda one: one[metric])
     gap = round(100 * (results.answer[metric] - row[metric]), 1)

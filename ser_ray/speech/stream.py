@@ -20,6 +20,7 @@ import torch
 
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech.audio import from_int16
+from ser_ray.speech.kept import COLUMN, Prefix
 
 JITTER: Final = 0.02
 """Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch; costs
@@ -45,6 +46,11 @@ class Content:
 
 
 SPEECH: Final = Content()
+
+
+def content_of(prefix: Prefix | None) -> Content:
+    """What a model is fed: speech, or what a frozen ``prefix`` kept of it."""
+    return SPEECH if prefix is None else Content(COLUMN, prefix.read)
 
 
 @dataclass(frozen=True)

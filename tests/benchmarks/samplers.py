@@ -82,6 +82,8 @@ def learn_pool(path: Path) -> dict[str, list[dict[str, Any]]]:
     with concurrent.futures.ProcessPoolExecutor(2) as executor:
         tasks = {executor.submit(train_one, point): point for point in missing}
         for done in concurrent.futures.as_completed(tasks):
+            if done.exception():
+                executor.shutdown(cancel_futures=True)  # or the error shows when all the others are trained, and lost
             known[json.dumps(tasks[done])] = done.result()
             disk.write_json(path, known)
             print(f"{len(known)} of {len(pool)}", file=sys.stderr)
