@@ -22,6 +22,7 @@ VERBS = {
     "rerun": "RESULTS_DIR [key=value ...]     the same search again, and by how much its figures differ",
     "cache": "SPACE.yaml [key=value ...]      what frozen layers compute, once for all trials (tune does it as needed)",
     "premium": "SPACE.yaml [key=value ...]      what shared speakers add: random against disjoint splits",
+    "fetch": "SPACE.yaml [--to DIR]           backbones into a cache that compute nodes without internet read",
     "predict": "CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]   files or folders -> emotions",
 }
 

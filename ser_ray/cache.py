@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
     space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
-    cluster.connect()
+    cluster.connect(space)
     actors = cluster.capacity(space)
     shard_dirs = prepare.prepare(space, console=console)
     for experiment in experiments(space):

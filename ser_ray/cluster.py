@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import ray.data
 
-from ser_ray import __version__, disk
+from ser_ray import __version__, disk, nodes
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
 from ser_ray.schema import StorageError, UserError
@@ -56,14 +56,22 @@ class Worker:
     gpus: float
 
 
-def connect() -> None:
+def connect(space: SearchSpace | None = None) -> None:
     """Join the cluster that RAY_ADDRESS or ``ray start`` offers, else start one on this machine; again: nothing.
 
     On its own machine Ray is told of one CPU more than there are, for the data tasks, which mostly wait: so one core
-    is enough for a search.
+    is enough for a search. A cluster is waited for, and with a ``space`` every node of it is looked at.
+
+    Raises UserError where no cluster answers, or `nodes.wait` and `nodes.check` do.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _join()
+    nodes.wait()
+    if space is not None:
+        nodes.check(space)
+
+
+def _join() -> None:
     verbose = VERBOSE in os.environ
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     offered = _offered()
@@ -99,9 +107,9 @@ def connect() -> None:
 
 def describe() -> str:
     """One line on the cluster, for people."""
-    total, nodes = ray.cluster_resources(), len([node for node in ray.nodes() if node["Alive"]])
+    total, count = ray.cluster_resources(), len(nodes.alive())
     gpus = total.get("GPU", 0)
-    return f"{nodes} node{'s' * (nodes != 1)}, {total.get('CPU', 0):g} logical CPUs, {gpus:g} GPU{'s' * (gpus != 1)}"
+    return f"{count} node{'s' * (count != 1)}, {total.get('CPU', 0):g} logical CPUs, {gpus:g} GPU{'s' * (gpus != 1)}"
 
 
 def worker(space: SearchSpace) -> Worker:
@@ -111,14 +119,14 @@ def worker(space: SearchSpace) -> Worker:
     gpus = float(has_gpu) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
     if wanted.cpus_per_worker != "auto":
         return Worker(wanted.cpus_per_worker, gpus)
-    per_node = min((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    per_node = min((node["Resources"].get("CPU", 0) for node in nodes.alive()), default=1)
     return Worker(min(4.0, max(1.0, per_node - DATA_CPUS)) if gpus else 1.0, gpus)
 
 
 def capacity(space: SearchSpace) -> int:
     """Workers that fit at once, each on one node, beside one CPU for the data."""
-    one, nodes = worker(space), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sorted(((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes), reverse=True)
+    one, offers = worker(space), [node["Resources"] for node in nodes.alive()]
+    room = sorted(((offer.get("CPU", 0.0), offer.get("GPU", 0.0)) for offer in offers), reverse=True)
     # The data's CPU is taken where it costs the fewest workers.
     return max(
         sum(_fits(cpus - DATA_CPUS * (i == reserved), gpus, one) for i, (cpus, gpus) in enumerate(room))
@@ -134,13 +142,13 @@ def concurrency(space: SearchSpace) -> int:
     workers = max(1, space.resources.workers)
     fits = capacity(space) // workers
     if fits < 1:
-        one, nodes = worker(space), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        lacking = "GPUs" if one.gpus > sum(node.get("GPU", 0) for node in nodes) else "room"
+        one, offers = worker(space), [node["Resources"] for node in nodes.alive()]
+        has = ", ".join(f"{offer.get('CPU', 0):g} CPUs and {offer.get('GPU', 0):g} GPUs" for offer in offers)
+        lacking = "GPUs" if one.gpus > sum(offer.get("GPU", 0) for offer in offers) else "room"
         raise UserError(
             f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs), each on one node, beside "
-            f"{DATA_CPUS} CPU for data, but the cluster lacks the {lacking}: its {len(nodes)} node"
-            f"{'s have' if len(nodes) > 1 else ' has'} {has}; lower resources.workers, cpus_per_worker or "
+            f"{DATA_CPUS} CPU for data, but the cluster lacks the {lacking}: its {len(offers)} node"
+            f"{'s have' if len(offers) > 1 else ' has'} {has}; lower resources.workers, cpus_per_worker or "
             "gpus_per_worker"
         )
     return min(fits, space.tune.concurrency or fits, space.tune.trials)

@@ -395,6 +395,11 @@ class SearchSpace(Section):
         """
         return _validate(Experiment, _with_values(to_dict(self.experiment), values))
 
+    def backbones(self) -> list[str]:
+        """Every backbone that a trial can have, once."""
+        searched = self.search["backbone"].examples() if "backbone" in self.search else ()
+        return list(dict.fromkeys(searched or (self.experiment.backbone,)))
+
     def results_dir(self) -> Path:
         """``<storage.results>/<name>``, absolute."""
         return Path(self.storage.results).expanduser().resolve() / self.experiment.name
@@ -407,8 +412,8 @@ class SearchSpace(Section):
 def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
     """Read a search space from YAML and apply ``key=value`` overrides.
 
-    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first``; so do keys that are
-    searched only with other values of it.
+    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first`` (points that are then
+    alike are tried once); so do keys that are searched only with other values of it.
 
     Raises UserError, in one line, for a file that is missing or no YAML, and for every key or value that does not fit.
     """
@@ -536,8 +541,13 @@ def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
     """Search ``key`` no more. What depends on it is searched always, or where ``value`` is none of its, never."""
     search = content["search"]
     search.pop(key, None)
-    for point in (content.get("tune") or {}).get("first") or []:
-        point.pop(key, None)
+    tune = content.get("tune")
+    points = tune.get("first") if isinstance(tune, dict) else None
+    if isinstance(points, list):  # what is none is left for the validation to refuse
+        for point in points:
+            if isinstance(point, dict):
+                point.pop(key, None)
+        points[:] = [point for number, point in enumerate(points) if point and point not in points[:number]]
     for name in [name for name, distribution in search.items() if _depends_on(distribution, key)]:
         if value not in search[name]["when"].pop(key):
             _fix_searched_key(content, name, None)

@@ -139,7 +139,7 @@ class Scorers:
 
     def __init__(self, space: SearchSpace, shard_dirs: Sequence[str], most: int, console: Console) -> None:
         one = cluster.worker(space)
-        options = {"num_cpus": one.cpus, "num_gpus": one.gpus}
+        options = {"num_cpus": one.cpus, "num_gpus": one.gpus, "scheduling_strategy": "SPREAD"}  # over all nodes
         make = Scorer.options(**options).remote  # type: ignore[attr-defined]
         number = max(1, min(cluster.capacity(space), most))
         self.actors = [make(shard_dirs, max(1, int(one.cpus))) for _ in range(number)]

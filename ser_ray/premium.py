@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
     space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
-    cluster.connect()
+    cluster.connect(space)
     home = space.results_dir()
     predictions: dict[str, list[Predictions]] = {}
     plan = list(schemes(space))

@@ -43,6 +43,9 @@ from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 
 CHUNK: Final = 64
 """Utterances a task and a shard, about: 6 MB of 3 s each; seconds of work, which is what a retry costs."""
+MOST_SHARDS: Final = 4096
+"""Of a corpus: beyond about 200 hours shards become larger instead of more, as every process opens each of them once
+and shared file systems are slow at that."""
 CHUNK_BYTES: Final = 2**28
 """A chunk of long recordings ends here, counting the files: it is held in memory, decoded."""
 
@@ -96,6 +99,18 @@ def summary(index: pa.Table) -> Table:
             )
         table.add_section()
     return table
+
+
+def chunk_size(utterances: int) -> int:
+    """Utterances a shard, about; in powers of two, so that a corpus that grows keeps most of its shards.
+
+    >>> chunk_size(1440), chunk_size(4_500_000)
+    (64, 2048)
+    """
+    chunk = CHUNK
+    while utterances > MOST_SHARDS * chunk:
+        chunk *= 2
+    return chunk
 
 
 def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, audio: config.Audio) -> pa.Table:
@@ -190,7 +205,7 @@ def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audi
     """Shard name -> its utterances. The name is a fingerprint of all that the shard is made from: what the corpus says
     of each file, its size, its time of change, and the audio settings."""
     chunks = {}
-    for run in _runs(utterances, directory):
+    for run in _runs(utterances, directory, chunk_size(len(utterances))):
         told = [{name: getattr(utterance, name) for name in UTTERANCE} for utterance, _ in run]
         stats = [stat and [stat.st_size, stat.st_mtime_ns] for _, stat in run]
         rows = [[*utterance.values(), stat] for utterance, stat in zip(told, stats, strict=True)]
@@ -199,8 +214,10 @@ def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audi
     return chunks
 
 
-def _runs(utterances: Iterable[Utterance], directory: Path) -> Iterator[list[tuple[Utterance, os.stat_result | None]]]:
-    """Half to one and a half times `CHUNK` utterances each, in an order as good as random, always the same: so that
+def _runs(
+    utterances: Iterable[Utterance], directory: Path, chunk: int
+) -> Iterator[list[tuple[Utterance, os.stat_result | None]]]:
+    """Half to one and a half times ``chunk`` utterances each, in an order as good as random, always the same: so that
     every shard, and every window of the stream, holds a mix of speakers and emotions. Where a run ends depends on ids
     near by, not on how many come before: an utterance more or less changes one run or two, not all that follow."""
     run: list[tuple[Utterance, os.stat_result | None]] = []
@@ -210,8 +227,8 @@ def _runs(utterances: Iterable[Utterance], directory: Path) -> Iterator[list[tup
         stat = path.stat() if path.exists() else None  # a dangling link is rejected later, with a reason
         run.append((utterance, stat))
         size += stat.st_size if stat and utterance.end is None else 0
-        ends = _digest(utterance)[-1] % (CHUNK // 2) == 0
-        if (ends and len(run) >= CHUNK // 2) or len(run) == CHUNK + CHUNK // 2 or size > CHUNK_BYTES:
+        ends = int.from_bytes(_digest(utterance)[-4:]) % (chunk // 2) == 0
+        if (ends and len(run) >= chunk // 2) or len(run) == chunk + chunk // 2 or size > CHUNK_BYTES:
             yield run
             run, size = [], 0
     if run:

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     provenance = disk.read_json(old / "provenance.json")
     argv = ["rerun", *arguments]
     if provenance["argv"][0] != "train" or space.resources.workers:
-        cluster.connect()
+        cluster.connect(space)
     _check_data(space, provenance, console)
     alone = provenance["argv"][0] == "train"
     new = train(space, console, argv) if alone else tune.run(space, console, argv)

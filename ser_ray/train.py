@@ -14,6 +14,7 @@ if __name__ == "__main__":  # hand over at once: workers find everything in ser_
     sys.exit(command(["train", *sys.argv[1:]]))
 
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ import ray.data
 import ray.train
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, feed, prepare
+from ser_ray import cache, cluster, config, disk, feed, nodes, prepare
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
@@ -191,6 +192,8 @@ def run_trial(
     trial_dir, values = Path(directory) / point["trial_id"], point["values"]
     with _explained(trial_dir), (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
         console = Console(file=notes, highlight=False, soft_wrap=True)
+        if len(nodes.alive()) > 1:
+            console.print(f"runs on {socket.gethostname()} ({ray.util.get_node_ip_address()})")
         dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
         with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
             shared = speech if speech and trial.prefix is None else None
@@ -311,7 +314,7 @@ def main(arguments: list[str]) -> int:
     space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
     if space.resources.workers > 0:
-        cluster.connect()
+        cluster.connect(space)
     directory = train(space, console, ["train", *arguments])
     console.print(f"next: ser-ray evaluate {directory}")
     return 0

@@ -206,7 +206,7 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     started = time.monotonic()
     console.print(f"[bold]ser-ray tune[/bold] {space.experiment.name} -> {space.results_dir()}")
     _check_backbones(space, console)
-    cluster.connect()
+    cluster.connect(space)
     at_once = cluster.concurrency(space)
     console.print(f"Ray: {cluster.describe()}; {at_once} trial{'s' * (at_once != 1)} at once")
     shard_dirs = prepare.prepare(space, console=console)
@@ -324,8 +324,7 @@ def _speech(space: SearchSpace, task: Task, shard_dirs: list[Path]) -> dict[str,
 
 def _check_backbones(space: SearchSpace, console: Console) -> None:
     """Load every backbone that the space names, once, before any trial: what is missing shows here."""
-    searched = space.search["backbone"].examples() if "backbone" in space.search else ()
-    for name in dict.fromkeys(searched or (space.experiment.backbone,)):
+    for name in space.backbones():
         backbone = backbones.load(name)
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         note = "; random weights, not pre-trained" if backbones.is_random(name) else ""

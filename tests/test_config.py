@@ -142,6 +142,33 @@ def test_an_override_of_a_searched_key_fixes_it(space_file):
     assert space.tune.first == ({"optimizer.lr": 1e-4},)
 
 
+@pytest.mark.parametrize(
+    ("first", "left"),
+    [
+        (
+            [{"adapter.rank": 4, "optimizer.lr": 1e-4}, {"adapter.rank": 8, "optimizer.lr": 1e-4}],
+            [{"optimizer.lr": 1e-4}],
+        ),
+        ([{"adapter.rank": 4}, {"adapter.rank": 8, "optimizer.lr": 1e-4}], [{"optimizer.lr": 1e-4}]),
+        ([{"adapter.rank": 4}], []),
+    ],
+)
+def test_first_points_that_an_override_makes_alike_are_tried_once(space_file, first, left):
+    content = yaml.safe_load(space_file.read_text())
+    content["tune"] = {"first": first}
+    space_file.write_text(yaml.safe_dump(content))
+    assert load(space_file, ["experiment.adapter.rank=32"]).tune.first == tuple(left)
+
+
+@pytest.mark.parametrize("tune", ["twelve", {"first": "one"}, {"first": [3]}])
+def test_a_broken_tune_beside_an_override_is_one_line(space_file, tune):
+    content = yaml.safe_load(space_file.read_text())
+    content["tune"] = tune
+    space_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"^[^\n]*tune[^\n]*$"):
+        load(space_file, ["experiment.adapter.rank=32"])
+
+
 @pytest.mark.parametrize(("method", "left"), [("qlora", {"adapter.rank", "head.dropout"}), ("full", set())])
 def test_what_depends_on_a_fixed_key_is_searched_always_or_never(tmp_path, method, left):
     content = yaml.safe_load(MINIMAL)
@@ -154,7 +181,8 @@ def test_what_depends_on_a_fixed_key_is_searched_always_or_never(tmp_path, metho
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     space = load(path, [f"experiment.adapter.method={method}"])
-    assert space.search.keys() == space.tune.first[0].keys() == left
+    assert space.search.keys() == left
+    assert [point.keys() for point in space.tune.first] == ([left] if left else [])
     assert all("adapter.method" not in distribution.when for distribution in space.search.values())
 
 

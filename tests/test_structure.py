@@ -17,7 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 VERBS = {
     *("prepare", "audit", "train", "evaluate", "tune", "report", "predict", "premium", "cache", "rerun"),
-    *("serve", "export"),
+    *("fetch", "serve", "export"),
 }
 LEVELS = {
     "schema": 0,
@@ -85,7 +85,7 @@ def _uses(module: str, library: str) -> bool:
 
 
 def test_every_file_has_its_place() -> None:
-    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "feed", "watch"}
+    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "nodes", "feed", "watch"}
     assert {_part(module) for module in MODULES} <= known
     assert LEVELS.keys() <= {_part(module) for module in MODULES}
 
@@ -110,7 +110,12 @@ def test_schema_disk_and_the_package_import_nothing_of_the_project() -> None:
 
 
 def test_only_verbs_and_what_they_share_import_ray() -> None:
-    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {"cluster", "feed", "watch"}
+    assert {_part(module) for module in MODULES if _uses(module, "ray")} <= VERBS | {
+        "cluster",
+        "nodes",
+        "feed",
+        "watch",
+    }
 
 
 def test_only_cluster_starts_ray() -> None:
@@ -134,7 +139,7 @@ def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
         assert others <= allowed, f"{verb} imports {others - allowed}"
 
 
-@pytest.mark.parametrize("module", ["cluster", "feed", "watch"])
+@pytest.mark.parametrize("module", ["cluster", "nodes", "feed", "watch"])
 def test_what_verbs_share_knows_no_verb(module: str) -> None:
     assert not {_part(imported) for imported in _own(f"ser_ray.{module}")} & VERBS
 

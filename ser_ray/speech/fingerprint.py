@@ -53,6 +53,8 @@ NEIGHBOURS: Final = 8
 """Utterances with the same landmark that each is paired with: a bound on the work, whatever the speech repeats."""
 VOTES: Final = 2
 """Landmarks that must agree on the time between two utterances before their bits are compared."""
+PART: Final = 20_000
+"""Utterances whose candidates are in memory at once: about 0.5 GB."""
 MIN_OVERLAP: Final = 0.5
 """Of the shorter utterance."""
 MIN_CELLS: Final = 300
@@ -117,8 +119,9 @@ def same_takes(prints: Mapping[str, np.ndarray]) -> list[SameTake]:
     least: dict[tuple[int, int], float] = {}
     for one, other, offset in _candidates([prints[i] for i in ids]):
         found = min(difference(prints[ids[one]], prints[ids[other]], offset + d) for d in (-1, 0, 1))
-        least[one, other] = min(found, least.get((one, other), 1.0))
-    alike = [(ids[one], ids[other], found) for (one, other), found in sorted(least.items()) if found <= THRESHOLD]
+        if found <= THRESHOLD:
+            least[one, other] = min(found, least.get((one, other), 1.0))
+    alike = [(ids[one], ids[other], found) for (one, other), found in sorted(least.items())]
     return [SameTake(*pair) for pair in alike if not _repeats(prints[pair[0]])]
 
 
@@ -190,17 +193,22 @@ def _candidates(prints: list[np.ndarray]) -> Iterable[tuple[int, int, int]]:
     """Pairs of positions, first one smaller, and the frames from one to the other that `VOTES` landmarks agree on."""
     if not prints:
         return
-    word = np.concatenate([p[:, 2] for p in prints])
-    owner = np.repeat(np.arange(len(prints)), [len(p) for p in prints])
-    frame = np.concatenate([np.arange(len(p)) for p in prints])
-    word, owner, frame = (column[word != NONE] for column in (word, owner, frame))
-    order = np.lexsort((frame, owner, word))
+    assert len(prints) < 2**23, "positions are packed into 24 bits below"
+    marked = [np.flatnonzero(p[:, 2] != NONE).astype(np.int32) for p in prints]
+    word = np.concatenate([p[frames, 2] for p, frames in zip(prints, marked, strict=True)])
+    owner = np.repeat(np.arange(len(prints), dtype=np.int32), [len(frames) for frames in marked])
+    frame = np.concatenate(marked)
+    order = np.argsort(word, kind="stable")  # utterances in their order within a word, frames within an utterance
     word, owner, frame = word[order], owner[order], frame[order]
-    is_first = np.r_[True, (np.diff(word.astype(np.int64)) != 0) | (np.diff(owner) != 0)][: len(word)]
+    is_first = np.r_[True, (word[1:] != word[:-1]) | (owner[1:] != owner[:-1])][: len(word)]
     word, owner, frame = word[is_first], owner[is_first], frame[is_first]
-    hits = []
-    for step in range(1, NEIGHBOURS + 1):
-        same = np.flatnonzero(word[:-step] == word[step:])
-        hits.append(np.stack([owner[same], owner[same + step], frame[same] - frame[same + step]], axis=1))
-    pairs, votes = np.unique(np.concatenate(hits), axis=0, return_counts=True)
-    yield from map(tuple, pairs[votes >= VOTES].tolist())
+    for part in range(parts := 1 + len(prints) // PART):  # so that memory stays bounded
+        hits = []
+        for step in range(1, NEIGHBOURS + 1):
+            same = np.flatnonzero((word[:-step] == word[step:]) & (owner[:-step] % parts == part))
+            apart = frame[same] - frame[same + step] + 2**15
+            one, other = (owner[rows].astype(np.int64) for rows in (same, same + step))
+            hits.append(one << 40 | other << 16 | apart)  # one number: sorted ten times as fast
+        pairs, votes = np.unique(np.concatenate(hits), return_counts=True)
+        for pair in pairs[votes >= VOTES].tolist():
+            yield pair >> 40, pair >> 16 & 2**24 - 1, (pair & 2**16 - 1) - 2**15
