@@ -1,0 +1,84 @@
+"""Every command in the README and in cluster/README.md is run by a test, has made a page of figures, or says that it
+was not run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "cluster/README.md")
+NOT_RUN = re.compile(r"\bnot (yet )?(run|built)\b|\bnot run\b")
+PROGRAMS = re.compile(
+    r"(python3? -m |python tests/|ser-ray |pytest|sbatch |salloc |scontrol |ray job |ray start |cluster/\w+\.sh|"
+    r"docker |apptainer |kubectl |\.ci/run)"
+)
+BENCHMARK = re.compile(r"python (tests/benchmarks/\w+\.py)")
+
+RUN_BY = {
+    r"python3 -m venv": ".ci/run",
+    r"pytest|\.ci/run": ".ci/run",
+    r"(ser-ray |python -m ser_ray\.)tune": "tests/test_job.py::test_the_demo_runs_as_a_submitted_job",
+    r"(ser-ray |python -m ser_ray\.)train": "tests/test_local.py::test_training_under_a_debugger_stops_in_the_loop",
+    r"ser-ray prepare": "tests/test_prepare.py::test_the_command",
+    r"ser-ray audit": "tests/test_audit.py::test_an_emotion_that_cannot_be_learned_is_an_error_in_one_line",
+    r"ser-ray evaluate": "tests/test_verbs.py::test_a_second_opening_of_the_test_set_is_counted",
+    r"ser-ray report": "tests/test_report.py::test_command_writes_the_page_and_prints_where",
+    r"ser-ray rerun": "tests/test_verbs.py::test_a_rerun_says_that_nothing_differs",
+    r"ser-ray cache": "tests/test_cache.py::test_the_command_makes_and_then_finds",
+    r"ser-ray premium": "tests/test_premium.py::test_the_premium_of_a_small_corpus",
+    r"ser-ray predict": "tests/test_verbs.py::test_the_winner_predicts_what_the_evaluation_said",
+    r"ser-ray fetch": "tests/test_fetch.py::test_what_was_fetched_is_found_offline",
+    r"ray job submit": "tests/cluster/test_standing.py::test_a_job_uses_both_hosts_and_nobody_without_the_token",
+    r"sbatch --array": "tests/cluster/test_slurm.py::test_bad_yaml_is_exit_code_2_in_every_task_of_an_array",
+    r"sbatch": "tests/cluster/test_slurm.py::test_the_demo_runs_over_both_nodes",
+    r"scontrol requeue": "tests/cluster/test_slurm.py::test_a_requeued_job_goes_on",
+    r"cluster/up\.sh \w": "tests/cluster/test_standing.py::standing",
+    r"cluster/(up|down)\.sh|salloc": "tests/cluster/test_allocation.py::test_a_cluster_over_an_allocation_takes_a_job",
+}
+"""How a command begins -> what runs it: a script, or a function of the tests. The first that fits counts."""
+
+
+def commands(document: str) -> list[tuple[str, str]]:
+    """Commands of a page with the line that each is on: in blocks of code, and in the text between backticks."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [(line.split("  #")[0].strip(), line) for line in lines if PROGRAMS.search(line)]
+    for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines():
+        found += [(code, line) for code in re.findall(r"`([^`]+)`", line) if PROGRAMS.match(code)]
+    return found
+
+
+def exists(place: str) -> bool:
+    """Whether a function of that name is in the file."""
+    path, _, function = place.partition("::")
+    if not function:
+        return (REPOSITORY / path).is_file()
+    tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in ast.walk(tree))
+
+
+def test_what_runs_the_commands_is_there():
+    assert [place for place in RUN_BY.values() if not exists(place)] == []
+
+
+@pytest.mark.parametrize(("command", "line"), [pair for document in DOCUMENTS for pair in commands(document)])
+def test_a_command_is_run_by_a_test_or_says_that_it_was_not(command, line):
+    if NOT_RUN.search(line) or any(re.match(start, command) for start in RUN_BY):
+        return
+    benchmark = BENCHMARK.match(command)
+    assert benchmark, f"{command}: no test runs it, it has no page, and its line does not say that it was not run"
+    pages = (page.read_text(encoding="utf-8") for page in (REPOSITORY / "results" / "benchmarks").glob("*.md"))
+    assert any(benchmark[1] in page for page in pages), f"{command}: no page in results/benchmarks is made by it"
+
+
+def test_commands_are_found():
+    found = [command for command, _ in commands("README.md")]
+    assert any(command.startswith("python3 -m venv") for command in found)
+    assert any(command.startswith("ser-ray fetch") for command in found)
+    assert len(found) > 20
