@@ -83,11 +83,13 @@ class Slurm:
         raise TimeoutError(f"no {what} after {seconds:.0f} s; logs in {self.directory}")
 
     def run(self, *command: str) -> None:
-        """Start a daemon; its output goes to a file."""
+        """Start a daemon; its output goes to a file. It dies with this process, should that be killed."""
         log = self.directory / f"{len(self.daemons)}.log"
         env = {**os.environ, "SLURM_CONF": str(self.directory / "slurm.conf"), "PATH": PATH}
         with log.open("wb") as file:
-            self.daemons.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
+            self.daemons.append(
+                subprocess.Popen(["setpriv", "--pdeathsig=KILL", *command], stdout=file, stderr=file, env=env)
+            )
         time.sleep(0.3)
 
     def stop(self) -> None:

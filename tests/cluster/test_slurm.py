@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -72,7 +71,7 @@ class Job:
     def ended(self) -> tuple[str, int]:
         """Its state and exit code, when it and all that it started are gone."""
         self.wait()
-        self.slurm.wait(lambda: left_behind(self.id) == [], f"end of {left_behind(self.id)}", 20)
+        self.slurm.wait(lambda: left_behind(self.id) == [], f"end of {left_behind(self.id)}", 60)
         return self.slurm.state(self.id), self.slurm.exit_code(self.id)
 
 
@@ -118,7 +117,7 @@ def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
     ran_on = {
         line for note in (shared / "results/both/trials").glob("*/notes.txt") for line in note.read_text().split()
     }
-    assert {"(10.77.3.1)", "(10.77.3.2)"} <= ran_on
+    assert {f"({network.address(1)})", f"({network.address(2)})"} <= ran_on
     assert (shared / "results" / "both" / "report.html").is_file()
     token = tmp_path / "token"
     assert oct(token.stat().st_mode & 0o777) == "0o600"
@@ -178,9 +177,8 @@ def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, tmp_path
     job = Job(nodes, tmp_path, "", *demo("lost", shared, "experiment.epochs=6", "tune.scheduler=none"))
     nodes.wait(lambda: len(epochs(shared / "results" / "lost")) >= 2, "histories of two trials", 300)
     time.sleep(max(0.0, 70 - job.seconds()))  # Ray that ends earlier has failed to start
-    listed = subprocess.run(["ip", "netns", "pids", network.name(2)], capture_output=True, text=True, check=True)
     temp = f"/tmp/ray-{job.id}.".encode()
-    of_ray = [int(pid) for pid in listed.stdout.split() if temp in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    of_ray = [pid for pid in network.pids(2) if temp in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert of_ray
     for pid in of_ray:
         with contextlib.suppress(ProcessLookupError):
