@@ -46,8 +46,8 @@ fi
 chmod 600 "$RAY_AUTH_TOKEN_PATH"
 start="RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH RAY_worker_maximum_startup_concurrency=8 \
     $python -m ray.scripts.scripts start --disable-usage-stats --min-worker-port=0 --max-worker-port=0 \
-    ${SER_RAY_GPUS:+--num-gpus=$SER_RAY_GPUS}"
-cpus="${SER_RAY_CPUS:-\$(nproc)}"                        # and one more on the head, for data tasks, which mostly wait
+    --num-cpus=\$((${SER_RAY_CPUS:-\$(nproc)} + 1)) ${SER_RAY_GPUS:+--num-gpus=$SER_RAY_GPUS}"
+# (one CPU more than there are, for data tasks, which mostly wait; on every host, or the head would look the emptiest)
 
 # -- Ray on every host
 source="ip route get"   # the address by which a host reaches the head is the one that the others reach it by
@@ -57,9 +57,9 @@ printf '%s\n' "${hosts[*]}" "$temp" "${SLURM_JOB_ID:-}" > "$state"
 for host in "${hosts[@]}"; do
     own="--node-ip-address=\$($source $address | sed 's/.* src \([^ ]*\).*/\1/;q')"
     if [ "$host" = "${hosts[0]}" ]; then
-        where="--head --num-cpus=\$(($cpus + 1)) --port=$port --temp-dir=$temp --dashboard-host=127.0.0.1 --dashboard-port=$dashboard"
+        where="--head --port=$port --temp-dir=$temp --dashboard-host=127.0.0.1 --dashboard-port=$dashboard"
     else
-        where="--address=$address:$port --num-cpus=$cpus"
+        where="--address=$address:$port"
     fi
     echo "$host ..."
     if [ -n "${SLURM_JOB_ID:-}" ] && [ $# = 0 ]; then   # Slurm ends what a step has started when the step ends

@@ -25,7 +25,7 @@ from ser_ray.schema import StorageError, UserError
 from ser_ray.speech import shards
 
 DATA_CPUS = 1
-"""Logical CPUs that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+"""Logical CPUs of a node that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
 
 RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
 """Defaults of its components; 52365, the dashboard agent's, is among the ports that the system gives away."""
@@ -124,11 +124,13 @@ def worker(space: SearchSpace) -> Worker:
 
 
 def capacity(space: SearchSpace) -> int:
-    """Workers that fit at once, each on one node, beside one CPU for the data."""
+    """Workers that fit at once, each on one node, beside a CPU for the data on every node; where the nodes are too
+    small for that, on one of them."""
     one, offers = worker(space), [node["Resources"] for node in nodes.alive()]
     room = sorted(((offer.get("CPU", 0.0), offer.get("GPU", 0.0)) for offer in offers), reverse=True)
-    # The data's CPU is taken where it costs the fewest workers.
-    return max(
+    beside = sum(_fits(cpus - DATA_CPUS, gpus, one) for cpus, gpus in room)
+    # Else it is taken where it costs the fewest workers.
+    return beside or max(
         sum(_fits(cpus - DATA_CPUS * (i == reserved), gpus, one) for i, (cpus, gpus) in enumerate(room))
         for reserved in range(len(room))
     )

@@ -52,11 +52,14 @@ def test_a_cluster_that_does_not_answer_is_said(monkeypatch):
     ("nodes", "worker", "fits"),
     [
         ([(4, 0)], (1, 0), 3),
+        ([(4, 0), (4, 0)], (1, 0), 6),  # a CPU for the data on every node
+        ([(1, 0), (1, 0)], (1, 0), 1),  # too small for that: on one
         ([(4, 0), (4, 0)], (4, 0), 1),  # the data's CPU is on the other
         ([(4, 0), (4, 0)], (5, 0), 0),  # eight CPUs, but none has five
-        ([(5, 0), (4, 0)], (4, 0), 2),
+        ([(5, 0), (4, 0)], (4, 0), 1),
+        ([(5, 0), (5, 0)], (4, 0), 2),
         ([(8, 1), (8, 1)], (4, 1), 2),
-        ([(8, 1), (8, 1)], (4, 0.25), 3),
+        ([(8, 1), (8, 1)], (4, 0.25), 2),
         ([(16, 0), (4, 1)], (4, 1), 1),  # the data's CPU is where no GPU is
         ([(16, 0)], (1, 1), 0),
         ([(1.5, 0)], (0.5, 0), 1),

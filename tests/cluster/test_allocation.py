@@ -49,7 +49,7 @@ def test_a_cluster_over_an_allocation_takes_a_job(tmp_path):
             timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 nodes, 3 logical CPUs" in done.stdout
+        assert "2 nodes, 4 logical CPUs" in done.stdout
         assert "1008 utterances" in done.stdout
         running.wait(lambda: running("sinfo", "-h", "-o", "%T %D") == "idle 2", "idle nodes: its steps have ended", 120)
         left = subprocess.run(["pgrep", "-f", "--", f"[/]tmp/ray-up-{os.getuid()}-6379/"], capture_output=True)

@@ -111,7 +111,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
     job = Job(nodes, tmp_path, "", *demo("both", shared))
     assert job.ended() == ("COMPLETED", 0), job.printed()
-    assert "Ray: 2 nodes, 3 logical CPUs" in job.printed()
+    assert "Ray: 2 nodes, 4 logical CPUs" in job.printed()
     with (shared / "results" / "both" / "trials.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)].count("finished") >= 1
     ran_on = {

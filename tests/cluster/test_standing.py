@@ -88,7 +88,7 @@ def standing(tmp_path: Path) -> Iterator[Callable[..., Standing]]:
         made.append(Standing(tmp_path, {**kept, **own}))
         done = made[0].script("up.sh", "n1", "n2")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 nodes, 5 logical CPUs" in done.stdout
+        assert "2 nodes, 6 logical CPUs" in done.stdout
         return made[0]
 
     with network.hosts(2):
