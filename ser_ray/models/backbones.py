@@ -238,6 +238,13 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") 
     return wrap(model, config.model_type, extractor).to(device)
 
 
+def untrained(name: str, seed: int = 0) -> Backbone:
+    """The architecture of that name with random weights, as transformers draws them; see `load` for errors."""
+    config, extractor = describe(name)
+    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
+    return wrap(_random(config, seed), config.model_type, extractor)
+
+
 def describe(name: str) -> tuple[Any, Any]:
     """A backbone's transformers config and feature extractor, without its weights; see `load` for errors."""
     source = str(_directory(name) or name)
@@ -308,13 +315,19 @@ def _weights(name: str, config: Any) -> Iterator[str]:
     if not is_random(name):
         yield str(_directory(name) or name)
         return
-    with tempfile.TemporaryDirectory() as directory, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = _architecture(config)(config).state_dict()
+    with tempfile.TemporaryDirectory() as directory:
+        weights = _random(config, seed=0).state_dict()
         # Not by save_pretrained: among several processes it writes on the first one only.
         save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(directory)
         yield directory
+
+
+def _random(config: Any, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = _architecture(config)(config)
+        return model
 
 
 def _architecture(config: Any) -> Any:

@@ -1,0 +1,166 @@
+"""Batches of varied speech with targets, for the training of the embedded backbones.
+
+What a step sees depends on the seed and the step's number alone, so a training that goes on sees what an unbroken one
+would have seen. Shapes: B utterances, T samples, F frames of 20 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ser_ray.assets import channel
+from ser_ray.assets.speech import LANGUAGES, Speech, Spoken
+from ser_ray.schema import SAMPLING_RATE
+
+FRAME: Final = channel.FRAME
+SECONDS: Final = 2.24
+"""Of a crop: whole frames. Long enough for a few words and a contour; attention and memory grow with more."""
+CONTOUR: Final = ("pitch", "voiced", "energy")
+"""Of a frame: octaves from `MIDDLE`, 0 where unvoiced; 1 or 0; dB of the clean speech, standardised as in `NUMBERS`."""
+MIDDLE: Final = 160.0
+"""Hz: of the speech that is made."""
+NUMBERS: Final = {
+    "pitch": (0.0, 0.6),  # octaves from `MIDDLE`: mean over the crop's voiced frames
+    "liveliness": (0.2, 0.15),  # octaves: their standard deviation
+    "swing": (8.0, 4.0),  # dB: standard deviation of the energy of frames
+    "rate": (7.4, 0.35),  # log2 of words per minute
+    "tract": (105.0, 10.0),  # percent
+    "tilt": (0.0, 2.3),  # and on: see `channel.MANNER`
+    "breath": (0.08, 0.1),
+    "tremor": (0.12, 0.16),
+    "creak": (0.15, 0.2),
+    "slope": (0.0, 3.5),
+    "level": (-30.0, 8.7),
+}
+"""What an utterance is told by: about its mean and standard deviation, by which targets are standardised."""
+NO_FRAME: Final = -100
+"""The phone of a frame beyond the end: torch's cross-entropy leaves it out."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B crops and what is to be heard in them."""
+
+    waveform_BT: torch.Tensor
+    """float32, as it is heard; zero beyond ``lengths_B``."""
+    lengths_B: torch.Tensor
+    clean_BT: torch.Tensor
+    """float32: before the channel."""
+    phones_BF: torch.Tensor
+    """int64, places in `speech.PHONES`; `NO_FRAME` beyond the end."""
+    contour_BFC: torch.Tensor
+    """float32, `CONTOUR`."""
+    numbers_BN: torch.Tensor
+    """float32, standardised `NUMBERS`."""
+    languages_B: torch.Tensor
+    """int64, places in `speech.LANGUAGES`."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same elsewhere."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Material(Dataset[Batch]):
+    """Step number -> its batch; for `batches`, and to look at."""
+
+    speech: Speech
+    seed: int
+    size: int
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.seed, step, 3])
+        return _collate([_draw(self.speech, rng) for _ in range(self.size)])
+
+
+def batches(directory: Path, seed: int, size: int, steps: range, workers: int = 0) -> Iterator[Batch]:
+    """The batches of these steps, made ahead by ``workers`` processes (0: here); the same whatever their number.
+
+    Raises UserError where the directory holds no speech.
+    """
+    loader = DataLoader(
+        Material(Speech(directory), seed, size),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="fork" if workers else None,  # the files of `Speech` are open
+        prefetch_factor=8 if workers else None,
+    )
+    yield from loader
+
+
+# -- below: how it is done
+
+_Crop = tuple[np.ndarray, ...]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _draw(speech: Speech, rng: np.random.Generator) -> _Crop:
+    """One crop with its targets, in the order of `Batch` without the lengths; silent ones are drawn again."""
+    while True:
+        spoken = speech[int(rng.integers(len(speech)))]
+        first = int(rng.integers(max(1, len(spoken.f0_F) - int(SECONDS * 50) + 1)))
+        frames = slice(first, min(len(spoken.f0_F), first + int(SECONDS * 50)))
+        dry_T = spoken.waveform_T[frames.start * FRAME : frames.stop * FRAME]
+        if np.abs(dry_T).max() > 0.01:  # a crop may fall into a pause
+            return _targets(spoken, frames, channel.render(dry_T, rng))
+
+
+def _targets(spoken: Spoken, frames: slice, rendered: channel.Rendered) -> _Crop:
+    places_F = np.searchsorted(spoken.phone_frames, np.arange(frames.start, frames.stop), side="right") - 1
+    f0_F = spoken.f0_F[frames]
+    octaves_F = np.where(f0_F > 0, np.log2(np.maximum(f0_F, 1) / MIDDLE), 0)
+    energy_F = channel.frame_energy(rendered.clean_T)
+    mean, deviation = NUMBERS["level"]
+    contour_FC = np.stack([octaves_F, f0_F > 0, (energy_F - mean) / deviation], axis=1)
+    voiced = octaves_F[f0_F > 0] if (f0_F > 0).any() else np.zeros(1)
+    numbers = {
+        **spoken.numbers,
+        **rendered.manner,
+        "pitch": float(voiced.mean()),
+        "liveliness": float(voiced.std()),
+        "swing": float(np.maximum(energy_F, energy_F.max() - 40).std()),
+    }
+    standard_N = np.array([(numbers[name] - mean) / deviation for name, (mean, deviation) in NUMBERS.items()])
+    language = int(spoken.numbers["language"])
+    assert 0 <= language < len(LANGUAGES), language
+    return (
+        rendered.waveform_T,
+        rendered.clean_T,
+        spoken.phones[places_F],
+        contour_FC.astype(np.float32),
+        standard_N.astype(np.float32),
+        np.array(language),
+    )
+
+
+def _collate(crops: list[_Crop]) -> Batch:
+    heard, clean, phones, contours, numbers, languages = zip(*crops, strict=True)
+    return Batch(
+        waveform_BT=_padded(heard),
+        lengths_B=torch.tensor([len(one) for one in heard]),
+        clean_BT=_padded(clean),
+        phones_BF=_padded(phones, NO_FRAME),
+        contour_BFC=_padded(contours),
+        numbers_BN=torch.from_numpy(np.stack(numbers)),
+        languages_B=torch.from_numpy(np.stack(languages)),
+    )
+
+
+def _padded(rows: tuple[np.ndarray, ...], value: float = 0) -> torch.Tensor:
+    tensors = [torch.from_numpy(np.ascontiguousarray(row)) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+assert SECONDS * SAMPLING_RATE % FRAME == 0

@@ -1,0 +1,337 @@
+"""The recipe of the embedded backbones: speech is made, one of them is trained on it, its directory is written.
+
+    python -m ser_ray.assets.recipe OUT --family whisper --speech DIR
+
+Everything is made here: no data and no weights of others go in. The same command goes on where it was cut off, and
+gives the same weights as without the cut; on another machine they differ by what its arithmetic differs. ``--export``
+writes OUT from what there is so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ser_ray.assets import material, objectives, speech
+from ser_ray.assets.objectives import WEIGHTS, Objectives, total
+from ser_ray.disk import read_json, replacing, write_json, write_text
+from ser_ray.models import backbones
+from ser_ray.models.backbones import Backbone
+from ser_ray.schema import UserError
+
+ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
+    "whisper": {
+        "model_type": "whisper",
+        "architectures": ["WhisperForConditionalGeneration"],
+        "num_mel_bins": 80,
+        "d_model": 192,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 576,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 576,
+        "max_source_positions": 1500,
+        "vocab_size": 51864,
+        "dropout": 0.0,
+    },
+    "wav2vec2": {
+        "model_type": "wav2vec2",
+        "architectures": ["Wav2Vec2Model"],
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 576,
+        # A first stride of 10 samples, not 5: the convolutions near the waveform are most of the cost.
+        "conv_dim": [64, 96, 128, 128, 192, 192],
+        "conv_kernel": [20, 3, 3, 3, 3, 2],
+        "conv_stride": [10, 2, 2, 2, 2, 2],
+        "conv_bias": True,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "num_conv_pos_embeddings": 32,
+        "num_conv_pos_embedding_groups": 8,
+        "mask_time_prob": 0.0,
+        "layerdrop": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "vocab_size": 32,
+    },
+}
+"""Family: its ``config.json``. No dropout: so small a network does not overfit endless speech."""
+EXTRACTORS: Final[dict[str, dict[str, Any]]] = {
+    "whisper": {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": 80,
+        "sampling_rate": 16000,
+        "hop_length": 160,
+        "n_fft": 400,
+        "chunk_length": 30,
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    },
+    "wav2vec2": {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": 16000,
+        "do_normalize": False,  # loudness tells of emotion
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+    },
+}
+"""Family: its ``preprocessor_config.json``."""
+WARM_UP: Final = 300
+"""Steps in which the rate rises; it then falls along half a cosine to nothing."""
+SAVE_EVERY: Final = 250
+"""Steps: what a kill costs."""
+CLIP: Final = 1.0
+"""The gradient's norm at most."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the weights depend on, beside the machine."""
+
+    family: str
+    hours: float
+    steps: int
+    batch: int
+    rate: float
+    objectives: tuple[str, ...]
+    masks: tuple[float, float]
+    seed: int
+
+
+class Training:
+    """A backbone with its heads and optimiser, at some step; `save` and `load` by safetensors and JSON alone.
+
+    ``directory``: where its architecture is written to.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path, device: str) -> None:
+        self.recipe = recipe
+        self.device = device
+        _write_architecture(recipe.family, directory)
+        self.backbone = backbones.untrained(str(directory), recipe.seed).to(device)
+        self.backbone.masks = recipe.masks
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.heads = Objectives(recipe.objectives, self.backbone.width).to(device)
+        self.learned = [p for p in [*self.backbone.parameters(), *self.heads.parameters()] if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.learned, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.step = 0
+        self.losses: dict[str, float] = {}
+        """Means of the last hundred steps or so."""
+
+    def take(self, batch: material.Batch) -> None:
+        """One step. Its chance (masks, dropout) depends on the seed and its number alone."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate * rate_at(self.step, self.recipe.steps)
+        self.backbone.train()
+        self.heads.train()
+        batch = batch.to(self.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            hiddens, mask_BF = self.backbone(batch.waveform_BT, batch.lengths_B)
+            losses = self.heads(hiddens, mask_BF, batch)
+        self.optimiser.zero_grad()
+        total(losses).backward()
+        nn.utils.clip_grad_norm_(self.learned, CLIP)
+        self.optimiser.step()
+        self.step += 1
+        for name, loss in losses.items():
+            value = float(loss.detach())
+            self.losses[name] = value if name not in self.losses else 0.99 * self.losses[name] + 0.01 * value
+
+    def save(self, path: Path) -> None:
+        """Aside, then in place."""
+        tensors = {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+        tensors |= {f"heads.{key}": value for key, value in self.heads.state_dict().items()}
+        for place, parameter in enumerate(self.learned):
+            state = self.optimiser.state[parameter]
+            tensors |= {f"adam.{place}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        told = {"step": str(self.step), **{f"loss.{name}": repr(loss) for name, loss in self.losses.items()}}
+        with replacing(path) as aside:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=told)
+        write_json(path.with_suffix(".json"), told)
+
+    def load(self, path: Path) -> None:
+        """What `save` wrote for the same recipe."""
+        tensors = load_file(path, device=self.device)
+        self.backbone.load_state_dict(_below(tensors, "backbone."))
+        self.heads.load_state_dict(_below(tensors, "heads."))
+        for place, parameter in enumerate(self.learned):
+            self.optimiser.state[parameter] = _below(tensors, f"adam.{place}.")
+        told = read_json(path.with_suffix(".json"))
+        self.step = int(told.pop("step"))
+        self.losses = {name.removeprefix("loss."): float(loss) for name, loss in told.items()}
+
+
+def rate_at(step: int, steps: int) -> float:
+    """The learning rate as a share of the largest.
+
+    >>> [round(rate_at(step, 1300), 2) for step in (0, 299, 800, 1299)]
+    [0.0, 1.0, 0.5, 0.0]
+    """
+    warm_up = min(WARM_UP, steps // 4)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, workers: int, export: bool) -> None:
+    """Make the speech that is missing, train from where it stands, write ``out``; see the module's docstring.
+
+    Raises UserError where ``out`` or its training beside it are of another recipe.
+    """
+    aside = out.with_name(f"{out.name}.training")
+    _claim(aside, recipe)
+    speech.make(
+        spoken, recipe.hours, recipe.seed, max(1, workers), lambda done, of: console.print(f"speech: {done} of {of}")
+    )
+    training, latest = Training(recipe, aside, device), aside / "latest.safetensors"
+    if latest.is_file():
+        training.load(latest)
+        console.print(f"going on from step {training.step}")
+    if not export:
+        _train(training, spoken, latest, console, workers)
+    write(training, out)
+    console.print(f"written to {out}")
+
+
+def write(training: Training, out: Path) -> None:
+    """The backbone alone: fp16 weights, the two JSON files of its architecture, and ``recipe.json``."""
+    prefix = "encoder." if training.recipe.family == "whisper" else ""  # where AutoModel looks for them
+    weights = {prefix + key: value.half().cpu().contiguous() for key, value in _weights(training.backbone).items()}
+    fresh = out.with_name(f".{out.name}.aside")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    (fresh / "model.safetensors").chmod(0o644)
+    _write_architecture(training.recipe.family, fresh)
+    digest = hashlib.sha256((fresh / "model.safetensors").read_bytes()).hexdigest()
+    write_json(fresh / "recipe.json", _told(training) | {"sha256": digest})
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+
+
+def main(arguments: list[str]) -> int:
+    """The command of the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m ser_ray.assets.recipe", description="Train an embedded backbone.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--family", choices=sorted(ARCHITECTURES), required=True)
+    parser.add_argument("--speech", type=Path, required=True, help="directory of the speech; what is missing is made")
+    parser.add_argument("--hours", type=float, default=8, help="of speech; every step varies it anew")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=16, help="crops a step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--objectives", nargs="+", choices=sorted(WEIGHTS), default=list(WEIGHTS))
+    parser.add_argument("--masks", nargs=2, type=float, default=(0.1, 0.1), help="shares of channels and of frames")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that make batches ahead")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; results depend on their number")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--export", action="store_true", help="write OUT from the last saved step, without training")
+    given = parser.parse_args(arguments)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    keys = ("family", "hours", "steps", "batch", "rate", "seed")
+    lists = {"objectives": tuple(n for n in WEIGHTS if n in given.objectives), "masks": tuple(given.masks)}
+    recipe = Recipe(**{key: getattr(given, key) for key in keys}, **lists)
+    console = Console(highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        run(recipe, given.out, given.speech, console, given.device, given.workers, given.export)
+    except UserError as error:
+        print(f"recipe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues")
+        return 130
+    return 0
+
+
+# -- below: how it is done
+
+
+def _write_architecture(family: str, directory: Path) -> None:
+    for name, content in (("config", ARCHITECTURES), ("preprocessor_config", EXTRACTORS)):
+        write_text(directory / f"{name}.json", json.dumps(content[family], indent=2) + "\n")
+
+
+def _claim(aside: Path, recipe: Recipe) -> None:
+    path = aside / "recipe.json"
+    told = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(recipe).items()}
+    if path.is_file() and read_json(path) != told:
+        raise UserError(
+            f"{aside}: holds a training of another recipe ({read_json(path)}); remove it, or name another OUT"
+        )
+    aside.mkdir(parents=True, exist_ok=True)
+    write_json(path, told)
+
+
+def _train(training: Training, spoken: Path, latest: Path, console: Console, workers: int) -> None:
+    recipe = training.recipe
+    steps = range(training.step, recipe.steps)
+    started, shown = time.monotonic(), time.monotonic()
+    try:
+        for batch in material.batches(spoken, recipe.seed, recipe.batch, steps, workers):
+            training.take(batch)
+            if training.step % SAVE_EVERY == 0:
+                training.save(latest)
+            if (now := time.monotonic()) - shown > 20 or training.step == recipe.steps:
+                each = (now - started) / (training.step - steps.start)
+                losses = "  ".join(f"{name} {loss:.3f}" for name, loss in training.losses.items())
+                left = each * (recipe.steps - training.step) / 60
+                console.print(
+                    f"step {training.step} of {recipe.steps}  {losses}  {each:.2f} s each, {left:.0f} min left"
+                )
+                shown = now
+    finally:
+        if training.step > steps.start:
+            training.save(latest)
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = backbone.model.state_dict()
+    return state
+
+
+def _told(training: Training) -> dict[str, Any]:
+    packages = ("torch", "transformers", "espeakng-loader", "numpy", "scipy", "soxr")
+    drawn = speech.PER_PART * max(1, round(training.recipe.hours * 3600 / (speech.PER_PART * speech.MEAN_SECONDS)))
+    return {
+        **vars(training.recipe),
+        "weights": {name: objectives.WEIGHTS[name] for name in training.recipe.objectives},
+        "steps_done": training.step,
+        "losses": {name: round(loss, 4) for name, loss in training.losses.items()},
+        "drawn": drawn,  # sentences: `speech.sentences(seed, drawn)` are they
+        "parameters": sum(p.numel() for p in training.backbone.model.parameters()),
+        "threads": torch.get_num_threads(),
+        "device": training.device,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
