@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ser_ray import cluster, config, disk, prepare
+from ser_ray.assets.heard import heard
 from ser_ray.config import SearchSpace
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import load_task
@@ -37,7 +38,8 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
     with console.status("fingerprints of the audio"):
-        result = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs))
+        known = heard(space.backbones(), space.experiment.corpora)
+        result = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs), known)
     console.print(task.fold.description, markup=False)
     console.print(_sizes(result["splits"]))
     for finding in result["findings"]:

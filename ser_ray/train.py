@@ -31,6 +31,7 @@ import ray.train
 from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, feed, nodes, prepare
+from ser_ray.assets.heard import heard
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
@@ -227,10 +228,11 @@ def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
     loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
 
 
-def audit_task(task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
+def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
     """The audit of a split, its findings shown. Raises UserError for one that makes training pointless."""
     with console.status("audit: fingerprints of the audio"):
-        findings = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs))
+        known = heard(space.backbones(), space.experiment.corpora)
+        findings = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs), known)
     sizes = (
         f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
     )
@@ -282,7 +284,7 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
         cluster.concurrency(space)
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
-    directory = open_results(space, shard_dirs, audit_task(task, console, shard_dirs), argv)
+    directory = open_results(space, shard_dirs, audit_task(space, task, console, shard_dirs), argv)
     trials = Trials(directory, (), argv=argv)
     if "single" not in trials.known:
         trials.add("single", {})

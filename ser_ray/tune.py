@@ -211,7 +211,7 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     console.print(f"Ray: {cluster.describe()}; {at_once} trial{'s' * (at_once != 1)} at once")
     shard_dirs = prepare.prepare(space, console=console)
     task = load_task(space.experiment, shard_dirs)
-    findings = audit_task(task, console, shard_dirs)
+    findings = audit_task(space, task, console, shard_dirs)
     directory = open_results(space, shard_dirs, findings, argv)
     with disk.locked(directory / ".lock", wait=False) as alone:
         if not alone:

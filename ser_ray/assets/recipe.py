@@ -251,9 +251,16 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    keys = ("family", "hours", "steps", "batch", "rate", "seed")
-    lists = {"objectives": tuple(n for n in WEIGHTS if n in given.objectives), "masks": tuple(given.masks)}
-    recipe = Recipe(**{key: getattr(given, key) for key in keys}, **lists)
+    recipe = Recipe(
+        family=given.family,
+        hours=given.hours,
+        steps=given.steps,
+        batch=given.batch,
+        rate=given.rate,
+        objectives=tuple(name for name in WEIGHTS if name in given.objectives),
+        masks=tuple(given.masks),
+        seed=given.seed,
+    )
     console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

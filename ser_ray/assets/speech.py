@@ -186,6 +186,16 @@ def sentences(seed: int, count: int) -> list[str]:
     return [_draw(seed, number).text for number in range(count)]
 
 
+def can_say(sentence: str) -> bool:
+    """Whether one of the languages has all of its words, so that it could be drawn.
+
+    >>> can_say("The dog was happy."), can_say("The letter is lying on the table.")
+    (True, False)
+    """
+    words = set(_normal(sentence).split())
+    return any(words <= set(_normal(lexicon).split()) for lexicon in LEXICON.values())
+
+
 def shared_with_demo(sentences: list[str]) -> list[str]:
     """The sentences of the synthetic corpus that occur in these, be it with other case, spaces or punctuation.
 
@@ -247,7 +257,7 @@ _PLACES: Final = {name: place for place, name in enumerate(PHONES)}
 
 
 @dataclass(frozen=True)
-class _Speaker:
+class Speaker:
     number: int
     language: str
     accent: str
@@ -315,13 +325,13 @@ def _starts(pieces: tuple[np.ndarray, ...]) -> np.ndarray:
     return np.cumsum([0, *map(len, pieces)], dtype=np.int64)
 
 
-def _draw_speaker(seed: int, number: int) -> _Speaker:
+def draw_speaker(seed: int, number: int) -> Speaker:
     # NumPy takes [a, b] for [a, b, 0, 0]; with a last 1 it is no seed of the synthetic corpus, nor of `_draw`.
     rng = np.random.default_rng([seed, number, 0, 1])
     language = "en" if number % 2 == 0 else LANGUAGES[1 + number // 2 % (len(LANGUAGES) - 1)]
     small = rng.random()  # small people have short tracts and high voices, more or less
     tract = 80 + 50 * (0.5 * small + 0.5 * rng.random())
-    return _Speaker(
+    return Speaker(
         number=number,
         language=language,
         accent=str(rng.choice(ENGLISH)) if language == "en" else language,
@@ -334,7 +344,7 @@ def _draw_speaker(seed: int, number: int) -> _Speaker:
 
 def _draw(seed: int, number: int) -> _Plan:
     rng = np.random.default_rng([seed, number, 0, 2, 1])  # five words are nobody else's
-    speaker = _draw_speaker(seed, int(rng.integers(SPEAKERS)))
+    speaker = draw_speaker(seed, int(rng.integers(SPEAKERS)))
     pitch = float(np.clip(speaker.pitch * 2 ** (rng.normal(0, 4) / 12), 62, 480))
     spread = float(np.clip(speaker.range * 2 ** rng.normal(0, 1), 0.2, 20))
     rate = float(np.clip(speaker.rate * 2 ** rng.normal(0, 0.35), 90, 320))

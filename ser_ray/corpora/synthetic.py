@@ -36,6 +36,7 @@ import soundfile
 from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
 from ser_ray.schema import EMOTIONS, UserError, Utterance
 
+SPEAKERS: Final = 24
 VERSION: Final = 1
 """Changes with the sound: part of the settings that a finished directory is known by."""
 MANIFEST: Final = "utterances.json"
@@ -118,7 +119,7 @@ class Speaker:
 def make(
     directory: Path,
     seed: int = 0,
-    speakers: int = 24,
+    speakers: int = SPEAKERS,
     repetitions: int = 6,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -208,7 +209,7 @@ def _refuse_foreign(directory: Path) -> None:
 def _make_utterance(
     directory: Path, speak: Speak, seed: int, number: int, emotion: str, repetition: int
 ) -> dict[str, object]:
-    speaker = _draw_speaker(seed, number)
+    speaker = draw_speaker(seed, number)
     text = (5 * number + repetition) % len(SENTENCES)  # 5: women and men, and all accents, share sentences
     random = np.random.default_rng([seed, number, 1 + EMOTIONS.index(emotion), repetition])
     prosody = _draw_prosody(speaker.style[emotion], random)
@@ -221,7 +222,7 @@ def _make_utterance(
     return {"file": name, "text": sentence, **{key: round(value, 3) for key, value in asdict(prosody).items()}}
 
 
-def _draw_speaker(seed: int, number: int) -> Speaker:
+def draw_speaker(seed: int, number: int) -> Speaker:
     random = np.random.default_rng([seed, number, 0])  # 0 is no emotion's: NumPy takes [a, b] for [a, b, 0, 0]
     female = number % 2 == 0
     tract = random.uniform(108, 120) if female else random.uniform(92, 104)

@@ -279,6 +279,11 @@ def is_random(name: str) -> bool:
     return name.startswith(EMBEDDED) and directory is not None and not any(directory.glob("*.safetensors"))
 
 
+def embedded_directory(name: str) -> Path | None:
+    """Where an embedded backbone lies; None for others. Raises UserError for an embedded name that there is not."""
+    return _directory(name) if name.startswith(EMBEDDED) else None
+
+
 # -- below: how it is done
 
 

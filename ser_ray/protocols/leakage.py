@@ -30,11 +30,14 @@ MANY: Final = 20
 """Utterances a corpus has to have before its lengths are judged."""
 
 
-def audit(index: pa.Table, fold: Fold, emotions: Sequence[str], takes: Iterable[SameTake] = ()) -> dict[str, Any]:
+def audit(
+    index: pa.Table, fold: Fold, emotions: Sequence[str], takes: Iterable[SameTake] = (), heard: Iterable[str] = ()
+) -> dict[str, Any]:
     """What a reader of results has to know about the data of a fold; JSON types only.
 
     ``index`` is the labelled index that the fold was made from, ``takes`` what `fingerprint.same_takes_in` found; pairs
-    that the index does not hold are passed over. The result holds ``leaky``, ``findings`` (level, what, detail) with
+    that the index does not hold are passed over; ``heard``: a line for every backbone that was pre-trained on what is
+    tested here. The result holds ``leaky``, ``findings`` (level, what, detail) with
     the gravest first, and ``splits`` (utterances, speakers, minutes and a count per emotion of each).
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
@@ -43,6 +46,7 @@ def audit(index: pa.Table, fold: Fold, emotions: Sequence[str], takes: Iterable[
     findings = [
         *_absent_emotions(splits, fold.common_emotions),
         *_scheme(fold),
+        *(_finding("leak", "a backbone was pre-trained on this", line) for line in heard),
         *_shared_speakers(rows),
         *_same_audio(_identical(rows), "identical audio", " = "),
         *_same_audio(_alike(rows, takes), "the same take", " ~ "),

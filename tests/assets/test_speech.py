@@ -211,7 +211,7 @@ def test_voices_can_be_spoken():
 
 def test_speakers_are_not_those_of_the_demo():
     for number in range(50):
-        demo, own = synthetic._draw_speaker(0, number), speech._draw_speaker(0, number)
+        demo, own = synthetic.draw_speaker(0, number), speech.draw_speaker(0, number)
         assert not set(demo.formants) & set(own.formants)
         assert not math.isclose(demo.pitch, own.pitch)
 

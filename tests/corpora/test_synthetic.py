@@ -94,7 +94,7 @@ def test_a_smaller_corpus_is_a_part_of_a_larger_one(made, tmp_path):
 
 def test_what_was_said_before_is_not_heard():
     """All accents, backwards and forwards: espeak-ng keeps state over restarts, of which nothing may remain."""
-    speakers = [synthetic._draw_speaker(0, number) for number in range(12)]
+    speakers = [synthetic.draw_speaker(0, number) for number in range(12)]
     plan = [(n, emotion) for n in range(12) for emotion in ("angry", "fear", "sad")]
 
     def say(speak, number, emotion):
@@ -170,7 +170,7 @@ def test_espeak_that_does_not_start_is_one_line(tmp_path, monkeypatch):
 @settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 200), st.sampled_from(sorted(synthetic.RULES)))
 def test_drawn_prosody_can_be_spoken(seed, number, emotion):
-    speaker = synthetic._draw_speaker(seed, number)
+    speaker = synthetic.draw_speaker(seed, number)
     prosody = synthetic._draw_prosody(speaker.style[emotion], np.random.default_rng(seed))
     voice = synthetic._voice(speaker, prosody)
     assert 40 < voice.low < voice.high < 900

@@ -21,7 +21,7 @@ CLEAN: list[Row] = [
 ]
 
 
-def audited(rows: list[Row], leaky=False, takes=(), corpus="c", seconds=30.0, common=False) -> dict:
+def audited(rows: list[Row], leaky=False, takes=(), corpus="c", seconds=30.0, common=False, heard=()) -> dict:
     index = pa.table(
         {
             "utterance_id": [row[0] for row in rows],
@@ -33,7 +33,7 @@ def audited(rows: list[Row], leaky=False, takes=(), corpus="c", seconds=30.0, co
         }
     )
     fold = Fold({row[0]: row[4] for row in rows}, leaky, "as told", common)
-    return audit(index, fold, ("sad", "happy"), takes)
+    return audit(index, fold, ("sad", "happy"), takes, heard)
 
 
 def found(rows: list[Row], **how) -> list[tuple[str, str, str]]:
@@ -53,6 +53,12 @@ def test_a_clean_fold_has_no_findings_and_is_described():
 def test_a_random_split_is_leaky_by_name():
     assert audited(CLEAN, leaky=True)["leaky"]
     assert found(CLEAN, leaky=True) == [("leak", "the protocol shares speakers by design", "as told")]
+
+
+def test_what_a_backbone_has_heard_before_is_a_leak():
+    assert found(CLEAN, heard=["mine: 1 sentence"]) == [
+        ("leak", "a backbone was pre-trained on this", "mine: 1 sentence")
+    ]
 
 
 def test_a_shared_speaker_is_a_leak():

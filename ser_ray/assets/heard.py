@@ -1,0 +1,27 @@
+"""What an embedded backbone may have heard, in its training, of the speech that a search tests it on; for the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ser_ray.assets import speech
+from ser_ray.corpora import synthetic
+from ser_ray.disk import read_json
+from ser_ray.models.backbones import embedded_directory
+
+
+def heard(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
+    """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
+    synthetic corpus; there should be none. Other corpora have no part in that training, nor have random weights."""
+    lines = []
+    for name in backbones if "synthetic" in corpora else ():
+        directory = embedded_directory(name)
+        if directory is None or not (directory / "recipe.json").is_file():
+            continue
+        seed = read_json(directory / "recipe.json")["seed"]
+        sentences = [sentence for sentence in synthetic.SENTENCES if speech.can_say(sentence)]
+        voices = {synthetic.draw_speaker(0, number).formants for number in range(synthetic.SPEAKERS)}
+        shared = voices & {speech.draw_speaker(seed, number).formants for number in range(speech.SPEAKERS)}
+        if sentences or shared:
+            lines.append(f"{name}: {len(sentences)} sentences, {len(shared)} speakers of the synthetic corpus")
+    return lines
