@@ -1,0 +1,200 @@
+"""Frozen, LoRA, QLoRA and full training of an embedded backbone on the demo's corpus, at equal epochs.
+
+    python tests/benchmarks/adapters.py [BACKBONE] > results/benchmarks/adapters.md
+
+Everything else is as in search_spaces/demo.yaml. Each way takes the learning rate with the best dev UAR on fold 0;
+then every fold is trained once, and test is predicted with the epoch that is best on dev. One process a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.console import Console
+
+from ser_ray import config, prepare
+from ser_ray.disk import write_json
+from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
+from ser_ray.evaluation.metrics import confusion, uar
+from ser_ray.models import backbones, checkpoint
+from ser_ray.models.classifier import build
+from ser_ray.protocols.task import Task, load_task
+from ser_ray.schema import SAMPLING_RATE
+from ser_ray.speech import shards, stream
+from ser_ray.training import loop
+
+SPACE: Final = Path(__file__).resolve().parents[2] / "search_spaces" / "demo.yaml"
+WAYS: Final = {  # name: (adapter.method, learned weights to start from, rates)
+    "frozen": ("frozen", True, (1e-3,)),
+    "LoRA": ("lora", True, (1e-3, 3e-3, 6e-3)),
+    "QLoRA": ("qlora", True, (1e-3, 3e-3, 6e-3)),
+    "full": ("full", True, (1e-4, 3e-4, 1e-3)),
+    "LoRA, random weights": ("lora", False, (1e-3, 3e-3, 6e-3)),
+    "full, random weights": ("full", False, (3e-4, 1e-3, 2e-3)),
+}
+EPOCHS: Final = 8
+FOLDS: Final = 4
+
+
+def fit(backbone: str, method: str, rate: float, fold: int, out: str) -> None:
+    """Train once; what came of it goes to ``out`` as JSON."""
+    overrides = [
+        f"experiment.backbone={backbone}", f"experiment.adapter.method={method}", f"experiment.optimizer.lr={rate}",
+        f"experiment.protocol.fold={fold}", f"experiment.epochs={EPOCHS}", f"experiment.patience={EPOCHS}",
+    ]  # fmt: skip
+    space = config.load(SPACE, overrides)
+    torch.set_num_threads(1)
+    torch.manual_seed(fold)
+    task = load_task(space.experiment, shard_dirs := prepare.prepare(space, use_ray=False, console=Console(quiet=True)))
+    tables = {split: _table(task, shard_dirs, split) for split in ("train", "dev", "test")}
+    seconds = space.experiment.batch_seconds
+    durations = (np.array(tables["train"]["num_samples"].to_pylist()) / SAMPLING_RATE).tolist()
+    counts = np.bincount(tables["train"]["label"].to_pylist(), minlength=len(space.experiment.emotions)).tolist()
+    model = build(space.experiment)
+    data = loop.Data(
+        lambda epoch: stream.batches([tables["train"]], seconds, seed=epoch),
+        lambda: stream.batches([tables["dev"]], seconds, seed=None),
+        stream.expected_batches(durations, seconds),
+        tuple(counts),
+    )
+    records: list[loop.Record] = []
+    best = Path(out).with_suffix(".best")
+
+    def keep(record: loop.Record, save: loop.Save) -> None:
+        records.append(record)
+        if record["best_epoch"] == record["epoch"]:
+            save(best)
+
+    loop.forget_peak()
+    loop.fit(model, data, keep)
+    guesses: dict[str, int] = {}
+    chosen = checkpoint.load(best)
+    for batch, logits_BK in loop.predict_batches(chosen, stream.batches([tables["test"]], seconds, seed=None)):
+        guesses |= dict(zip(batch.utterance_ids, logits_BK.argmax(-1).tolist(), strict=True))
+    adapted = [path for name in ("adapter", "backbone") for path in (best / name).glob("*.safetensors")]
+    told = {
+        "dev": records[-1]["best_dev_uar"],
+        "seconds": statistics.median(record["seconds"] for record in records),
+        "memory": max(record["peak_memory_mb"] for record in records),
+        "parameters": records[-1]["trainable_parameters"],
+        "size": sum(path.stat().st_size for path in [*adapted, best / "head.safetensors"]),
+        "labels": [task.labels("test")[i] for i in guesses],
+        "predicted": list(guesses.values()),
+        "speakers": [i.split("/")[1].split("-")[0] for i in guesses],
+        "emotions": len(space.experiment.emotions),
+    }
+    write_json(Path(out), told)
+
+
+def _table(task: Task, shard_dirs: list[Path], split: str) -> pa.Table:
+    selected = [shards.select(table, task.labels(split)) for table in shards.read_tables(shard_dirs)]
+    return pa.concat_tables(table.select(["utterance_id", "num_samples", "audio", "label"]) for table in selected)
+
+
+def apart(*arguments: Any) -> dict[str, Any]:
+    """`fit` in a process of its own, so that its memory is its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = f"{scratch}/told.json"
+        process = multiprocessing.get_context("spawn").Process(target=fit, args=(*arguments, out))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{arguments}: failed")
+        return json.loads(Path(out).read_text())
+
+
+def way(backbone: str, method: str, rates: tuple[float, ...]) -> list[dict[str, Any]]:
+    """All folds at the rate that is best on the first one's dev."""
+    tried = {rate: apart(backbone, method, rate, 0) for rate in rates}
+    rate = max(tried, key=lambda one: tried[one]["dev"])
+    print(f"{method} of {backbone}: {rate:g} of " + ", ".join(f"{r:g}: {t['dev']:.3f}" for r, t in tried.items()), file=sys.stderr)  # fmt: skip  # noqa: E501
+    return [
+        {**one, "rate": rate} for one in [tried[rate], *(apart(backbone, method, rate, f) for f in range(1, FOLDS))]
+    ]
+
+
+def joined(folds: list[dict[str, Any]], key: str) -> list[Any]:
+    """What the folds say of test, one after the other."""
+    return [value for one in folds for value in one[key]]
+
+
+def row(name: str, folds: list[dict[str, Any]]) -> str:
+    """One line of the table."""
+    labels, predicted, speakers = (np.array(joined(folds, key)) for key in ("labels", "predicted", "speakers"))
+    low, high = bootstrap_ci95(labels, predicted, speakers.tolist(), folds[0]["emotions"])[0]["uar"]
+    value = uar(confusion(labels, predicted, folds[0]["emotions"]))
+    dev, seconds = (statistics.mean(one[key] for one in folds) for key in ("dev", "seconds"))
+    memory = max(one["memory"] for one in folds)
+    return (
+        f"| {name} | {folds[0]['rate']:g} | {dev:.3f} | {value:.3f} [{low:.3f}, {high:.3f}] | {seconds:.1f} "
+        f"| {memory:.0f} | {folds[0]['parameters']:,} | {folds[0]['size'] / 1e6:.2f} |"
+    )
+
+
+def gap(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
+    """Points of UAR on the same test utterances."""
+    labels, speakers = np.array(joined(one, "labels")), joined(one, "speakers")
+    assert joined(other, "speakers") == speakers
+    predicted = (np.array(joined(folds, "predicted")) for folds in (one, other))
+    found = paired_gap(labels, *predicted, speakers, one[0]["emotions"])["uar"]
+    return f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backbone", nargs="?", default="embedded/tiny-whisper")
+    backbone = parser.parse_args().backbone
+    with tempfile.TemporaryDirectory() as scratch:
+        model = backbones.untrained(backbone).model
+        model.save_pretrained(scratch)
+        backbones.describe(backbone)[1].save_pretrained(scratch)
+        found = {name: way(backbone if own else scratch, method, rates) for name, (method, own, rates) in WAYS.items()}
+    gaps = {
+        f"{one} over {other}": gap(found[one], found[other])
+        for one, other in (
+            ("QLoRA", "LoRA"), ("LoRA", "frozen"), ("LoRA", "full"), ("LoRA", "full, random weights"),
+            ("QLoRA", "full, random weights"),
+        )
+    }  # fmt: skip
+    print(_page(backbone, found, gaps))
+
+
+def _page(backbone: str, found: dict[str, list[dict[str, Any]]], gaps: dict[str, str]) -> str:
+    own = "" if backbone == "embedded/tiny-whisper" else f" {backbone}"
+    return "\n".join(
+        [
+            "# Ways to adapt an embedded backbone, at equal epochs",
+            "",
+            "```",
+            f"python tests/benchmarks/adapters.py{own} > results/benchmarks/adapters.md",
+            "```",
+            "",
+            f"{backbone} on the demo's synthetic corpus, as search_spaces/demo.yaml says otherwise; {EPOCHS}",
+            "epochs; of three learning rates the best on fold 0's dev (frozen, only the head learns); all four folds, test",
+            "together, 24 speakers, intervals over them. One thread; seconds and memory of the whole process.",
+            "",
+            "| | rate | dev UAR | test UAR | s an epoch | peak MB | trainable | MB stored |",
+            "|---|---|---|---|---|---|---|---|",
+            *(row(name, folds) for name, folds in found.items()),
+            "",
+            "Points of UAR on test, paired over speakers:",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {line} |" for name, line in gaps.items()),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
