@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ser_ray.assets import channel
-from ser_ray.assets.speech import LANGUAGES, Speech, Spoken
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.assets.speech import FRAMES, LANGUAGES, Speech, Spoken
 
 FRAME: Final = channel.FRAME
-SECONDS: Final = 2.24
-"""Of a crop: whole frames. Long enough for a few words and a contour; attention and memory grow with more."""
+SECONDS: Final = (2.24, 5.6)
+"""Of a crop at most, whole frames: of even steps, long enough for a few words and a contour, and of odd ones, which
+have half as many: whole utterances, so that a Whisper meets its later positions."""
 CONTOUR: Final = ("pitch", "voiced", "energy")
 """Of a frame: octaves from `MIDDLE`, 0 where unvoiced; 1 or 0; dB of the clean speech, standardised as in `NUMBERS`."""
 MIDDLE: Final = 160.0
@@ -77,7 +77,8 @@ class Material(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step, 3])
-        return _collate([_draw(self.speech, rng) for _ in range(self.size)])
+        size, seconds = (max(1, self.size // 2), SECONDS[1]) if step % 2 else (self.size, SECONDS[0])
+        return _collate([_draw(self.speech, seconds, rng) for _ in range(size)])
 
 
 def batches(directory: Path, seed: int, size: int, steps: range, workers: int = 0) -> Iterator[Batch]:
@@ -106,12 +107,13 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _draw(speech: Speech, rng: np.random.Generator) -> _Crop:
+def _draw(speech: Speech, seconds: float, rng: np.random.Generator) -> _Crop:
     """One crop with its targets, in the order of `Batch` without the lengths; silent ones are drawn again."""
     while True:
         spoken = speech[int(rng.integers(len(speech)))]
-        first = int(rng.integers(max(1, len(spoken.f0_F) - int(SECONDS * 50) + 1)))
-        frames = slice(first, min(len(spoken.f0_F), first + int(SECONDS * 50)))
+        most = round(seconds * FRAMES)
+        first = int(rng.integers(max(1, len(spoken.f0_F) - most + 1)))
+        frames = slice(first, min(len(spoken.f0_F), first + most))
         dry_T = spoken.waveform_T[frames.start * FRAME : frames.stop * FRAME]
         if np.abs(dry_T).max() > 0.01:  # a crop may fall into a pause
             return _targets(spoken, frames, channel.render(dry_T, rng))
@@ -161,6 +163,3 @@ def _collate(crops: list[_Crop]) -> Batch:
 def _padded(rows: tuple[np.ndarray, ...], value: float = 0) -> torch.Tensor:
     tensors = [torch.from_numpy(np.ascontiguousarray(row)) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-assert SECONDS * SAMPLING_RATE % FRAME == 0
