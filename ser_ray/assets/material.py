@@ -6,6 +6,7 @@ would have seen. Shapes: B utterances, T samples, F frames of 20 ms.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def batches(directory: Path, seed: int, size: int, steps: range, workers: int = 
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin,
         multiprocessing_context="fork" if workers else None,  # the files of `Speech` are open
         prefetch_factor=8 if workers else None,
     )
@@ -103,8 +104,11 @@ def batches(directory: Path, seed: int, size: int, steps: range, workers: int = 
 _Crop = tuple[np.ndarray, ...]
 
 
-def _one_thread(worker: int) -> None:
+def _begin(worker: int) -> None:
+    """One thread; and Ctrl-C, which reaches every process of a terminal, is for the one that trains."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _draw(speech: Speech, seconds: float, rng: np.random.Generator) -> _Crop:

@@ -1,6 +1,10 @@
 """The recipe: what it writes, that a cut changes nothing, and a shortened one from end to end."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +111,22 @@ def test_another_recipe_beside_is_refused(tmp_path, capsys):
     assert said.count("\n") == 1
     assert "another recipe" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_steps_that_were_taken(tmp_path):
+    arguments = f"{tmp_path}/out --family whisper --speech {tmp_path}/spoken --hours 0.02 --steps 10000 --batch 1"
+    command = [sys.executable, "-m", "ser_ray.assets.recipe", *arguments.split(), "--workers", "1", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as training:
+        assert training.stdout is not None
+        for line in training.stdout:
+            if line.startswith("step "):
+                break
+        os.killpg(training.pid, signal.SIGINT)
+        assert "the same command continues" in training.stdout.read()
+    assert training.returncode == 130
+    kept = json.loads((tmp_path / "out.training" / "latest.json").read_text())
+    assert int(kept["step"]) >= int(line.split()[1])
 
 
 @pytest.mark.slow
