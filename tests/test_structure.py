@@ -197,3 +197,10 @@ def test_help_loads_neither_torch_nor_ray(module: str) -> None:
     assert "usage" in done.stdout
     assert "exit 0" in done.stdout
     assert "heavy []" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["ser_ray.train", "ser_ray.audit"])
+def test_who_only_starts_or_looks_loads_no_torch(module: str) -> None:
+    script = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

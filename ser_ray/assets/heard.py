@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from ser_ray.assets import speech
 from ser_ray.corpora import synthetic
 from ser_ray.disk import read_json
-from ser_ray.models.backbones import embedded_directory
 
 
 def heard(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
     """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
     synthetic corpus; there should be none. Other corpora have no part in that training, nor have random weights."""
+    from ser_ray.models.backbones import embedded_directory  # brings torch, which not everyone who asks needs
+
     lines = []
     for name in backbones if "synthetic" in corpora else ():
         directory = embedded_directory(name)

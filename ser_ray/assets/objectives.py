@@ -55,7 +55,8 @@ class Objectives(nn.Module):
         frames = min(mask_BF.shape[1], batch.phones_BF.shape[1])
         mask_BF = mask_BF[:, :frames]
         states = {name: hiddens[-1 if name == "phones" else -2][:, :frames] for name in self.heads}
-        return {name: self._losses()[name](head, states[name], mask_BF, batch) for name, head in self.heads.items()}
+        losses = self._losses()
+        return {name: losses[name](head, states[name], mask_BF, batch) for name, head in self.heads.items()}
 
     def _losses(self) -> dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor, Batch], torch.Tensor]]:
         return {

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,7 +32,6 @@ from ser_ray.assets import material, objectives, speech
 from ser_ray.assets.objectives import WEIGHTS, Objectives, total
 from ser_ray.disk import read_json, replacing, write_json, write_text
 from ser_ray.models import backbones
-from ser_ray.models.backbones import Backbone
 from ser_ray.schema import UserError
 
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
@@ -119,7 +119,7 @@ class Recipe:
 
 
 class Training:
-    """A backbone with its heads and optimiser, at some step; `save` and `load` by safetensors and JSON alone.
+    """A backbone with its heads and optimiser, at some step; `save` and `load` by safetensors alone.
 
     ``directory``: where its architecture is written to.
     """
@@ -160,7 +160,7 @@ class Training:
             self.losses[name] = value if name not in self.losses else 0.99 * self.losses[name] + 0.01 * value
 
     def save(self, path: Path) -> None:
-        """Aside, then in place."""
+        """Aside, then in place: one file, so that weights and step are never of two saves."""
         tensors = {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
         tensors |= {f"heads.{key}": value for key, value in self.heads.state_dict().items()}
         for place, parameter in enumerate(self.learned):
@@ -169,7 +169,6 @@ class Training:
         told = {"step": str(self.step), **{f"loss.{name}": repr(loss) for name, loss in self.losses.items()}}
         with replacing(path) as aside:
             save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=told)
-        write_json(path.with_suffix(".json"), told)
 
     def load(self, path: Path) -> None:
         """What `save` wrote for the same recipe."""
@@ -178,9 +177,15 @@ class Training:
         self.heads.load_state_dict(_below(tensors, "heads."))
         for place, parameter in enumerate(self.learned):
             self.optimiser.state[parameter] = _below(tensors, f"adam.{place}.")
-        told = read_json(path.with_suffix(".json"))
+        told = saved_notes(path)
         self.step = int(told.pop("step"))
         self.losses = {name.removeprefix("loss."): float(loss) for name, loss in told.items()}
+
+
+def saved_notes(path: Path) -> dict[str, str]:
+    """The step and the losses that lie in a file of `Training.save`, as text."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -218,7 +223,8 @@ def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, 
 def write(training: Training, out: Path) -> None:
     """The backbone alone: fp16 weights, the two JSON files of its architecture, and ``recipe.json``."""
     prefix = "encoder." if training.recipe.family == "whisper" else ""  # where AutoModel looks for them
-    weights = {prefix + key: value.half().cpu().contiguous() for key, value in _weights(training.backbone).items()}
+    state = training.backbone.model.state_dict()
+    weights = {prefix + key: value.half().cpu().contiguous() for key, value in state.items()}
     fresh = out.with_name(f".{out.name}.aside")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -319,20 +325,15 @@ def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = backbone.model.state_dict()
-    return state
-
-
 def _told(training: Training) -> dict[str, Any]:
     packages = ("torch", "transformers", "espeakng-loader", "numpy", "scipy", "soxr")
-    drawn = speech.PER_PART * max(1, round(training.recipe.hours * 3600 / (speech.PER_PART * speech.MEAN_SECONDS)))
     return {
         **vars(training.recipe),
         "weights": {name: objectives.WEIGHTS[name] for name in training.recipe.objectives},
         "steps_done": training.step,
         "losses": {name: round(loss, 4) for name, loss in training.losses.items()},
-        "drawn": drawn,  # sentences: `speech.sentences(seed, drawn)` are they
+        "drawn": speech.PER_PART
+        * speech.count_parts(training.recipe.hours),  # sentences: `speech.sentences(seed, drawn)` are they
         "parameters": sum(p.numel() for p in training.backbone.model.parameters()),
         "threads": torch.get_num_threads(),
         "device": training.device,

@@ -154,6 +154,22 @@ class Spoken:
     """By `NUMBERS`."""
 
 
+@dataclass(frozen=True)
+class Speaker:
+    """A made-up person."""
+
+    number: int
+    language: str
+    accent: str
+    pitch: float
+    """Hz."""
+    range: float
+    """Semitones."""
+    rate: float
+    """Words per minute."""
+    formants: tuple[float, ...]
+
+
 def make(
     directory: Path,
     hours: float,
@@ -169,7 +185,7 @@ def make(
 
     Raises UserError where the directory was made with other settings.
     """
-    parts = max(1, round(hours * 3600 / (per_part * MEAN_SECONDS)))
+    parts = count_parts(hours, per_part)
     settings = {"version": VERSION, "seed": seed, "per_part": per_part}
     _claim(directory, settings, parts)
     missing = [number for number in range(parts) if not _part(directory, number).is_file()]
@@ -179,6 +195,15 @@ def make(
         return
     with multiprocessing.get_context("spawn").Pool(min(workers, len(missing))) as pool:
         _count(pool.imap_unordered(make_part, missing), parts - len(missing), parts, on_progress)
+
+
+def count_parts(hours: float, per_part: int = PER_PART) -> int:
+    """The parts that `make` makes of so many hours.
+
+    >>> count_parts(8)
+    32
+    """
+    return max(1, round(hours * 3600 / (per_part * MEAN_SECONDS)))
 
 
 def sentences(seed: int, count: int) -> list[str]:
@@ -244,6 +269,24 @@ class Speech:
         )
 
 
+def draw_speaker(seed: int, number: int) -> Speaker:
+    """Person ``number`` below `SPEAKERS`."""
+    # NumPy takes [a, b] for [a, b, 0, 0]; with a last 1 it is no seed of the synthetic corpus, nor of `_draw`.
+    rng = np.random.default_rng([seed, number, 0, 1])
+    language = "en" if number % 2 == 0 else LANGUAGES[1 + number // 2 % (len(LANGUAGES) - 1)]
+    small = rng.random()  # small people have short tracts and high voices, more or less
+    tract = 80 + 50 * (0.5 * small + 0.5 * rng.random())
+    return Speaker(
+        number=number,
+        language=language,
+        accent=str(rng.choice(ENGLISH)) if language == "en" else language,
+        pitch=70 * (330 / 70) ** (0.6 * small + 0.4 * rng.random()),
+        range=float(np.clip(5 * 2 ** rng.normal(0, 0.5), 1, 16)),
+        rate=float(np.clip(175 * 2 ** rng.normal(0, 0.25), 110, 270)),
+        formants=tuple((tract * rng.normal(1, 0.04, size=9)).tolist()),
+    )
+
+
 # -- below: how it is done
 
 _TABLES: Final = ("starts", "f0", "f0_starts", "phones", "phone_frames", "phone_starts", "numbers")
@@ -254,20 +297,6 @@ _F0_WINDOW: Final = 320
 """Samples at `_F0_RATE`: 40 ms."""
 _DIGRAPHS: Final = frozenset(name for name in PHONES[2:] if len(name) == 2)
 _PLACES: Final = {name: place for place, name in enumerate(PHONES)}
-
-
-@dataclass(frozen=True)
-class Speaker:
-    number: int
-    language: str
-    accent: str
-    pitch: float
-    """Hz."""
-    range: float
-    """Semitones."""
-    rate: float
-    """Words per minute."""
-    formants: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -323,23 +352,6 @@ def _make_part(directory: Path, seed: int, per_part: int, number: int) -> None:
 
 def _starts(pieces: tuple[np.ndarray, ...]) -> np.ndarray:
     return np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-
-
-def draw_speaker(seed: int, number: int) -> Speaker:
-    # NumPy takes [a, b] for [a, b, 0, 0]; with a last 1 it is no seed of the synthetic corpus, nor of `_draw`.
-    rng = np.random.default_rng([seed, number, 0, 1])
-    language = "en" if number % 2 == 0 else LANGUAGES[1 + number // 2 % (len(LANGUAGES) - 1)]
-    small = rng.random()  # small people have short tracts and high voices, more or less
-    tract = 80 + 50 * (0.5 * small + 0.5 * rng.random())
-    return Speaker(
-        number=number,
-        language=language,
-        accent=str(rng.choice(ENGLISH)) if language == "en" else language,
-        pitch=70 * (330 / 70) ** (0.6 * small + 0.4 * rng.random()),
-        range=float(np.clip(5 * 2 ** rng.normal(0, 0.5), 1, 16)),
-        rate=float(np.clip(175 * 2 ** rng.normal(0, 0.25), 110, 270)),
-        formants=tuple((tract * rng.normal(1, 0.04, size=9)).tolist()),
-    )
 
 
 def _draw(seed: int, number: int) -> _Plan:

@@ -37,6 +37,7 @@ from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
 from ser_ray.schema import EMOTIONS, UserError, Utterance
 
 SPEAKERS: Final = 24
+"""Enough for four speaker-disjoint folds of six."""
 VERSION: Final = 1
 """Changes with the sound: part of the settings that a finished directory is known by."""
 MANIFEST: Final = "utterances.json"
@@ -183,6 +184,24 @@ def parse(path: Path) -> Utterance:
     )
 
 
+def draw_speaker(seed: int, number: int) -> Speaker:
+    """Person ``number`` of the corpus with that seed."""
+    random = np.random.default_rng([seed, number, 0])  # 0 is no emotion's: NumPy takes [a, b] for [a, b, 0, 0]
+    female = number % 2 == 0
+    tract = random.uniform(108, 120) if female else random.uniform(92, 104)
+    expressive = random.uniform(0.8, 1.2)
+    return Speaker(
+        gender="female" if female else "male",
+        accent=ACCENTS[number // 2 % len(ACCENTS)],
+        pitch=random.uniform(165, 225) if female else random.uniform(90, 135),
+        range=random.uniform(4, 7),
+        rate=random.uniform(155, 190),
+        level=random.uniform(-30, -24),
+        formants=tuple((tract * random.normal(1, 0.03, size=9)).tolist()),
+        style={emotion: _scatter(rule, expressive, STYLE, random) for emotion, rule in RULES.items()},
+    )
+
+
 # -- below: how it is done
 
 
@@ -220,23 +239,6 @@ def _make_utterance(
     waveform = _colour(spoken, prosody, speaker.level + prosody.level, random)
     soundfile.write(directory / name, waveform, RATE, subtype="PCM_16")
     return {"file": name, "text": sentence, **{key: round(value, 3) for key, value in asdict(prosody).items()}}
-
-
-def draw_speaker(seed: int, number: int) -> Speaker:
-    random = np.random.default_rng([seed, number, 0])  # 0 is no emotion's: NumPy takes [a, b] for [a, b, 0, 0]
-    female = number % 2 == 0
-    tract = random.uniform(108, 120) if female else random.uniform(92, 104)
-    expressive = random.uniform(0.8, 1.2)
-    return Speaker(
-        gender="female" if female else "male",
-        accent=ACCENTS[number // 2 % len(ACCENTS)],
-        pitch=random.uniform(165, 225) if female else random.uniform(90, 135),
-        range=random.uniform(4, 7),
-        rate=random.uniform(155, 190),
-        level=random.uniform(-30, -24),
-        formants=tuple((tract * random.normal(1, 0.03, size=9)).tolist()),
-        style={emotion: _scatter(rule, expressive, STYLE, random) for emotion, rule in RULES.items()},
-    )
 
 
 def _draw_prosody(style: Prosody, random: np.random.Generator) -> Prosody:

@@ -234,15 +234,13 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") 
     with _weights(name, config) as source:
         model = _from_pretrained(source, name, config, quantize, device)
         setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
-    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
-    return wrap(model, config.model_type, extractor).to(device)
+    return _wrapped(model, config, extractor).to(device)
 
 
 def untrained(name: str, seed: int = 0) -> Backbone:
     """The architecture of that name with random weights, as transformers draws them; see `load` for errors."""
     config, extractor = describe(name)
-    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
-    return wrap(_random(config, seed), config.model_type, extractor)
+    return _wrapped(_random(config, seed), config, extractor)
 
 
 def describe(name: str) -> tuple[Any, Any]:
@@ -326,6 +324,11 @@ def _weights(name: str, config: Any) -> Iterator[str]:
         save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(directory)
         yield directory
+
+
+def _wrapped(model: nn.Module, config: Any, extractor: Any) -> Backbone:
+    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
+    return wrap(model, config.model_type, extractor)
 
 
 def _random(config: Any, seed: int) -> nn.Module:

@@ -125,7 +125,7 @@ def test_ctrl_c_keeps_the_steps_that_were_taken(tmp_path):
         os.killpg(training.pid, signal.SIGINT)
         assert "the same command continues" in training.stdout.read()
     assert training.returncode == 130
-    kept = json.loads((tmp_path / "out.training" / "latest.json").read_text())
+    kept = recipe.saved_notes(tmp_path / "out.training" / "latest.safetensors")
     assert int(kept["step"]) >= int(line.split()[1])
 
 
