@@ -257,7 +257,14 @@ def _heed_signals() -> None:
     """SIGTERM, and SIGUSR1 as Slurm sends it before the time limit, end a command as Ctrl-C does: in order."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    # A job that a script runs in the background ignores Ctrl-C, as it should; this was meant for it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)  # for whoever heeds it now: Ray Tune has a handler of its own
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ TINY_EMOTIONS = {  # RAVDESS's code: pitch [Hz], syllables per second
     "07": (180, 3.0),  # disgust
     "08": (500, 3.5),  # surprised
 }
+
+
+# Of a script's background, SIGINT is ignored, and would be by every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 import pytest
 import ray
@@ -85,3 +86,18 @@ def test_a_disk_that_cannot_be_used_is_told_from_other_errors():
     assert cluster.user_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
     assert cluster.user_error(TimeoutError(errno.ETIMEDOUT, "a socket")) is None
     assert isinstance(cluster.user_error(OSError(errno.ETIMEDOUT, "timed out", "/nfs/x")), StorageError)
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.SIG_IGN, signal.default_int_handler], ids=["background", "terminal"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_command_in_a_background_too(ctrl_c, number):
+    """A script's background job starts with SIGINT ignored; what is sent to it by name counts all the same."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, number)}
+    try:
+        signal.signal(signal.SIGINT, ctrl_c)
+        cluster._heed_signals()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

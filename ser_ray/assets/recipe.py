@@ -268,7 +268,7 @@ def main(arguments: list[str]) -> int:
         seed=given.seed,
     )
     console = Console(highlight=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(recipe, given.out, given.speech, console, given.device, given.workers, given.export)
     except UserError as error:
