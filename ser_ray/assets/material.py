@@ -82,13 +82,15 @@ class Material(Dataset[Batch]):
         return _collate([_draw(self.speech, seconds, rng) for _ in range(size)])
 
 
-def batches(directory: Path, seed: int, size: int, steps: range, workers: int = 0) -> Iterator[Batch]:
+def batches(
+    directory: Path, seed: int, size: int, steps: range, workers: int = 0, parts: int | None = None
+) -> Iterator[Batch]:
     """The batches of these steps, made ahead by ``workers`` processes (0: here); the same whatever their number.
 
-    Raises UserError where the directory holds no speech.
+    ``parts``: see `Speech`. Raises UserError where the directory holds no speech.
     """
     loader = DataLoader(
-        Material(Speech(directory), seed, size),
+        Material(Speech(directory, parts), seed, size),
         batch_size=None,
         sampler=steps,
         num_workers=workers,

@@ -304,7 +304,8 @@ def _train(training: Training, spoken: Path, latest: Path, console: Console, wor
     steps = range(training.step, recipe.steps)
     started, shown = time.monotonic(), time.monotonic()
     try:
-        for batch in material.batches(spoken, recipe.seed, recipe.batch, steps, workers):
+        parts = speech.count_parts(recipe.hours)  # the directory may hold more
+        for batch in material.batches(spoken, recipe.seed, recipe.batch, steps, workers, parts):
             training.take(batch)
             if training.step % SAVE_EVERY == 0:
                 training.save(latest)

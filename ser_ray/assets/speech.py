@@ -234,13 +234,15 @@ def shared_with_demo(sentences: list[str]) -> list[str]:
 class Speech:
     """The utterances of a directory that `make` has finished, in order; memory-mapped, so RAM holds next to nothing.
 
-    Raises UserError where the directory is not one, or lacks parts.
+    ``parts``: of the first so many, where there are more. Raises UserError where the directory is not one, or lacks
+    parts.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, parts: int | None = None) -> None:
         if not (directory / SETTINGS).is_file():
             raise UserError(f"{directory}: no speech was made there")
-        paths = [_part(directory, number) for number in range(read_json(directory / SETTINGS)["parts"])]
+        made = read_json(directory / SETTINGS)["parts"]
+        paths = [_part(directory, number) for number in range(made if parts is None else min(parts, made))]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise UserError(f"{directory}: {lost[0]} is missing; make the speech again, and it is added")
         self._files = [safe_open(path, framework="numpy") for path in paths]

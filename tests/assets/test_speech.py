@@ -121,6 +121,7 @@ def test_more_hours_are_added(made, tmp_path):
     assert content(tmp_path) == content(made)
     make(tmp_path, parts=1)
     assert len(speech.Speech(tmp_path)) == 2 * PER_PART
+    assert len(speech.Speech(tmp_path, parts=1)) == PER_PART, "what was asked for, where there is more"
 
 
 def test_processes_make_the_same(made, tmp_path):
