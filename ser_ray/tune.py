@@ -327,10 +327,7 @@ def _check_backbones(space: SearchSpace, console: Console) -> None:
     for name in space.backbones():
         backbone = backbones.load(name)
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-        note = "; random weights, not pre-trained" if backbones.is_random(name) else ""
-        console.print(
-            f"backbone {name}: {backbone.family}, {backbone.num_layers} layers, {millions:.1f} M parameters{note}"
-        )
+        console.print(f"backbone {name}: {backbone.family}, {backbone.num_layers} layers, {millions:.1f} M parameters")
 
 
 def _close(directory: Path, seconds: float) -> None:

@@ -11,13 +11,13 @@ from ser_ray.disk import read_json
 
 def heard(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
     """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
-    synthetic corpus; there should be none. Other corpora have no part in that training, nor have random weights."""
+    synthetic corpus; there should be none. Other corpora have no part in that training."""
     from ser_ray.models.backbones import embedded_directory  # brings torch, which not everyone who asks needs
 
     lines = []
     for name in backbones if "synthetic" in corpora else ():
         directory = embedded_directory(name)
-        if directory is None or not (directory / "recipe.json").is_file():
+        if directory is None:
             continue
         seed = read_json(directory / "recipe.json")["seed"]
         sentences = [sentence for sentence in synthetic.SENTENCES if speech.can_say(sentence)]

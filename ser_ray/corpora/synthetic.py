@@ -38,7 +38,7 @@ from ser_ray.schema import EMOTIONS, UserError, Utterance
 
 SPEAKERS: Final = 24
 """Enough for four speaker-disjoint folds of six."""
-VERSION: Final = 1
+VERSION: Final = 2
 """Changes with the sound: part of the settings that a finished directory is known by."""
 MANIFEST: Final = "utterances.json"
 
@@ -81,19 +81,19 @@ class Prosody:
 
 
 RULES: Final = {
-    "angry": Prosody(pitch=1.5, range=0.7, rate=0.25, level=6, tilt=2.5),
-    "disgust": Prosody(pitch=-2.0, range=0.2, rate=-0.35, level=-1, tilt=0.5, breath=0.05),
-    "fear": Prosody(pitch=6.0, range=-0.4, rate=0.35, level=0, tilt=-0.5, breath=0.15, tremor=0.35),
-    "happy": Prosody(pitch=4.0, range=0.7, rate=0.1, level=2, tilt=0.5, rise=0.1),
+    "angry": Prosody(pitch=1.0, range=0.5, rate=0.4, level=5, tilt=3.0),
+    "disgust": Prosody(pitch=-2.5, range=0.2, rate=-0.45, level=-1, tilt=0.5, breath=0.05),
+    "fear": Prosody(pitch=6.0, range=-0.4, rate=0.35, level=-1, tilt=-0.5, breath=0.15, tremor=0.45),
+    "happy": Prosody(pitch=5.0, range=0.7, rate=0.2, level=2, tilt=1.0, rise=0.1),
     "neutral": Prosody(),
-    "sad": Prosody(pitch=-1.0, range=-0.9, rate=-0.35, level=-5, tilt=-2.0, breath=0.1, tremor=0.1),
-    "surprised": Prosody(pitch=5.5, range=1.1, rate=-0.1, level=2, tilt=0.5, rise=0.9),
+    "sad": Prosody(pitch=-1.0, range=-0.9, rate=-0.35, level=-4, tilt=-2.0, breath=0.1, tremor=0.15),
+    "surprised": Prosody(pitch=7.0, range=1.3, rate=-0.2, level=1, rise=1.0),
 }
-STYLE: Final = Prosody(pitch=0.8, range=0.2, rate=0.08, level=1.0, tilt=0.4, breath=0.02, tremor=0.03)
+STYLE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.0, tilt=0.4, breath=0.02, tremor=0.03)
 """Standard deviation over speakers, of an emotion's rule."""
-NOISE: Final = Prosody(pitch=0.8, range=0.2, rate=0.08, level=1.2, tilt=0.5, breath=0.02, tremor=0.04)
+NOISE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.2, tilt=0.5, breath=0.02, tremor=0.04)
 """Standard deviation over the utterances of one speaker and emotion."""
-STRENGTH: Final = (0.6, 1.2)
+STRENGTH: Final = (0.8, 1.2)
 """How much of the rule an utterance carries, evenly distributed."""
 
 
@@ -196,7 +196,7 @@ def draw_speaker(seed: int, number: int) -> Speaker:
         pitch=random.uniform(165, 225) if female else random.uniform(90, 135),
         range=random.uniform(4, 7),
         rate=random.uniform(155, 190),
-        level=random.uniform(-30, -24),
+        level=random.uniform(-33, -22),
         formants=tuple((tract * random.normal(1, 0.03, size=9)).tolist()),
         style={emotion: _scatter(rule, expressive, STYLE, random) for emotion, rule in RULES.items()},
     )

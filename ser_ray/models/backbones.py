@@ -17,16 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
@@ -226,21 +223,22 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") 
     """The backbone of that name: a hub id, a local directory, or ``embedded/...``.
 
     ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314).
-    Weights are read from safetensors only; an embedded backbone without trained ones gets random ones, always the same.
+    Weights are read from safetensors only.
 
     Raises UserError, in one line, for a name that leads nowhere and for an architecture that is none of `FAMILIES`.
     """
     config, extractor = describe(name)
-    with _weights(name, config) as source:
-        model = _from_pretrained(source, name, config, quantize, device)
-        setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
+    model = _from_pretrained(str(_directory(name) or name), name, config, quantize, device)
+    setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
     return _wrapped(model, config, extractor).to(device)
 
 
 def untrained(name: str, seed: int = 0) -> Backbone:
     """The architecture of that name with random weights, as transformers draws them; see `load` for errors."""
     config, extractor = describe(name)
-    return _wrapped(_random(config, seed), config, extractor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _wrapped(_architecture(config)(config), config, extractor)
 
 
 def describe(name: str) -> tuple[Any, Any]:
@@ -269,12 +267,6 @@ def identity(name: str) -> str:
         weights or getattr(config, "_commit_hash", None) or transformers.__version__,
     ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def is_random(name: str) -> bool:
-    """Whether the backbone is embedded and has no trained weights: it starts from random ones."""
-    directory = _directory(name)
-    return name.startswith(EMBEDDED) and directory is not None and not any(directory.glob("*.safetensors"))
 
 
 def embedded_directory(name: str) -> Path | None:
@@ -312,30 +304,9 @@ def _unreachable(name: str, error: Exception) -> str:
     )
 
 
-@contextmanager
-def _weights(name: str, config: Any) -> Iterator[str]:
-    """A place that ``from_pretrained`` reads; for an embedded backbone without weights, random ones."""
-    if not is_random(name):
-        yield str(_directory(name) or name)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        weights = _random(config, seed=0).state_dict()
-        # Not by save_pretrained: among several processes it writes on the first one only.
-        save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(directory)
-        yield directory
-
-
 def _wrapped(model: nn.Module, config: Any, extractor: Any) -> Backbone:
     wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
     return wrap(model, config.model_type, extractor)
-
-
-def _random(config: Any, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = _architecture(config)(config)
-        return model
 
 
 def _architecture(config: Any) -> Any:

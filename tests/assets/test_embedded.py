@@ -14,7 +14,7 @@ from ser_ray.assets.heard import heard
 from ser_ray.disk import read_json
 from ser_ray.models import backbones
 
-NAMES = ("embedded/trained-whisper", "embedded/trained-wav2vec2")
+NAMES = ("embedded/tiny-whisper", "embedded/tiny-wav2vec2")
 
 
 @pytest.fixture(params=NAMES)

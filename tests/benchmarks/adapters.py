@@ -42,8 +42,8 @@ from ser_ray.training import loop
 SPACE: Final = Path(__file__).resolve().parents[2] / "search_spaces" / "demo.yaml"
 WAYS: Final = {  # name: (adapter.method, learned weights to start from, rates)
     "frozen": ("frozen", True, (1e-3,)),
-    "LoRA": ("lora", True, (1e-3, 4e-3)),
-    "QLoRA": ("qlora", True, (1e-3, 4e-3)),
+    "LoRA": ("lora", True, (1e-3, 3e-3)),
+    "QLoRA": ("qlora", True, (1e-3, 3e-3)),
     "full": ("full", True, (2e-4, 8e-4)),
     "full, random weights": ("full", False, (3e-4, 1e-3, 2e-3)),
 }
