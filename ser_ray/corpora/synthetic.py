@@ -5,18 +5,17 @@ conclude anything from it about people, about emotion, or about which backbone i
 are the few numbers of `RULES`, and whoever measures those numbers has solved it.
 
 Every speaker has a vocal tract, a pitch, a range, a rate, an accent, a microphone level, and a personal way with every
-emotion; every utterance departs from these, and half-hearted acting brings emotions close to neutral. So pitch or
-loudness alone tell little about a speaker that one has not heard. Each speaker says the same six of twelve
-sentences in every emotion: words tell nothing.
+emotion; every utterance departs from these. So pitch or loudness alone tell little about a speaker that one has not
+heard. Each speaker says the same six of twelve sentences in every emotion: words tell nothing.
 
 The directions in `RULES` follow the tables of Murray and Arnott (1993), J. Acoust. Soc. Am. 93(2), 1097-1108; Burkhardt
 and Sendlmeier (2000), Verification of acoustical correlates of emotional speech using formant-synthesis, ISCA Workshop
 on Speech and Emotion; Schröder (2001), Emotional speech synthesis: a review, Eurospeech; Scherer (2003), Speech
 Communication 40, 227-256. The amounts were chosen here, for a task that is neither trivial nor hopeless.
 
-Measured with the defaults (1008 utterances, 31 minutes; logistic regression, three speaker-disjoint folds, UAR): .58
-from means and deviations of the log-mel spectrum, .66 with pitch, duration and loudness added; .87 from the same after
-normalisation within each speaker; .94 from the true numbers. Happy, surprised and angry are what is confused.
+Measured with the defaults (1008 utterances, 31 minutes; logistic regression, four speaker-disjoint folds, twelve
+speakers to train on, UAR): .62 from means and deviations of the log-mel spectrum, .80 from those of the embedded
+Whisper's states, .995 from the true numbers. Happy is what is confused, with angry, surprised and neutral.
 """
 
 from __future__ import annotations

@@ -52,6 +52,16 @@ def test_its_recipe_is_told_and_is_that_of_the_package(name):
     assert read_json(directory / "config.json") == recipe.ARCHITECTURES[told["family"]]
 
 
+def test_its_card_tells_the_recipe(name):
+    directory = backbones.embedded_directory(name)
+    card, told = (directory / "README.md").read_text(), read_json(directory / "recipe.json")
+    assert f"--family {told['family']} --speech DIR --steps {told['steps']} --threads {told['threads']}" in card
+    assert f"{told['parameters'] / 1e6:.2f} M parameters" in card
+    assert f"{told['hours']:g} hours of espeak-ng" in card
+    for subject in ("architecture", "training data", "recipe", "on real speech", "licence", "Limits"):
+        assert subject in card
+
+
 def test_no_sentence_and_no_speaker_of_the_demo_was_heard(name):
     told = read_json(backbones.embedded_directory(name) / "recipe.json")
     said = speech.sentences(told["seed"], told["drawn"])

@@ -44,10 +44,18 @@ METHODS: Final = {
 
 
 def pool_space(**settings: Any) -> SearchSpace:
-    """The demo, its rates as a list: what is searched, and from seed to seed the same."""
-    demo = config.load(config.default_space())
-    values = config.to_dict(demo)
-    values["search"]["optimizer.lr"] = {"choice": RATES}
+    """The demo's data and backbones, but from a random head, full training beside QLoRA, and rates as a list: so that
+    there is something to find, and from seed to seed the same."""
+    values = config.to_dict(config.load(config.default_space()))
+    values["experiment"]["head"] |= {"init": "random", "pooling": "attentive"}
+    values["experiment"]["optimizer"]["head_lr"] = 2e-3
+    ranks = values["search"]["adapter.rank"] | {"when": {"adapter.method": ["qlora"]}}
+    values["search"] = {
+        "backbone": values["search"]["backbone"],
+        "adapter.method": {"choice": ["qlora", "full"]},
+        "adapter.rank": ranks,
+        "optimizer.lr": {"choice": RATES},
+    }
     values["tune"] = {"trials": 1000, "grace": 2} | settings
     values["experiment"]["epochs"] = values["experiment"]["patience"] = 6
     return SearchSpace.model_validate(values)
@@ -166,8 +174,8 @@ def main(out: Path) -> None:
         "python tests/benchmarks/samplers.py results/benchmarks",
         "```",
         "",
-        f"The embedded demo, a pool of {len(pool)} configurations (backbone, method, rank, {len(RATES)} rates), each",
-        f"trained for {pool_space().experiment.epochs} epochs once; {SEEDS} seeds of each search, two trials at once.",
+        f"The embedded demo from a random head: {len(pool)} configurations of backbone, method, rank and",
+        f"rate ({len(RATES)} of them), each trained for {pool_space().experiment.epochs} epochs once; {SEEDS} seeds of each search, two trials at once.",
         "Best dev UAR after so many epochs: mean over seeds [lowest, highest].",
         "",
         f"| | {' | '.join(f'{count} epochs' for count in marks)} | epochs to 0.02 below the best: median, searches |",
