@@ -90,6 +90,7 @@ def left_behind(job: str) -> list[str]:
 def demo(name: str, storage: Path, *more: str) -> list[str]:
     """The demo, small, with absolute storage."""
     small = ["tune.trials=4", "experiment.epochs=2", "experiment.backbone=embedded/tiny-whisper"]
+    small += ["experiment.head.init=random"]  # epochs count from 1: without a probe, which is epoch 0
     places = [f"storage.results={storage}/results", f"storage.cache={storage}/cache"]
     return [str(REPOSITORY / "search_spaces" / "demo.yaml"), f"experiment.name={name}", *small, *places, *more]
 
@@ -174,7 +175,12 @@ def test_a_node_where_ray_does_not_start_ends_the_job(nodes, shared, tmp_path):
 
 
 def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, tmp_path):
-    job = Job(nodes, tmp_path, "", *demo("lost", shared, "experiment.epochs=6", "tune.scheduler=none"))
+    job = Job(
+        nodes,
+        tmp_path,
+        "",
+        *demo("lost", shared, "experiment.epochs=6", "experiment.patience=6", "tune.scheduler=none"),
+    )
     nodes.wait(lambda: len(epochs(shared / "results" / "lost")) >= 2, "histories of two trials", 300)
     time.sleep(max(0.0, 70 - job.seconds()))  # Ray that ends earlier has failed to start
     temp = f"/tmp/ray-{job.id}.".encode()

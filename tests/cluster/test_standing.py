@@ -52,6 +52,7 @@ class Standing:
         """The demo, small, with absolute storage."""
         places = [f"storage.results={self.home}/shared/results", f"storage.cache={self.home}/shared/cache"]
         small = ["tune.trials=4", "experiment.epochs=3", "experiment.backbone=embedded/tiny-whisper"]
+        small += ["experiment.head.init=random"]  # epochs count from 1: without a probe, which is epoch 0
         return ["search_spaces/demo.yaml", f"experiment.name={name}", *small, *places, *more]
 
     def results(self, name: str) -> Path:
