@@ -121,7 +121,9 @@ def test_the_workers_of_one_trial_are_on_both_hosts_and_take_the_steps_of_one(st
     # Hosts here share a name, by which gloo would look for its network; on a real cluster each has its own.
     cluster = standing(GLOO_SOCKET_IFNAME=network.INSIDE)
     alike = ["experiment.augment.gain_db=0", "experiment.head.dropout=0", "experiment.adapter.method=full"]
-    for name, resources in (("apart", ["resources.workers=2", "resources.cpus_per_worker=2"]), ("alone", [])):
+    alike += ["experiment.optimizer.lr=2e-4"]
+    together = ["resources.workers=2", "resources.cpus_per_worker=2", "experiment.batch_seconds=20"]  # of a worker
+    for name, resources in (("apart", together), ("alone", ["experiment.batch_seconds=40"])):
         job = cluster.submit(*cluster.demo(name, *alike, *resources), verb="train")
         printed, _ = job.communicate(timeout=900)
         assert job.returncode == 0, printed

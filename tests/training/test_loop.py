@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import resource
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -236,3 +239,23 @@ def test_half_precision_gives_finite_steps(tiny: Experiment, precision: str) -> 
     model, records = _run(with_sections(tiny, precision=precision, epochs=1))
     assert math.isfinite(records[0]["train_loss"])
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_a_trial_in_a_thread_has_freed_goes_back() -> None:
+    kept = []
+
+    def trial() -> None:
+        blocks = [bytearray(100_000) for _ in range(3000)]  # small ones, which glibc does not map one by one
+        kept.append(bytearray(100_000))  # behind them: or the end of the arena would be given back by itself
+        del blocks
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    thread.join()
+    before = resident()
+    loop.forget_peak()
+    assert before - resident() > 200
