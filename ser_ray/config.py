@@ -210,7 +210,7 @@ class Experiment(Section):
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
     batch_seconds: float = Field(60.0, gt=0)
-    """Padded seconds of audio a batch: a bound on memory, whatever the lengths."""
+    """Padded seconds of audio a batch of one worker: a bound on memory, whatever the lengths."""
     epochs: int = Field(10, ge=1)
     patience: int = Field(4, ge=1)
     """Epochs without a better dev UAR after which training stops."""

@@ -133,7 +133,7 @@ def test_the_workers_of_one_trial_are_on_both_hosts_and_take_the_steps_of_one(st
     )
     assert [one["epoch"] for one in apart] == [1, 2, 3]
     for one, other in zip(apart, alone, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.2), "other batches, the same data"
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.25), "other batches, the same data"
 
 
 def test_a_path_that_one_host_does_not_see_is_one_line_with_its_name(standing, tmp_path):
