@@ -228,7 +228,7 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") 
     Raises UserError, in one line, for a name that leads nowhere and for an architecture that is none of `FAMILIES`.
     """
     config, extractor = describe(name)
-    model = _from_pretrained(str(_directory(name) or name), name, config, quantize, device)
+    model = _from_pretrained(name, config, quantize, device)
     setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
     return _wrapped(model, config, extractor).to(device)
 
@@ -243,10 +243,9 @@ def untrained(name: str, seed: int = 0) -> Backbone:
 
 def describe(name: str) -> tuple[Any, Any]:
     """A backbone's transformers config and feature extractor, without its weights; see `load` for errors."""
-    source = str(_directory(name) or name)
     try:
-        config = AutoConfig.from_pretrained(source)
-        extractor = AutoFeatureExtractor.from_pretrained(source)
+        config = AutoConfig.from_pretrained(_source(name))
+        extractor = AutoFeatureExtractor.from_pretrained(_source(name))
     except (OSError, ValueError) as error:
         raise UserError(_unreachable(name, error)) from None
     if config.model_type not in FAMILIES:
@@ -293,6 +292,11 @@ def _directory(name: str) -> Path | None:
     return None
 
 
+def _source(name: str) -> str:
+    """What transformers is to read for that name."""
+    return str(_directory(name) or name)
+
+
 def _unreachable(name: str, error: Exception) -> str:
     first_line = " ".join(str(error).split())[:160]
     if _directory(name) is not None:
@@ -313,7 +317,7 @@ def _architecture(config: Any) -> Any:
     return WhisperEncoder if config.model_type == "whisper" else transformers.MODEL_MAPPING[type(config)]
 
 
-def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device: torch.device | str) -> nn.Module:
+def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str) -> nn.Module:
     options: dict[str, Any] = {}
     if quantize:
         # WavLM hands the raw weights of its attention to torch, which cannot read 4-bit ones; the projection after
@@ -331,7 +335,7 @@ def _from_pretrained(source: str, name: str, config: Any, quantize: bool, device
         options["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
     try:
         model, info = _architecture(config).from_pretrained(
-            source,
+            _source(name),
             config=config,
             dtype=torch.float32,
             use_safetensors=True,

@@ -301,7 +301,7 @@ def forget_peak() -> None:
     """Peak memory is counted from here; where the system keeps no such count, from the start of the process.
 
     What is free goes back to the system before: each trial of a process has a thread of its own, and glibc keeps what
-    every one of them has freed, 230 MB a trial of the demo (results/LOG.md).
+    every one of them has freed, 240 MB a trial of the demo (results/LOG.md).
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library

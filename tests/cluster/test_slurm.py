@@ -89,8 +89,12 @@ def left_behind(job: str) -> list[str]:
 
 def demo(name: str, storage: Path, *more: str) -> list[str]:
     """The demo, small, with absolute storage."""
-    small = ["tune.trials=4", "experiment.epochs=2", "experiment.backbone=embedded/tiny-whisper"]
-    small += ["experiment.head.init=random"]  # epochs count from 1: without a probe, which is epoch 0
+    small = [
+        "tune.trials=4",
+        "experiment.epochs=2",
+        "experiment.backbone=embedded/tiny-whisper",
+        "experiment.head.init=random",  # a probe would be one epoch more, the one before the first
+    ]
     places = [f"storage.results={storage}/results", f"storage.cache={storage}/cache"]
     return [str(REPOSITORY / "search_spaces" / "demo.yaml"), f"experiment.name={name}", *small, *places, *more]
 

@@ -51,8 +51,12 @@ class Standing:
     def demo(self, name: str, *more: str) -> list[str]:
         """The demo, small, with absolute storage."""
         places = [f"storage.results={self.home}/shared/results", f"storage.cache={self.home}/shared/cache"]
-        small = ["tune.trials=4", "experiment.epochs=3", "experiment.backbone=embedded/tiny-whisper"]
-        small += ["experiment.head.init=random"]  # epochs count from 1: without a probe, which is epoch 0
+        small = [
+            "tune.trials=4",
+            "experiment.epochs=3",
+            "experiment.backbone=embedded/tiny-whisper",
+            "experiment.head.init=random",  # a probe would be one epoch more, the one before the first
+        ]
         return ["search_spaces/demo.yaml", f"experiment.name={name}", *small, *places, *more]
 
     def results(self, name: str) -> Path:
@@ -133,7 +137,7 @@ def test_the_workers_of_one_trial_are_on_both_hosts_and_take_the_steps_of_one(st
     )
     assert [one["epoch"] for one in apart] == [1, 2, 3]
     for one, other in zip(apart, alone, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.25), "other batches, the same data"
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.2), "other batches, the same data"
 
 
 def test_a_path_that_one_host_does_not_see_is_one_line_with_its_name(standing, tmp_path):
