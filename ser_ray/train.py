@@ -366,6 +366,8 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
 
 def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:
     """An epoch's checkpoint and its line; of the earlier checkpoints the best stays."""
+    if record in folder.trial_history(directory):
+        return  # told again, as whoever watched may have died before it heard
     target = directory / folder.checkpoint_name(record["epoch"])
     aside = directory / f".{target.name}"
     shutil.rmtree(aside, ignore_errors=True)

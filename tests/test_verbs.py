@@ -324,6 +324,18 @@ def test_an_interrupted_trial_continues_to_the_same_numbers(space, local, monkey
     assert [[r[key] for key in same] for r in continued] == [[r[key] for key in same] for r in local]
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_last_epoch_that_is_told_again_is_not_written_again(space, ray_cluster, workers):
+    """Who watched may have died before it heard; the trial is over all the same."""
+    name = f"told-{workers}"
+    train(space, name, f"resources.workers={workers}")
+    history = results_of(space, name) / "trials" / "single" / "history.jsonl"
+    before = history.read_bytes()
+    train(space, name, f"resources.workers={workers}")
+    assert history.read_bytes() == before
+
+
 def one_line(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1, lines

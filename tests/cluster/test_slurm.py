@@ -212,7 +212,7 @@ def test_a_requeued_job_goes_on(nodes, shared, tmp_path):
     assert "continuing the search" in job.printed()
     after = epochs(shared / "results" / "again")
     assert all(after[trial][: len(known)] == known for trial, known in before.items())
-    assert all(found == list(range(1, len(found) + 1)) for found in after.values()), "no epoch twice"
+    assert all(own == list(range(1, len(own) + 1)) for own in after.values()), after
 
 
 def test_the_time_limit_saves_and_queues_again(nodes, shared, tmp_path):
@@ -224,7 +224,7 @@ def test_the_time_limit_saves_and_queues_again(nodes, shared, tmp_path):
     assert job.ended() == ("COMPLETED", 0), job.printed()
     found = epochs(shared / "results" / "limit")
     assert len(found) == 8
-    assert all(own == list(range(1, len(own) + 1)) for own in found.values()), "no epoch twice"
+    assert all(own == list(range(1, len(own) + 1)) for own in found.values()), found
 
 
 def test_a_cancelled_job_leaves_nothing_and_can_go_on(nodes, shared, tmp_path):
