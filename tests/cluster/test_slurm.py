@@ -15,6 +15,7 @@ from pathlib import Path
 
 import network_fixture as network
 import pytest
+from demo_fixture import small_demo
 from slurm_fixture import Slurm, slurm, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,15 +89,8 @@ def left_behind(job: str) -> list[str]:
 
 
 def demo(name: str, storage: Path, *more: str) -> list[str]:
-    """The demo, small, with absolute storage."""
-    small = [
-        "tune.trials=4",
-        "experiment.epochs=2",
-        "experiment.backbone=embedded/tiny-whisper",
-        "experiment.head.init=random",  # a probe would be one epoch more, the one before the first
-    ]
-    places = [f"storage.results={storage}/results", f"storage.cache={storage}/cache"]
-    return [str(REPOSITORY / "search_spaces" / "demo.yaml"), f"experiment.name={name}", *small, *places, *more]
+    """The demo, small, found from any directory."""
+    return small_demo(REPOSITORY / "search_spaces" / "demo.yaml", name, storage, *more)
 
 
 def epochs(results: Path) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import network_fixture as network
 import pytest
+from demo_fixture import small_demo
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TEMP = f"/tmp/ray-up-{os.getuid()}-6379"
@@ -49,15 +50,8 @@ class Standing:
         return subprocess.Popen(command, env=env, cwd=CHECKOUT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def demo(self, name: str, *more: str) -> list[str]:
-        """The demo, small, with absolute storage."""
-        places = [f"storage.results={self.home}/shared/results", f"storage.cache={self.home}/shared/cache"]
-        small = [
-            "tune.trials=4",
-            "experiment.epochs=3",
-            "experiment.backbone=embedded/tiny-whisper",
-            "experiment.head.init=random",  # a probe would be one epoch more, the one before the first
-        ]
-        return ["search_spaces/demo.yaml", f"experiment.name={name}", *small, *places, *more]
+        """The demo, small, out of the job's working directory."""
+        return small_demo("search_spaces/demo.yaml", name, self.home / "shared", *more)
 
     def results(self, name: str) -> Path:
         """Where that search is."""
@@ -125,7 +119,7 @@ def test_the_workers_of_one_trial_are_on_both_hosts_and_take_the_steps_of_one(st
     # Hosts here share a name, by which gloo would look for its network; on a real cluster each has its own.
     cluster = standing(GLOO_SOCKET_IFNAME=network.INSIDE)
     alike = ["experiment.augment.gain_db=0", "experiment.head.dropout=0", "experiment.adapter.method=full"]
-    alike += ["experiment.optimizer.lr=2e-4"]
+    alike += ["experiment.optimizer.lr=2e-4", "experiment.epochs=3"]
     together = ["resources.workers=2", "resources.cpus_per_worker=2", "experiment.batch_seconds=20"]  # of a worker
     for name, resources in (("apart", together), ("alone", ["experiment.batch_seconds=40"])):
         job = cluster.submit(*cluster.demo(name, *alike, *resources), verb="train")
