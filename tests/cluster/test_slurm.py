@@ -107,7 +107,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def test_the_demo_runs_over_both_nodes_though_one_starts_at_the_second_try(nodes, shared, tmp_path):
+def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
+    """Though Ray starts on one of them at the second try only."""
     python = broken_on("n2", f"! mkdir {tmp_path}/tried 2> /dev/null || exit 3", tmp_path)
     job = Job(nodes, tmp_path, "", *demo("both", shared), SER_RAY_PYTHON=python)
     assert job.ended() == ("COMPLETED", 0), job.printed()
