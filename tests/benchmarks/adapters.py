@@ -1,10 +1,11 @@
 """Frozen, LoRA, QLoRA and full training of an embedded backbone on the demo's corpus, at equal epochs.
 
     python tests/benchmarks/adapters.py [BACKBONE] > results/benchmarks/adapters.md
+    python tests/benchmarks/adapters.py --seeds 3 --ways QLoRA "full, random weights" > .../adapters_seeds.md
 
 Everything else is as in search_spaces/demo.yaml. Each way takes the learning rate with the best dev UAR on fold 0;
-then every fold is trained with three seeds, and test is predicted with the epoch that is best on dev. One process of
-one thread a training, as many at once as there are cores: 45 minutes on two.
+then every fold is trained with every seed, and test is predicted with the epoch that is best on dev. One process of one
+thread a training, as many at once as there are cores: 20 minutes on two for either command.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -50,7 +52,6 @@ WAYS: Final = {  # name: (adapter.method, learned weights to start from, rates)
 LOGMEL: Final = "log-mel statistics, linear SVM"
 EPOCHS: Final = 8
 FOLDS: Final = 4
-SEEDS: Final = 3
 
 
 def fit(backbone: str, method: str, rate: float, fold: int, seed: int, out: str) -> None:
@@ -147,7 +148,7 @@ def apart(*arguments: Any) -> dict[str, Any]:
         return json.loads(Path(out).read_text())
 
 
-def ways(backbone: str, random: list[str]) -> dict[str, list[dict[str, Any]]]:
+def trained(names: list[str], backbone: str, random: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Of every way all seeds and folds, at the rate that is best on the first one's dev; ``random``: one a seed."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -155,13 +156,13 @@ def ways(backbone: str, random: list[str]) -> dict[str, list[dict[str, Any]]]:
             method, learned, _ = WAYS[name]
             return pool.submit(apart, backbone if learned else random[seed], method, rate, fold, seed)
 
-        tries = {name: {rate: start(name, rate, 0, 0) for rate in rates} for name, (_, _, rates) in WAYS.items()}
+        tries = {name: {rate: start(name, rate, 0, 0) for rate in WAYS[name][2]} for name in names}
         best = {}
         for name, tried in tries.items():
             devs = {rate: future.result()["dev"] for rate, future in tried.items()}
             best[name] = max(devs, key=lambda rate: devs[rate])
             print(name, " ".join(f"{r:g}: {dev:.3f}" for r, dev in devs.items()), file=sys.stderr, flush=True)
-        runs = [(seed, fold) for seed in range(SEEDS) for fold in range(FOLDS)]
+        runs = [(seed, fold) for seed in range(len(random)) for fold in range(FOLDS)]
         rest = {name: [start(name, rate, fold, seed) for seed, fold in runs[1:]] for name, rate in best.items()}
         return {
             name: [{**one.result(), "rate": rate} for one in [tries[name][rate], *rest[name]]]
@@ -201,39 +202,46 @@ def gap(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("backbone", nargs="?", default="embedded/tiny-whisper")
-    backbone = parser.parse_args().backbone
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    given = parser.parse_args()
+    backbone, seeds = given.backbone, range(given.seeds)
     with tempfile.TemporaryDirectory() as scratch:
-        random = [f"{scratch}/{seed}" for seed in range(SEEDS)]
+        random = [f"{scratch}/{seed}" for seed in seeds]
         for seed, directory in enumerate(random):
             backbones.untrained(backbone, seed).model.save_pretrained(directory)
             backbones.describe(backbone)[1].save_pretrained(directory)
         prepare.prepare(config.load(SPACE, []), use_ray=False, console=Console(stderr=True))
         # A linear SVM has no seed: its folds stand beside those of every other's.
-        found = {LOGMEL: [logmel(fold) for fold in range(FOLDS)] * SEEDS} | ways(backbone, random)
+        found = {LOGMEL: [logmel(fold) for fold in range(FOLDS)] * len(seeds)}
+        found |= trained(given.ways, backbone, random)
     gaps = {
         f"{one} over {other}": gap(found[one], found[other])
         for one, other in (
             ("QLoRA", "LoRA"), ("LoRA", "frozen"), ("LoRA", "full"), ("LoRA", "full, random weights"),
             ("QLoRA", "full, random weights"), ("QLoRA", LOGMEL),
         )
+        if one in found and other in found
     }  # fmt: skip
-    print(_page(backbone, found, gaps))
+    print(_page(backbone, len(seeds), found, gaps))
 
 
-def _page(backbone: str, found: dict[str, list[dict[str, Any]]], gaps: dict[str, str]) -> str:
-    own = "" if backbone == "embedded/tiny-whisper" else f" {backbone}"
+def _page(backbone: str, seeds: int, found: dict[str, list[dict[str, Any]]], gaps: dict[str, str]) -> str:
+    command = shlex.join(["python", "tests/benchmarks/adapters.py", *sys.argv[1:]])
+    page = "adapters" if seeds == 1 else "adapters_seeds"
     return "\n".join(
         [
             "# Ways to adapt an embedded backbone, at equal epochs",
             "",
             "```",
-            f"python tests/benchmarks/adapters.py{own} > results/benchmarks/adapters.md",
+            f"{command} > results/benchmarks/{page}.md",
             "```",
             "",
             f"{backbone} on the demo's synthetic corpus, as search_spaces/demo.yaml says otherwise; {EPOCHS}",
             "epochs; of two or three learning rates the best on fold 0's dev (frozen: the head alone learns); all four",
-            f"folds, {SEEDS} seeds (of the random weights as well), test together: 24 speakers, intervals over them.",
-            "One thread a training, one training a core; seconds and memory of the whole process.",
+            f"folds, {seeds} seed{'s (of random weights too)' if seeds > 1 else ''}, test together, 24 speakers, "
+            "intervals over them. One thread a training, one training a core;",
+            "seconds and memory of the whole process.",
             "",
             "| | rate | dev UAR | test UAR | s an epoch | peak MB | trainable | MB stored |",
             "|---|---|---|---|---|---|---|---|",
