@@ -239,9 +239,8 @@ def _page(backbone: str, seeds: int, found: dict[str, list[dict[str, Any]]], gap
             "",
             f"{backbone} on the demo's synthetic corpus, as search_spaces/demo.yaml says otherwise; {EPOCHS}",
             "epochs; of two or three learning rates the best on fold 0's dev (frozen: the head alone learns); all four",
-            f"folds, {seeds} seed{'s (of random weights too)' if seeds > 1 else ''}, test together, 24 speakers, "
-            "intervals over them. One thread a training, one training a core;",
-            "seconds and memory of the whole process.",
+            f"folds, {seeds} seed{'s (of random weights too)' if seeds > 1 else ''}, test together, 24 speakers,",
+            "intervals over them. One thread a training, one training a core; seconds and memory of the whole process.",
             "",
             "| | rate | dev UAR | test UAR | s an epoch | peak MB | trainable | MB stored |",
             "|---|---|---|---|---|---|---|---|",
