@@ -93,6 +93,15 @@ def demo(name: str, storage: Path, *more: str) -> list[str]:
     return small_demo(REPOSITORY / "search_spaces" / "demo.yaml", name, storage, *more)
 
 
+def broken_on(node: str, what: str, directory: Path) -> str:
+    """A Python that does something else on one node."""
+    directory.mkdir(exist_ok=True)
+    path = directory / "python"
+    path.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" != {node} ] || {what}\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def epochs(results: Path) -> dict[str, list[int]]:
     """Trial -> the epochs in its history."""
     return {
@@ -123,15 +132,6 @@ def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
     token = tmp_path / "token"
     assert oct(token.stat().st_mode & 0o777) == "0o600"
     assert re.search(r"ssh -L 8265:127.0.0.1:\d+ ", job.printed())
-
-
-def broken_on(node: str, what: str, directory: Path) -> str:
-    """A Python that does something else on one node."""
-    directory.mkdir(exist_ok=True)
-    path = directory / "python"
-    path.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" != {node} ] || {what}\nexec {sys.executable} "$@"\n')
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_two_jobs_at_once_do_not_meet(nodes, shared, tmp_path):
