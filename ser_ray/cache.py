@@ -1,13 +1,14 @@
 """What the frozen part of a model computes, once for all epochs and trials: ``ser-ray cache SPACE.yaml``.
 
-A pool of Ray Data actors runs the part below `adapter.first_layer` (all of the backbone where it is frozen) over the
-shards and keeps what the rest needs, shard by shard, under ``storage.cache/prefix/<key>``; see `ser_ray.models.prefix`
-for what that is and when there is none. `tune` and `train` make what they need by themselves; this command makes it
-before, such as on another machine. A shard is named as the speech that it comes from, written aside and renamed: what
-was cut off goes on, what changed in a corpus is made again, and the rest is found.
+Actors run the part below `adapter.first_layer` (all of the backbone where it is frozen) over the shards and write what
+the rest needs, shard by shard, under ``storage.cache/prefix/<key>``; see `ser_ray.models.prefix` for what that is, and
+`plan.uncacheable_reason` for when there is none. `tune` and `train` make what their plan names before the first trial,
+with all workers that the cluster has room for; this command makes it beforehand. A file is named as the shard that it
+comes from, and holds its rows in the same order; it is written aside and renamed: what was cut off goes on, what
+changed in a corpus is made again, and the rest is found.
 
 ``storage.prefix_gb`` bounds all caches together. To make room the one that was used longest ago goes first; one that
-a trial is reading stays (a lock tells).
+a run is reading stays (a lock tells).
 """
 
 from __future__ import annotations
@@ -19,43 +20,44 @@ if __name__ == "__main__":
 
     sys.exit(command(["cache", *sys.argv[1:]]))
 
-import itertools
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ser_ray import cluster, config, disk, prepare
-from ser_ray.config import Distribution, Experiment, SearchSpace
+from ser_ray import cluster, config, disk, plan, prepare
+from ser_ray.config import SearchSpace
+from ser_ray.plan import RunPlan
+from ser_ray.pool import Pool
+from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
 from ser_ray.speech import kept as form
 from ser_ray.speech import shards
 from ser_ray.speech.kept import Prefix
 
-Plan = Mapping[str, Prefix]
-"""What decides on a frozen part, as a fingerprint -> the frozen part."""
 IN_USE: Final = ".in_use"
 MAKING: Final = ".making"
-DECIDING: Final = ("backbone", "adapter.method", "adapter.first_layer", "head.layer_mix", "head.pooling", "precision")
-"""The keys on which a frozen part depends."""
 BATCH_SECONDS: Final = 60.0
 """Padded seconds at once: no gradients are kept, so this takes less memory than training."""
+LINE_S: Final = 10.0
+"""In a log, how far a cache has come is said so often."""
+
+Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], Console], Iterable[object]]
+"""Makes the files of a frozen part: pairs of a shard and what is written of it -> an item for each that is done."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A cache that is whole for an experiment's speech: one file for every shard of the speech."""
+    """A cache that is whole for the speech of a run: one file for every shard."""
 
     prefix: Prefix
     paths: tuple[Path, ...]
@@ -80,93 +82,47 @@ def main(arguments: list[str]) -> int:
         raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
     space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
+    plan.check(space)
     cluster.connect(space)
-    actors = cluster.capacity(space)
+    allocation = cluster.allocate(space, space.tune.trials, console)
     shard_dirs = prepare.prepare(space, console=console)
-    for experiment in experiments(space):
-        if reason := why_not(space, experiment):
-            console.print(f"nothing is kept: {reason}")
-            continue
-        with keep(space, experiment, plan(space), shard_dirs, actors, console) as kept:
-            console.print(str(kept or ""))
-    return 0
-
-
-def why_not(space: SearchSpace, experiment: Experiment) -> str | None:
-    """Why nothing of an experiment's model is computed beforehand; None where it is."""
-    varied = sorted(key for key, value in config.to_dict(experiment.augment).items() if value)
-    if varied:
-        return f"augment.{varied[0]} varies what the frozen part sees"
-    if not _is_frozen_somewhere(experiment):
-        return "every weight learns"
-    return None if space.storage.prefix_gb else "storage.prefix_gb is 0"
-
-
-def experiments(space: SearchSpace) -> list[Experiment]:
-    """Experiments that between them have every frozen part that the trials of a space can have."""
-    searched = [key for key in space.search if key in DECIDING]
-    found: dict[str, Experiment] = {}
-    for values in itertools.product(*(_values(space.search[key]) for key in searched)):
-        point: dict[str, Any] = {}
-        for key, value in zip(searched, values, strict=True):
-            conditions = space.search[key].when.items()
-            if all(point.get(name) in allowed for name, allowed in conditions if name in DECIDING):
-                point[key] = value
-        experiment = space.trial(point)
-        found.setdefault(_decided(experiment), experiment)
-    return list(found.values())
-
-
-def plan(space: SearchSpace) -> Plan:
-    """What is kept for every trial of a space, to be looked up by processes that have no torch loaded.
-
-    Raises UserError where a backbone cannot be found.
-    """
-    from ser_ray.models import prefix
-
-    gpus = cluster.worker(space).gpus if space.resources.workers else 0.0
-    return {
-        _decided(experiment): prefix.of(experiment, _precision(experiment, gpus))
-        for experiment in experiments(space)
-        if _is_frozen_somewhere(experiment)
-    }
+    planned = plan.make(space, allocation, shard_dirs, load_task(space.experiment, shard_dirs))
+    for experiment in plan.variants(space, plan.CACHE_KEY_FIELDS):
+        if reason := plan.uncacheable_reason(experiment, space.storage.prefix_gb):
+            console.print(f"nothing is cached: {reason}")
+    with made_first(planned, console):
+        return 0
 
 
 @contextmanager
-def keep(
-    space: SearchSpace,
-    experiment: Experiment,
-    planned: Plan,
-    shard_dirs: Sequence[Path],
-    actors: int,
-    console: Console,
-) -> Iterator[Kept | None]:
-    """The cache of an experiment's frozen part, made where it is missing, and held while the body runs.
+def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
+    """Every cache of a plan, made where it is missing by all workers that the cluster has room for, and held while the
+    body runs."""
+    with ExitStack() as stack:
+        for _, prefix in planned.cacheable():
+            found = stack.enter_context(keep(planned, prefix, console, by_pool(planned)))
+            if found is not None:
+                console.print(str(found))
+        yield
 
-    None where there is nothing to keep or, with a line that says so, no room for it. ``actors`` run at once, each with
-    the resources of a worker; 0: in this process, without Ray.
+
+@contextmanager
+def keep(planned: RunPlan, wanted: Prefix, console: Console, extract: Extract) -> Iterator[Kept | None]:
+    """The cache of a frozen part, made by ``extract`` where it is missing, and held while the body runs.
+
+    None where there is, with a line that says so, no room for it.
     """
-    if why_not(space, experiment) is not None:
-        yield None
-        return
-    wanted = planned[_decided(experiment)]
-    directory = _place(space, wanted)
+    directory = _place(planned.space, wanted)
     with disk.locked(directory / IN_USE, shared=True):
         (directory / IN_USE).touch()
-        with disk.locked(directory / MAKING):
-            kept = _make(space, experiment, wanted, directory, shard_dirs, actors, console)
+        with _alone(directory, wanted, console):
+            kept = _make(planned, wanted, directory, console, extract)
         yield kept
 
 
 @contextmanager
-def find(
-    space: SearchSpace, experiment: Experiment, planned: Plan, shard_dirs: Sequence[Path]
-) -> Iterator[Kept | None]:
+def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Iterator[Kept | None]:
     """The same where it is whole already, else None."""
-    if why_not(space, experiment) is not None:
-        yield None
-        return
-    wanted = planned[_decided(experiment)]
     directory = _place(space, wanted)
     if not (directory / IN_USE).is_file():
         yield None
@@ -176,167 +132,115 @@ def find(
         yield Kept(wanted, targets) if all(target.is_file() for target in targets) else None
 
 
-class Keeper:
-    """An actor of the pool: the frozen part in memory, applied to one shard after the other."""
+def by_pool(planned: RunPlan) -> Extract:
+    """By actors on Ray, each with the resources of a training worker."""
 
-    def __init__(self, experiment: Experiment, wanted: Prefix, threads: int, gpu: bool) -> None:
+    def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
+        worker, size = planned.allocation.worker, min(planned.allocation.pool, len(work))
+        with Pool(_RemoteExtractor, (wanted, max(1, int(worker.cpus))), size, worker, console) as pool:
+            jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(*pair)) for pair in work}
+            yield from pool.map(jobs, f"frozen prefix {wanted}")
+
+    return extract
+
+
+def by_this_process(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
+    """Here, on the device that this process has."""
+    import torch
+
+    extractor = Extractor(wanted, torch.get_num_threads())
+    for pair in work:
+        extractor.extract(*pair)
+        yield pair
+
+
+class Extractor:
+    """The frozen part in memory, loaded with the first shard, applied to one shard after the other."""
+
+    def __init__(self, wanted: Prefix, threads: int) -> None:
+        self.wanted, self.threads = wanted, threads
+        self.backbone: Any = None
+
+    def extract(self, source: Path, target: Path) -> None:
+        """Read one shard of speech and write what is cached of it, in the order of its rows."""
         import torch
 
-        from ser_ray.models import backbones
-
-        torch.set_num_threads(threads)
-        self.experiment, self.wanted = experiment, wanted
-        self.device = torch.device("cuda" if gpu else "cpu")
-        self.backbone = backbones.load(wanted.backbone, wanted.quantized, self.device).eval()
-
-    def __call__(self, work: pa.Table) -> pa.Table:
-        """Rows of source (a shard of speech) and target -> the same, when every target is written."""
-        for row in work.to_pylist():
-            self.keep(Path(row["source"]), Path(row["target"]))
-        return work
-
-    def keep(self, source: Path, target: Path) -> None:
-        """Read one shard of speech and write what is kept of it."""
-        from ser_ray.models import prefix
-        from ser_ray.models.classifier import autocast
+        from ser_ray.models import backbones, precision, prefix
         from ser_ray.speech import stream
 
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.backbone is None:
+            torch.set_num_threads(self.threads)
+            self.backbone = backbones.load(self.wanted.backbone, self.wanted.quantized, device).eval()
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
-        samples = dict(zip(table["utterance_id"].to_pylist(), table["num_samples"].to_pylist(), strict=True))
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
-        rows = []
+        found: dict[str, bytes] = {}
         for batch in stream.batches([unlabelled], BATCH_SECONDS, seed=None):
-            with autocast(self.experiment, self.device):
-                arrays = prefix.compute(self.wanted, self.backbone, batch.to(self.device))
-            for utterance_id, array in zip(batch.utterance_ids, arrays, strict=True):
-                rows.append((utterance_id, samples[utterance_id], array.tobytes()))
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
+            with precision.autocast(self.wanted.precision, device):
+                arrays = prefix.compute(self.wanted, self.backbone, batch.to(device))
+            found |= {i: array.tobytes() for i, array in zip(batch.utterance_ids, arrays, strict=True)}
+        content = pa.array([found[i] for i in table["utterance_id"].to_pylist()], pa.large_binary())
+        rows = table.select(["utterance_id", "num_samples"]).append_column(form.COLUMN, content)
         with disk.replacing(target) as aside:
-            pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, compression="none")
+            pq.write_table(rows.cast(form.SCHEMA), aside, compression="none")
 
 
 # -- below: how it is done
+
+_RemoteExtractor = ray.remote(Extractor)
+
+
+@contextmanager
+def _alone(directory: Path, wanted: Prefix, console: Console) -> Iterator[None]:
+    """The right to make this cache; a line says so where another process is at it."""
+    with disk.locked(directory / MAKING, wait=False) as at_once:
+        if at_once:
+            yield
+            return
+    console.print(f"frozen prefix {wanted}: another process makes it; waiting for that")
+    with disk.locked(directory / MAKING):
+        yield
 
 
 def _place(space: SearchSpace, wanted: Prefix) -> Path:
     return space.cache_dir() / "prefix" / wanted.key()
 
 
-def _targets(directory: Path, shard_dirs: Sequence[Path]) -> dict[Path, Path]:
-    """Shard of speech -> the file of what is kept of it."""
-    return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)}
+def _targets(directory: Path, shard_dirs: Iterable[str]) -> dict[Path, Path]:
+    """Shard of speech -> the file of what is cached of it."""
+    return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(Path(shard_dir))}
 
 
-def _make(
-    space: SearchSpace,
-    experiment: Experiment,
-    wanted: Prefix,
-    directory: Path,
-    shard_dirs: Sequence[Path],
-    actors: int,
-    console: Console,
-) -> Kept | None:
-    targets = _targets(directory, shard_dirs)
-    work = [{"source": str(s), "target": str(t)} for s, t in targets.items() if not t.is_file()]
+def _make(planned: RunPlan, wanted: Prefix, directory: Path, console: Console, extract: Extract) -> Kept | None:
+    targets = _targets(directory, planned.shard_dirs)
+    work = [(source, target) for source, target in targets.items() if not target.is_file()]
     started = time.monotonic()
     if work:
-        missing = {Path(row["source"]) for row in work}
-        seconds, utterances = _size(sorted(missing))
-        needed = wanted.gigabytes(seconds, utterances)
-        if (room := _make_room(directory, needed, space.storage.prefix_gb)) < needed:
+        seconds, utterances = _size(source for source, _ in work)
+        needed, limit = wanted.gigabytes(seconds, utterances), planned.space.storage.prefix_gb
+        if (room := _make_room(directory, needed, limit)) < needed:
             console.print(
                 f"frozen prefix {wanted}: {needed:.2f} GB, but storage.prefix_gb leaves {room:.2f}; "
                 "trained without; raise it, or keep less with head.layer_mix: last"
             )
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
-        _compute(work, experiment, wanted, actors, space, console)
+        _show(extract(wanted, work, console), len(work), f"frozen prefix {wanted}", console)
     return Kept(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
 
 
-def _compute(
-    work: list[dict[str, str]],
-    experiment: Experiment,
-    wanted: Prefix,
-    actors: int,
-    space: SearchSpace,
-    console: Console,
-) -> None:
-    title = f"frozen prefix {wanted}"
+def _show(done: Iterable[object], total: int, title: str, console: Console) -> None:
+    """Progress while shards are done: a bar in a terminal, a line now and then in a log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    started = told = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        for _ in progress.track(
-            _with_ray(work, experiment, wanted, actors, space) if actors else _here(work, experiment, wanted),
-            total=len(work),
-            description=title,
-        ):
-            pass
-
-
-def _with_ray(
-    work: list[dict[str, str]], experiment: Experiment, wanted: Prefix, actors: int, space: SearchSpace
-) -> Iterator[object]:
-    """The targets, as they appear."""
-    one = cluster.worker(space)
-    task = _run_pool.remote(work, experiment, wanted, min(actors, len(work)), one)
-    awaited = [Path(row["target"]) for row in work]
-    ended: list[Any] = []
-    while not ended:
-        ended, _ = ray.wait([task], timeout=0.5)
-        there = [target for target in awaited if target.is_file()]
-        yield from there
-        awaited = [target for target in awaited if target not in there]
-    try:
-        ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise cluster.user_error(error) or error from None
-
-
-@ray.remote(num_cpus=0)
-def _run_pool(
-    work: list[dict[str, str]], experiment: Experiment, wanted: Prefix, actors: int, one: cluster.Worker
-) -> None:
-    """In a process of its own, where what Ray Data has to say to developers goes to a log."""
-    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
-        Keeper,
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=one.cpus,
-        num_gpus=one.gpus or None,
-        fn_constructor_args=(experiment, wanted, max(1, int(one.cpus)), one.gpus > 0),
-    )
-    dataset.materialize()
-
-
-def _here(work: list[dict[str, str]], experiment: Experiment, wanted: Prefix) -> Iterator[object]:
-    import torch
-
-    keeper = Keeper(experiment, wanted, torch.get_num_threads(), torch.cuda.is_available())
-    for row in work:
-        keeper.keep(Path(row["source"]), Path(row["target"]))
-        yield row
-
-
-def _values(distribution: Distribution) -> Iterable[Any]:
-    if distribution.randint is not None:
-        return range(distribution.randint[0], distribution.randint[1] + 1)
-    return distribution.examples()
-
-
-def _precision(experiment: Experiment, gpus: float) -> str:
-    """What ``auto`` comes to may differ between a GPU and a CPU, and so may the values."""
-    return experiment.precision if experiment.precision != "auto" else ("auto on a GPU" if gpus else "fp32")
-
-
-def _is_frozen_somewhere(experiment: Experiment) -> bool:
-    return experiment.adapter.method != "full" or experiment.adapter.first_layer > 0
-
-
-def _decided(experiment: Experiment) -> str:
-    values = config.to_dict(experiment)
-    return config.fingerprint([reduce(dict.__getitem__, key.split("."), values) for key in DECIDING])
+        for number, _ in enumerate(progress.track(done, total=total, description=title), start=1):
+            now = time.monotonic()
+            if not console.is_terminal and now - told > LINE_S and number < total:
+                told = now
+                left = (now - started) / number * (total - number)
+                console.print(f"{title}: {number} of {total} shards, about {left:.0f} s left")
 
 
 def _size(paths: Iterable[Path]) -> tuple[float, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -11,24 +12,27 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
+from rich.console import Console
 
-from ser_ray import __version__, disk, nodes
+from ser_ray import __version__, allocation, disk, nodes
+from ser_ray.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
 from ser_ray.schema import StorageError, UserError
 from ser_ray.speech import shards
 
-DATA_CPUS = 1
-"""Logical CPUs of a node that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+OWN = "ser_ray_started"
+"""A resource of the one node whose Ray this project started: it was told of a CPU more than there are, for the data."""
 
 RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
 """Defaults of its components; 52365, the dashboard agent's, is among the ports that the system gives away."""
+PATIENCE_S = 20.0
+"""After so long, and then every so often, a line says what is waited for."""
 VERBOSE = "SER_RAY_VERBOSE"
 """Where this is set (by ``--verbose``) Ray's own logs are shown."""
 
@@ -46,14 +50,6 @@ _ENVIRONMENT = {
 
 
 _PACKAGES = ("torch", "torchaudio", "transformers", "peft", "bitsandbytes", "ray", "optuna", "pyarrow", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What one training worker takes."""
-
-    cpus: float
-    gpus: float
 
 
 def connect(space: SearchSpace | None = None) -> None:
@@ -81,7 +77,12 @@ def _join() -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
         os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
         address = f"127.0.0.1:{port}"
-        options: dict[str, Any] = {"address": "local", "num_cpus": cpus + DATA_CPUS, "dashboard_host": "127.0.0.1"}
+        options: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": cpus + DATA_CPUS,
+            "resources": {OWN: 1},
+            "dashboard_host": "127.0.0.1",
+        }
     else:
         address, options = offered, {"address": offered}
     # Every process of ours is told which cluster is its own. What frees the workers of a trial that was stopped (Ray
@@ -106,54 +107,29 @@ def _join() -> None:
 
 
 def describe() -> str:
-    """One line on the cluster, for people."""
-    total, count = ray.cluster_resources(), len(nodes.alive())
-    gpus = total.get("GPU", 0)
-    return f"{count} node{'s' * (count != 1)}, {total.get('CPU', 0):g} logical CPUs, {gpus:g} GPU{'s' * (gpus != 1)}"
+    """One line on the cluster: nodes, cores, GPUs."""
+    total, alive = ray.cluster_resources(), nodes.alive()
+    count, gpus = len(alive), total.get("GPU", 0)
+    cores = total.get("CPU", 0) - DATA_CPUS * sum(node["Resources"].get(OWN, 0) for node in alive)
+    return f"{count} node{'s' * (count != 1)}, {cores:g} core{'s' * (cores != 1)}, {gpus:g} GPU{'s' * (gpus != 1)}"
 
 
-def worker(space: SearchSpace) -> Worker:
-    """What one worker takes here, with ``auto`` resolved."""
-    wanted = space.resources
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    gpus = float(has_gpu) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
-    if wanted.cpus_per_worker != "auto":
-        return Worker(wanted.cpus_per_worker, gpus)
-    per_node = min((node["Resources"].get("CPU", 0) for node in nodes.alive()), default=1)
-    return Worker(min(4.0, max(1.0, per_node - DATA_CPUS)) if gpus else 1.0, gpus)
+def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
+    """How ``trials`` of a space share this cluster, and what their workers find on it.
 
-
-def capacity(space: SearchSpace) -> int:
-    """Workers that fit at once, each on one node, beside a CPU for the data on every node; where the nodes are too
-    small for that, on one of them."""
-    one, offers = worker(space), [node["Resources"] for node in nodes.alive()]
-    room = sorted(((offer.get("CPU", 0.0), offer.get("GPU", 0.0)) for offer in offers), reverse=True)
-    beside = sum(_fits(cpus - DATA_CPUS, gpus, one) for cpus, gpus in room)
-    # Else it is taken where it costs the fewest workers.
-    return beside or max(
-        sum(_fits(cpus - DATA_CPUS * (i == reserved), gpus, one) for i, (cpus, gpus) in enumerate(room))
-        for reserved in range(len(room))
-    )
-
-
-def concurrency(space: SearchSpace) -> int:
-    """Trials that fit at once.
-
-    Raises UserError where not even one fits: Ray itself would wait for ever.
+    Raises UserError where not even one trial fits.
     """
-    workers = max(1, space.resources.workers)
-    fits = capacity(space) // workers
-    if fits < 1:
-        one, offers = worker(space), [node["Resources"] for node in nodes.alive()]
-        has = ", ".join(f"{offer.get('CPU', 0):g} CPUs and {offer.get('GPU', 0):g} GPUs" for offer in offers)
-        lacking = "GPUs" if one.gpus > sum(offer.get("GPU", 0) for offer in offers) else "room"
-        raise UserError(
-            f"resources: a trial takes {workers} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs), each on one node, beside "
-            f"{DATA_CPUS} CPU for data, but the cluster lacks the {lacking}: its {len(offers)} node"
-            f"{'s have' if len(offers) > 1 else ' has'} {has}; lower resources.workers, cpus_per_worker or "
-            "gpus_per_worker"
-        )
-    return min(fits, space.tune.concurrency or fits, space.tune.trials)
+    offers = [node["Resources"] for node in nodes.alive()]
+    found = allocation.allocate([Node(o.get("CPU", 0.0), o.get("GPU", 0.0)) for o in offers], space, trials)
+    if not found.worker.gpus:
+        return found
+    cuda, precision = _device(found.worker, console)
+    return dataclasses.replace(found, cuda=cuda, precision=precision)
+
+
+def allocate_here() -> Allocation:
+    """The same for a trial in this process."""
+    return allocation.here(*_look_at_device())
 
 
 def user_error(error: BaseException, where: object = "") -> UserError | None:
@@ -233,10 +209,26 @@ def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> d
 # -- below: how it is done
 
 
-def _fits(cpus: float, gpus: float, one: Worker) -> int:
-    """Workers on one node. Ray shares a GPU among whole parts: of 0.3 each three fit, and of 1.5 GPUs none on one."""
-    by_cpu = int(cpus / one.cpus + 1e-9) if one.cpus else 10**6
-    return max(0, min(by_cpu, int(gpus / one.gpus + 1e-9)) if one.gpus else by_cpu)
+def _device(worker: Worker, console: Console) -> tuple[bool, str]:
+    """Whether a worker sees a CUDA device, and what ``precision: auto`` is there; asked on one, where the driver has
+    none itself. GPUs may be declared to Ray that are not there."""
+    if (own := _look_at_device())[0]:
+        return own
+    asked = ray.remote(_look_at_device).options(num_cpus=0, num_gpus=worker.gpus).remote()
+    while not ray.wait([asked], timeout=PATIENCE_S)[0]:
+        console.print(f"waiting for {worker.gpus:g} GPUs: other work holds those of the cluster")
+    answer: tuple[bool, str] = ray.get(asked)
+    return answer
+
+
+def _look_at_device() -> tuple[bool, str]:
+    import torch
+
+    from ser_ray.models import precision
+
+    cuda = torch.cuda.is_available()
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return cuda, names[precision.compute_dtype("auto", "cuda" if cuda else "cpu")]
 
 
 def _offered() -> str | None:

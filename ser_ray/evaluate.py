@@ -31,7 +31,8 @@ import ray
 import torch
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk
+from ser_ray import cache, cluster, config, disk, plan
+from ser_ray.allocation import Allocation
 from ser_ray.cache import Kept
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.evaluation import baselines, egemaps, folder, published
@@ -41,6 +42,7 @@ from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
+from ser_ray.pool import Pool
 from ser_ray.protocols.folds import count_folds
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions, UserError
@@ -52,8 +54,6 @@ from ser_ray.training.probe import start_from_probe
 
 PROBE: Final = "frozen backbone + linear"
 EGEMAPS: Final = "eGeMAPS + linear SVM"
-RESTARTS: Final = 3
-"""An actor whose process dies is started again, and its checkpoint scored again, so often."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,12 @@ class Run:
     """Below the results folder."""
 
 
-@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
 class Scorer:
     """An evaluation actor: predicts a split by a checkpoint, or by a linear probe of a frozen backbone."""
 
     def __init__(self, shard_dirs: Sequence[str], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shard_dirs = [Path(shard_dir) for shard_dir in shard_dirs]
 
     def score(self, directory: str, split: str, kept: Kept | None = None) -> Predictions:
@@ -134,39 +133,6 @@ class Scorer:
         return _predictions(task, task.labels(split), probabilities)
 
 
-class Scorers:
-    """As many actors as fit the cluster."""
-
-    def __init__(self, space: SearchSpace, shard_dirs: Sequence[str], most: int, console: Console) -> None:
-        one = cluster.worker(space)
-        options = {"num_cpus": one.cpus, "num_gpus": one.gpus, "scheduling_strategy": "SPREAD"}  # over all nodes
-        make = Scorer.options(**options).remote  # type: ignore[attr-defined]
-        number = max(1, min(cluster.capacity(space), most))
-        self.actors = [make(shard_dirs, max(1, int(one.cpus))) for _ in range(number)]
-        self.console = console
-
-    def map(self, jobs: Mapping[Any, Callable[[Any], Any]], what: str) -> dict[Any, Predictions]:
-        """Name -> a job, which is handed an actor -> name -> its predictions; progress is shown."""
-        free, waiting = list(self.actors), list(jobs)
-        pending: dict[Any, tuple[Any, Any]] = {}
-        done: dict[Any, Predictions] = {}
-        while waiting or pending:
-            while waiting and free:
-                name, actor = waiting.pop(0), free.pop()
-                pending[jobs[name](actor)] = (name, actor)
-            (ready,), _ = ray.wait(list(pending), num_returns=1)
-            name, actor = pending.pop(ready)
-            done[name] = ray.get(ready)
-            free.append(actor)
-            self.console.print(f"  {what} {len(done)} of {len(jobs)}: {len(done[name])} utterances scored")
-        return done
-
-    def close(self) -> None:
-        """Give back what the actors hold."""
-        for actor in self.actors:
-            ray.kill(actor)
-
-
 def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:
     """What is to be trained before the choice: the finalists over folds and seeds; nothing where the search's own
     checkpoints do."""
@@ -185,11 +151,17 @@ def is_evaluated(directory: Path, space: SearchSpace) -> bool:
 
 
 def evaluate(
-    directory: Path, space: SearchSpace, console: Console, argv: list[str], reuse: bool = False
+    directory: Path,
+    space: SearchSpace,
+    console: Console,
+    argv: list[str],
+    reuse: bool = False,
+    allocation: Allocation | None = None,
 ) -> dict[str, Any]:
     """Fill ``best/`` and ``evaluation/`` of a results folder; returns the test figures.
 
     ``reuse``: where the choice comes out as before, its test figures stand, and the test set stays closed.
+    ``allocation``: that of the plan, where there is one.
 
     Raises UserError where no trial left a checkpoint, or a final is missing.
     """
@@ -199,35 +171,41 @@ def evaluate(
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
     runs = {tried.trial_id: _trained(directory, _runs(space, task, tried)) for tried in finalists}
     everything = [run for own in runs.values() for run in own]
-    scorers = Scorers(space, shard_dirs, len(everything), console)
-    try:
+    allocation = allocation or cluster.allocate(space, len(everything), console)
+    with Pool(
+        ray.remote(Scorer),
+        (shard_dirs, max(1, int(allocation.worker.cpus))),
+        min(allocation.pool, len(everything)),
+        allocation.worker,
+        console,
+    ) as scorers:
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
-        with _kept(space, {t.trial_id: space.trial(t.values) for t in finalists}, shard_dirs) as kept:
+        experiments = {tried.trial_id: space.trial(tried.values) for tried in finalists}
+        with _kept(space, experiments, shard_dirs, allocation) as kept:
             jobs = {run: _by_checkpoint(directory, run, "dev", kept[run.trial_id]) for run in everything}
-            dev = scorers.map(jobs, "dev")
+            dev = _score(scorers, jobs, "dev", console)
         record = _Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
         chosen = record.choose(finalists)
         answer = record.known(chosen) if reuse else None
         if answer is None:
             console.print(f"chosen by dev: trial {chosen}; opening the test set")
             _record_opening(directory, chosen, argv)
-            test = scorers.map({run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}, "test")
+            jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
+            test = _score(scorers, jobs, "test", console)
             folds = {run.fold for run in runs[chosen]}
-            tried = next(tried for tried in finalists if tried.trial_id == chosen)
-            plain = _frozen(space.trial(tried.values))
-            with _kept(space, {PROBE: plain}, shard_dirs) as kept:
+            plain = _frozen(experiments[chosen])
+            with _kept(space, {PROBE: plain}, shard_dirs, allocation) as kept:
                 probes = {fold: _by_probe(plain, fold, kept[PROBE]) for fold in sorted(folds)}
-                rivals = {PROBE: scorers.map(probes, PROBE)}
+                rivals = {PROBE: _score(scorers, probes, PROBE, console)}
             if importlib.util.find_spec("opensmile"):
-                rivals[EGEMAPS] = scorers.map({fold: _by_egemaps(space, fold) for fold in sorted(folds)}, EGEMAPS)
+                others = {fold: _by_egemaps(space, fold) for fold in sorted(folds)}
+                rivals[EGEMAPS] = _score(scorers, others, EGEMAPS, console)
             else:
                 console.print(f"  no baseline {EGEMAPS}: opensmile is not installed", style="dim")
             parts = {name: [found[fold] for fold in sorted(folds)] for name, found in rivals.items()}
             answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
         else:
             console.print(f"chosen by dev: trial {chosen}, whose test figures are known")
-    finally:
-        scorers.close()
     _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_figures(chosen), answer)
     # Last: it says that all else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": _budget(space)})
@@ -406,17 +384,26 @@ def _budget(space: SearchSpace) -> dict[str, Any]:
     return {name: config.to_dict(space.tune)[name] for name in names}
 
 
+def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, console: Console) -> dict[Any, Predictions]:
+    """Name of a job -> its predictions; progress is shown."""
+    done: dict[Any, Predictions] = {}
+    for name, predictions in pool.map(jobs, what):
+        done[name] = predictions
+        console.print(f"  {what} {len(done)} of {len(jobs)}: {len(predictions)} utterances scored")
+    return done
+
+
 @contextmanager
 def _kept(
-    space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str]
+    space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str], allocation: Allocation
 ) -> Iterator[dict[str, Kept | None]]:
-    """Name of an experiment -> what training kept of its frozen part, as far as that is still there."""
+    """Name of an experiment -> what is cached of the frozen part of its model, as far as that is still there."""
     found: dict[str, Kept | None] = {}
     with ExitStack() as stack:
         for name, experiment in experiments.items():
-            alone = space.model_copy(update={"experiment": experiment, "search": {}})
-            whole = cache.find(alone, experiment, cache.plan(alone), [Path(shard_dir) for shard_dir in shard_dirs])
-            found[name] = stack.enter_context(whole)
+            wanted = plan.prefix_of(experiment, allocation, space.storage.prefix_gb)
+            cached = stack.enter_context(cache.find(space, wanted, shard_dirs)) if wanted else None
+            found[name] = cached
         yield found
 
 

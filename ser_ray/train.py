@@ -17,8 +17,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ import ray.data
 import ray.train
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, feed, nodes, prepare
+from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
 from ser_ray.assets.heard import heard
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
+from ser_ray.plan import RunPlan
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
@@ -70,6 +71,8 @@ class Trial:
     workers: int
     cpus: float
     gpus: float
+    cuda: bool
+    """Whether its workers see a CUDA device: GPUs that are declared to Ray need not be there."""
     resident: bool
     """Whether the data stay in memory between epochs."""
     prefix: dict[str, Any] | None
@@ -95,33 +98,33 @@ class Trial:
 
 
 @contextmanager
-def open_trial(
-    space: SearchSpace,
-    experiment: Experiment,
-    planned: cache.Plan,
-    shard_dirs: Sequence[Path],
-    directory: Path,
-    console: Console,
-    actors: int,
-) -> Iterator[Trial]:
-    """A trial that can be trained while the body runs: what is frozen in it is computed by ``actors``, and kept."""
-    workers = space.resources.workers
-    one = cluster.worker(space) if workers else cluster.Worker(1, 0)
-    with cache.keep(space, experiment, planned, shard_dirs, actors, console) as found:
-        if found is not None:
-            console.print(str(found))
-        speech = tuple(path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir))
+def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, console: Console) -> Iterator[Trial]:
+    """A trial of a plan that can be trained while the body runs.
+
+    It is fed what is cached of the frozen part of its model. A cache that is still missing is made here, on the device
+    that this process holds; the process behind a trial of several workers holds none, and makes none.
+    """
+    allocation, wanted = planned.allocation, planned.prefix(experiment)
+    if wanted is None:
+        cached: AbstractContextManager[cache.Kept | None] = nullcontext()
+    elif allocation.workers <= 1:
+        cached = cache.keep(planned, wanted, console, cache.by_this_process)
+    else:
+        cached = cache.find(planned.space, wanted, planned.shard_dirs)
+    with cached as found:
+        speech = tuple(path for shard_dir in planned.shard_dirs for path in shards.shard_paths(Path(shard_dir)))
         paths = speech if found is None else found.paths
         yield Trial(
             config.to_dict(experiment),
-            space.tune.metric,
-            tuple(map(str, shard_dirs)),
+            planned.space.tune.metric,
+            planned.shard_dirs,
             tuple(map(str, paths)),
             str(directory),
-            max(1, workers),
-            one.cpus,
-            one.gpus,
-            workers > 0 and feed.stays_resident(space, paths),
+            max(1, allocation.workers),
+            allocation.worker.cpus,
+            allocation.worker.gpus,
+            allocation.cuda,
+            allocation.workers > 0 and feed.stays_resident(planned.space, paths),
             None if found is None else asdict(found.prefix),
         )
 
@@ -138,7 +141,7 @@ def fit_on_ray(
     process (Ray Train's local mode): it holds what the worker takes, and hears of every epoch.
     Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
     """
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     if datasets is None:
         _, task = trial.load()
@@ -153,6 +156,8 @@ def fit_on_ray(
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
+        # Ray goes by what was declared to it.
+        torch_config=TorchConfig(backend="nccl" if trial.cuda else "gloo"),
         datasets=dict(datasets),
         # Ray's split gives blocks to whoever asks first, and drops rows to make shares equal.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
@@ -172,33 +177,25 @@ def fit_on_ray(
         raise next(filter(None, causes), error) from None
 
 
-def run_trial(
-    point: dict[str, Any],
-    space: dict[str, Any],
-    shard_dirs: list[str],
-    directory: str,
-    planned: cache.Plan,
-    speech: Mapping[str, ray.data.Dataset],
-) -> None:
+def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[str, ray.data.Dataset]) -> None:
     """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
 
     One worker is this process; several are processes of their own, which takes a trial some twenty seconds more.
-    ``point``: its trial_id, below ``directory``, and the values of the searched keys. ``speech``: the datasets of
-    waveforms where trials share them. Raises UserError, also where the results folder cannot be written any more.
+    ``point``: its trial_id, below ``plan.directory(kind)``, and the values of the searched keys. ``speech``: the
+    datasets of waveforms where trials share them. Raises UserError, also where the results folder cannot be written
+    any more.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    settled = SearchSpace.model_validate(space)
-    trial_dir, values = Path(directory) / point["trial_id"], point["values"]
+    trial_dir, values = plan.directory(kind) / point["trial_id"], point["values"]
     with _explained(trial_dir), (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
         console = Console(file=notes, highlight=False, soft_wrap=True)
         if len(nodes.alive()) > 1:
             console.print(f"runs on {socket.gethostname()} ({ray.util.get_node_ip_address()})")
-        dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
-        with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
+        with open_trial(plan, plan.space.trial(values), trial_dir, console) as trial:
             shared = speech if speech and trial.prefix is None else None
-            if workers == 1:
+            if plan.allocation.workers == 1:
                 fit_on_ray(trial, shared, tell=tune.report)
             else:
                 fit_on_ray(trial, shared, [TuneReportCallback()])
@@ -245,8 +242,9 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     return findings
 
 
-def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str, Any], argv: list[str]) -> Path:
-    """Create the results folder with search.yaml, provenance.json and audit.json; an existing one is continued.
+def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any], argv: list[str]) -> Path:
+    """Create the results folder with search.yaml, plan.json, provenance.json and audit.json; an existing one is
+    continued, by the plan of today.
 
     Raises UserError where the folder belongs to another configuration, or cannot be written.
     """
@@ -263,9 +261,12 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
                 )
             if changes:
                 disk.write_text(existing, config.dump(space))
+            disk.write_json(directory / plan.FILE, planned.to_dict())
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / "audit.json", findings)
+        disk.write_json(directory / plan.FILE, planned.to_dict())
+        shard_dirs = [Path(shard_dir) for shard_dir in planned.shard_dirs]
         disk.write_json(directory / "provenance.json", cluster.provenance(space, shard_dirs, argv))
         disk.write_text(existing, config.dump(space))
     except OSError as error:
@@ -279,26 +280,24 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     On the Ray that `cluster.connect` joined, or in this process where ``resources.workers`` is 0. A trial that was cut
     off is continued.
     """
-    here = space.resources.workers == 0
-    if not here:
-        cluster.concurrency(space)
-    shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
-    task = load_task(space.experiment, shard_dirs)
-    directory = open_results(space, shard_dirs, audit_task(space, task, console, shard_dirs), argv)
+    planned, task = make_plan(space.model_copy(update={"search": {}}), console)
+    directory = open_results(space, planned, audit_task(space, task, console, map(Path, planned.shard_dirs)), argv)
     trials = Trials(directory, (), argv=argv)
     if "single" not in trials.known:
         trials.add("single", {})
     trials.start("single")
-    trial_dir = directory / "trials" / "single"
+    trial_dir = planned.directory() / "single"
     started = time.monotonic()
     console.print(f"training {space.experiment.backbone} ({space.experiment.adapter.method}), {task.fold.description}")
 
     def show(record: folder.Record) -> None:
         console.print(folder.describe_epoch(record, space.tune.metric))
 
-    actors = 0 if here else cluster.capacity(space)
-    planned = cache.plan(space.model_copy(update={"search": {}}))
-    with open_trial(space, space.experiment, planned, shard_dirs, trial_dir, console, actors) as trial:
+    here = planned.allocation.workers == 0
+    with (
+        nullcontext() if here else cache.made_first(planned, console),
+        open_trial(planned, planned.space.experiment, trial_dir, console) as trial,
+    ):
         if here:
             fit_here(trial, show)
         else:
@@ -309,17 +308,45 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     return directory
 
 
+def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[RunPlan, Task]:
+    """Prepare what is missing and plan ``trials`` of a space over it; returns the plan and the utterances by split.
+
+    Raises UserError for what can never run: a backbone that is not there, resources that the cluster has not.
+    """
+    plan.check(space)
+    here = space.resources.workers == 0
+    allocation = cluster.allocate_here() if here else cluster.allocate(space, trials, console)
+    if not here:
+        at_once = f"{allocation.trials_at_once} trial{'s' * (allocation.trials_at_once != 1)} at once"
+        console.print("; ".join((f"Ray: {cluster.describe()}", at_once, *allocation.idle)))
+    shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
+    task = load_task(space.experiment, shard_dirs)
+    return plan.make(space, allocation, shard_dirs, task), task
+
+
 def main(arguments: list[str]) -> int:
-    """``ser-ray train SPACE.yaml [key=value ...]``."""
-    if not arguments:
+    """``ser-ray train SPACE.yaml [key=value ...] [--dry-run]``."""
+    dry_run = "--dry-run" in arguments
+    given = [argument for argument in arguments if argument != "--dry-run"]
+    if not given:
         raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    space = cluster.settle_paths(config.load(given[0], given[1:]))
     console = Console(highlight=False, soft_wrap=True)
     if space.resources.workers > 0:
         cluster.connect(space)
-    directory = train(space, console, ["train", *arguments])
+    if dry_run:
+        show_plan(make_plan(space.model_copy(update={"search": {}}), console)[0], console)
+        return 0
+    directory = train(space, console, ["train", *given])
     console.print(f"next: ser-ray evaluate {directory}")
     return 0
+
+
+def show_plan(planned: RunPlan, console: Console) -> None:
+    """What ``--dry-run`` prints."""
+    console.print(f"plan of {planned.space.experiment.name}; nothing is trained", markup=False)
+    for line in planned.lines():
+        console.print(f"  {line}", markup=False)
 
 
 # -- below: how it is done
@@ -349,7 +376,7 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
         tell(record)
 
     loop.forget_peak()  # of the trial before, where a process trains one after the other
-    model, content = trial.model(experiment, get_device())
+    model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
     data = feed.data(experiment, task, train, dev, content, rank, size)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))

@@ -16,7 +16,8 @@ if __name__ == "__main__":
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,18 +28,20 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, feed, prepare, report
+from ser_ray import cache, cluster, config, disk, feed, report
+from ser_ray.allocation import Allocation
 from ser_ray.config import SearchSpace
 from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.models import backbones
-from ser_ray.protocols.task import Task, load_task
+from ser_ray.plan import CACHE_KEY_FIELDS, RunPlan, variants
+from ser_ray.protocols.task import Task
 from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
 from ser_ray.speech import shards
-from ser_ray.train import audit_task, open_results, run_trial
+from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
 from ser_ray.watch import Watch
 
 TUNE_STATE = ".tune"
@@ -48,9 +51,10 @@ TUNE_STATE = ".tune"
 class Suggestions(Searcher):
     """Hands trials to Tune: first those that were cut off, then what the study suggests, until the budget is spent."""
 
-    def __init__(self, space: SearchSpace, trials: Trials) -> None:
+    def __init__(self, space: SearchSpace, trials: Trials, gpus: float = 0.0) -> None:
+        """``gpus``: what a trial holds."""
         super().__init__(metric=f"best_{space.tune.metric}", mode="max")
-        self.space, self.trials = space, trials
+        self.space, self.trials, self.gpus = space, trials, gpus
         self.study = study.make(space, trials)
         self.first = study.first_points(space)
         # Those that were cut off are open in the study as well: the sampler keeps away from them.
@@ -98,9 +102,8 @@ class Suggestions(Searcher):
         return min(self.space.tune.trials, len(self.first)) if grid else self.space.tune.trials
 
     def _spent(self) -> bool:
-        budget, resources = self.space.tune, cluster.worker(self.space)
-        gpus = resources.gpus * max(1, self.space.resources.workers)
-        gpu_hours = sum(tried.seconds for tried in self.trials) * gpus / 3600
+        budget = self.space.tune
+        gpu_hours = sum(tried.seconds for tried in self.trials) * self.gpus / 3600
         return bool(
             (budget.hours is not None and self.trials.hours() >= budget.hours)
             or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
@@ -160,11 +163,12 @@ class Halving(ASHAScheduler):
             super().on_trial_result(None, trial, record)
 
 
-def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Path, console: Console) -> None:
+def search(planned: RunPlan, task: Task, console: Console) -> None:
     """Run the trials, or what is left of them after an interruption.
 
     Raises UserError where the results folder cannot be written any more, KeyboardInterrupt where somebody stopped it.
     """
+    space, directory = planned.space, planned.space.results_dir()
     trials = Trials(directory, space.search, argv=sys.argv[1:])
     done = sum(tried.over for tried in trials)
     if trials.known:
@@ -172,32 +176,38 @@ def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Pa
     for tried in trials:
         if tried.status == "failed":  # in this session things may be better
             trials.update(tried.trial_id, status="running", error="")
-    searcher = Suggestions(space, trials)
+    searcher = Suggestions(space, trials, planned.allocation.worker.gpus * planned.allocation.workers)
     scheduler = FIFOScheduler() if space.tune.scheduler == "none" else Halving(space, trials)
-    speech = _speech(space, task, shard_dirs)
-    _run(space, trials, searcher, scheduler, shard_dirs, speech, console)
+    _run(planned, trials, searcher, scheduler, _speech(planned, task), console)
 
 
-def train_finals(space: SearchSpace, jobs: Iterable[Tried], shard_dirs: list[Path], dir_: Path, con: Console) -> None:
+def train_finals(planned: RunPlan, jobs: Iterable[Tried], console: Console) -> None:
     """Train the finalists over folds and seeds, as `evaluate.finals` lists them; continued like a search."""
-    trials = Trials(dir_, space.search, kind="finals", argv=sys.argv[1:])
+    trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=sys.argv[1:])
     for job in jobs:
         if job.trial_id not in trials.known or trials.known[job.trial_id].status == "failed":
             trials.add(job.trial_id, job.values)
     left = sum(not tried.over for tried in trials)
-    con.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
+    console.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
     if left:
-        _run(space, trials, Queue(trials), FIFOScheduler(), shard_dirs, {}, con)
+        _run(planned, trials, Queue(trials), FIFOScheduler(), {}, console)
 
 
 def main(arguments: list[str]) -> int:
-    """``ser-ray tune [SPACE.yaml] [key=value ...]``."""
-    has_file = bool(arguments) and "=" not in arguments[0]
-    path = Path(arguments[0]) if has_file else config.default_space()
-    space = _load(path, arguments[has_file:])
+    """``ser-ray tune [SPACE.yaml] [key=value ...] [--dry-run]``."""
+    dry_run = "--dry-run" in arguments
+    given = [argument for argument in arguments if argument != "--dry-run"]
+    has_file = bool(given) and "=" not in given[0]
+    path = Path(given[0]) if has_file else config.default_space()
+    space = _load(path, given[has_file:])
     if space.resources.workers == 0:
         raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
-    run(space, report.terminal(), ["tune", *arguments])
+    if dry_run:
+        console = report.terminal()
+        cluster.connect(space)
+        show_plan(make_plan(space, console, space.tune.trials)[0], console)
+        return 0
+    run(space, report.terminal(), ["tune", *given])
     return 0
 
 
@@ -207,19 +217,16 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     console.print(f"[bold]ser-ray tune[/bold] {space.experiment.name} -> {space.results_dir()}")
     _check_backbones(space, console)
     cluster.connect(space)
-    at_once = cluster.concurrency(space)
-    console.print(f"Ray: {cluster.describe()}; {at_once} trial{'s' * (at_once != 1)} at once")
-    shard_dirs = prepare.prepare(space, console=console)
-    task = load_task(space.experiment, shard_dirs)
-    findings = audit_task(space, task, console, shard_dirs)
-    directory = open_results(space, shard_dirs, findings, argv)
+    planned, task = make_plan(space, console, space.tune.trials)
+    findings = audit_task(space, task, console, map(Path, planned.shard_dirs))
+    directory = open_results(space, planned, findings, argv)
     with disk.locked(directory / ".lock", wait=False) as alone:
         if not alone:
             raise UserError(f"{directory}: another process works on this search; wait for it, or set experiment.name")
         if is_evaluated(directory, space):
             console.print("this search is finished; showing its results (tune.trials=+20 adds trials)")
         else:
-            _search_and_evaluate(space, task, shard_dirs, directory, console, argv)
+            _search_and_evaluate(planned, task, console, argv)
             _close(directory, time.monotonic() - started)
         report.build(directory)
         report.print_summary(directory, console)
@@ -229,38 +236,30 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 # -- below: how it is done
 
 
-def _search_and_evaluate(
-    space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Path, console: Console, argv: list[str]
-) -> None:
-    names = ", ".join(space.search) or "nothing"
-    console.print(f"searching {names}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs")
-    search(space, task, shard_dirs, directory, console)
-    if jobs := finals(directory, space, task):
-        train_finals(space, jobs, shard_dirs, directory, console)
-    evaluate(directory, space, console, argv, reuse=True)
+def _search_and_evaluate(planned: RunPlan, task: Task, console: Console, argv: list[str]) -> None:
+    space = planned.space
+    directory = space.results_dir()
+    with cache.made_first(planned, console) if planned.cached_first() else nullcontext():
+        names = ", ".join(space.search) or "nothing"
+        console.print(f"searching {names}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs")
+        search(planned, task, console)
+        if jobs := finals(directory, space, task):
+            train_finals(planned, jobs, console)
+    evaluate(directory, space, console, argv, reuse=True, allocation=planned.allocation)
 
 
 def _run(
-    space: SearchSpace,
+    planned: RunPlan,
     trials: Trials,
     searcher: Searcher,
     scheduler: TrialScheduler,
-    shard_dirs: Sequence[Path],
     speech: Mapping[str, ray.data.Dataset],
     console: Console,
 ) -> None:
-    at_once = cluster.concurrency(space)
-    watch = Watch(space, trials, at_once, console)
+    at_once = planned.allocation.trials_at_once
+    watch = Watch(planned.space, trials, at_once, console)
     trainable = tune.with_resources(
-        tune.with_parameters(
-            run_trial,
-            space=config.to_dict(space),
-            shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
-            directory=str(trials.results_dir / trials.kind),
-            planned=cache.plan(space),
-            speech=speech,
-        ),
-        _resources(space),
+        tune.with_parameters(run_trial, plan=planned, kind=trials.kind, speech=speech), _resources(planned.allocation)
     )
     state = trials.results_dir / TUNE_STATE
     shutil.rmtree(state, ignore_errors=True)
@@ -290,10 +289,10 @@ def _run(
         raise KeyboardInterrupt
 
 
-def _resources(space: SearchSpace) -> dict[str, float]:
+def _resources(allocation: Allocation) -> dict[str, float]:
     """What the process of a trial takes: its only worker's share; of several it waits for, and they have their own."""
-    one = cluster.worker(space)
-    return {"cpu": one.cpus, "gpu": one.gpus} if space.resources.workers == 1 else {"cpu": 0.01}
+    one = allocation.worker
+    return {"cpu": one.cpus, "gpu": one.gpus} if allocation.workers == 1 else {"cpu": 0.01}
 
 
 def _load(path: Path, overrides: list[str]) -> SearchSpace:
@@ -314,10 +313,11 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
     return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
-def _speech(space: SearchSpace, task: Task, shard_dirs: list[Path]) -> dict[str, ray.data.Dataset]:
-    """The waveforms that trials share; not read before a trial asks, where all are fed by a frozen prefix."""
-    paths = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
-    asked = any(cache.why_not(space, experiment) for experiment in cache.experiments(space))
+def _speech(planned: RunPlan, task: Task) -> dict[str, ray.data.Dataset]:
+    """The waveforms that trials share; not read before a trial asks, where all are fed from a cache."""
+    paths = [path for shard_dir in planned.shard_dirs for path in shards.shard_paths(Path(shard_dir))]
+    space = planned.space
+    asked = any(planned.prefix(experiment) is None for experiment in variants(space, CACHE_KEY_FIELDS))
     resident = asked and feed.stays_resident(space, paths)
     return feed.load_datasets(task, paths, "audio", max(1, space.resources.workers), resident)
 

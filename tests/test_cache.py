@@ -18,11 +18,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_verbs import write_space
 
-from ser_ray import cache, config, disk
+from ser_ray import allocation, cache, config, disk, plan
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
 from ser_ray.models import backbones, prefix
+from ser_ray.plan import RunPlan
 from ser_ray.prepare import prepare
+from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
 from ser_ray.speech import shards, stream
 from ser_ray.speech.kept import Prefix
@@ -49,17 +51,26 @@ def load(path, backbones_dir):
     return loaded
 
 
-def keep(space: SearchSpace, actors: int = 0) -> tuple[cache.Kept | None, str]:
-    """What is kept, and what was said."""
+HERE = allocation.here(cuda=False, precision="fp32")
+ON_RAY = allocation.Allocation(1, allocation.Worker(1, 0), 2, 2, allocation.Node(2))
+
+
+def planned(space: SearchSpace, own: allocation.Allocation = HERE) -> RunPlan:
+    """The plan of a space, whose corpus is prepared in this process."""
+    shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    return plan.make(space, own, shard_dirs, load_task(space.experiment, shard_dirs))
+
+
+def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.Kept | None, str]:
+    """What is cached, and what was said."""
     said = io.StringIO()
     console = Console(file=said, width=400)
-    shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
-    planned = cache.plan(space.model_copy(update={"resources": HERE}))
-    with cache.keep(space, space.experiment, planned, shard_dirs, actors, console) as kept:
+    found = planned(space, ON_RAY if pool else HERE)
+    wanted = found.prefix(space.experiment)
+    if wanted is None:
+        return None, ""
+    with cache.keep(found, wanted, console, cache.by_pool(found) if pool else cache.by_this_process) as kept:
         return kept, said.getvalue()
-
-
-HERE = config.Resources(workers=0)
 
 
 def contents(kept: cache.Kept) -> dict[str, np.ndarray]:
@@ -88,9 +99,9 @@ def test_what_is_kept_is_what_the_model_computes_of_one_utterance(load, adapter)
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_on_ray_keeps_the_same(load):
+def test_a_pool_on_ray_caches_the_same(load):
     here, _ = keep(load(LORA))
-    there, said = keep(load(LORA, "storage.cache=" + str(Path(load().storage.cache) / "other")), actors=2)
+    there, said = keep(load(LORA, "storage.cache=" + str(Path(load().storage.cache) / "other")), pool=True)
     assert here is not None
     assert there is not None
     assert "making" in said
@@ -129,15 +140,17 @@ def test_its_size_is_said_before_and_is_right(load):
 
 
 def test_what_cannot_be_kept_says_why(load):
-    why = cache.why_not
+    def why(space: SearchSpace) -> str:
+        return plan.uncacheable_reason(space.experiment, space.storage.prefix_gb) or ""
+
     varied = load(LORA, "experiment.augment.gain_db=6")
-    assert "augment.gain_db" in (why(varied, varied.experiment) or "")
+    assert "augment.gain_db" in why(varied)
     masked = load(LORA, "experiment.augment.time_mask=0.1")
-    assert "augment.time_mask" in (why(masked, masked.experiment) or "")
+    assert "augment.time_mask" in why(masked)
     full = load("experiment.adapter={method: full}")
-    assert "every weight" in (why(full, full.experiment) or "")
+    assert "every weight" in why(full)
     never = load(LORA, "storage.prefix_gb=0")
-    assert "prefix_gb" in (why(never, never.experiment) or "")
+    assert "prefix_gb" in why(never)
     for space in (varied, full, never):
         assert keep(space)[0] is None
 
@@ -181,7 +194,7 @@ def test_every_frozen_part_that_a_search_can_ask_for_is_planned(path, backbones_
         "head.pooling": {"choice": ["mean", "attentive"]},
     }
     space = config.load(path, [f"search={json.dumps(search)}", "tune.first=[]"])
-    planned = cache.plan(space.model_copy(update={"resources": HERE}))
+    prefixes = planned(space).prefixes
     rng = np.random.default_rng(0)
     asked = set()
     for _ in range(200):
@@ -191,10 +204,10 @@ def test_every_frozen_part_that_a_search_can_ask_for_is_planned(path, backbones_
                 options = [0, 1] if distribution.randint else list(distribution.choice or ())
                 values[key] = options[int(rng.integers(len(options)))]
         experiment = space.trial(values)
-        if cache.why_not(space, experiment) is None:
-            asked.add(cache._decided(experiment))
-    assert asked == planned.keys()
-    kinds = {(p.first_layer, p.moments) for p in planned.values()}
+        if plan.uncacheable_reason(experiment, space.storage.prefix_gb) is None:
+            asked.add(plan.cache_key(experiment))
+    assert asked == prefixes.keys()
+    kinds = {(p.first_layer, p.moments) for p in prefixes.values()}
     assert kinds == {(0, None), (1, None), (2, None), (2, "mean")}
 
 
@@ -216,7 +229,7 @@ def test_the_command_makes_and_then_finds(path, backbones_dir, capsys):
     assert main(["cache", str(path), *own]) == 0
     assert "found" in capsys.readouterr().out
     assert main(["cache", str(path), *own, "experiment.augment.gain_db=3"]) == 0
-    assert "nothing is kept: augment.gain_db" in capsys.readouterr().out
+    assert "nothing is cached: augment.gain_db" in capsys.readouterr().out
 
 
 def test_a_killed_maker_leaves_nothing_half_written(path, load, tmp_path, backbones_dir):

@@ -9,7 +9,7 @@ import signal
 import pytest
 import ray
 
-from ser_ray import cluster, config
+from ser_ray import cluster
 from ser_ray.schema import StorageError, UserError
 
 
@@ -47,34 +47,6 @@ def test_a_cluster_that_does_not_answer_is_said(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(UserError, match="no Ray cluster answers"):
         cluster.connect()
-
-
-@pytest.mark.parametrize(
-    ("nodes", "worker", "fits"),
-    [
-        ([(4, 0)], (1, 0), 3),
-        ([(4, 0), (4, 0)], (1, 0), 6),  # a CPU for the data on every node
-        ([(1, 0), (1, 0)], (1, 0), 1),  # too small for that: on one
-        ([(4, 0), (4, 0)], (4, 0), 1),  # the data's CPU is on the other
-        ([(4, 0), (4, 0)], (5, 0), 0),  # eight CPUs, but none has five
-        ([(5, 0), (4, 0)], (4, 0), 1),
-        ([(5, 0), (5, 0)], (4, 0), 2),
-        ([(8, 1), (8, 1)], (4, 1), 2),
-        ([(8, 1), (8, 1)], (4, 0.25), 2),
-        ([(16, 0), (4, 1)], (4, 1), 1),  # the data's CPU is where no GPU is
-        ([(16, 0)], (1, 1), 0),
-        ([(1.5, 0)], (0.5, 0), 1),
-    ],
-)
-def test_what_fits_is_counted_node_by_node(monkeypatch, nodes, worker, fits):
-    alive = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes]
-    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}])
-    monkeypatch.setattr(cluster, "worker", lambda space: cluster.Worker(*worker))
-    settings = config.load(config.default_space())
-    assert cluster.capacity(settings) == fits
-    if not fits:
-        with pytest.raises(UserError, match="lacks the GPUs" if worker[1] else "lacks the room"):
-            cluster.concurrency(settings)
 
 
 def test_a_disk_that_cannot_be_used_is_told_from_other_errors():

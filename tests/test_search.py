@@ -10,21 +10,16 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import cluster, tune
+from ser_ray import tune
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.search.trials import Trials
 
 
-@pytest.fixture(autouse=True)
-def one_gpu_each(monkeypatch):
-    monkeypatch.setattr(cluster, "worker", lambda space: cluster.Worker(1, 1))
-
-
 def searcher(directory: Path, **budget) -> tuple[tune.Suggestions, Trials]:
     settings = space(SEARCH, **{"trials": 3} | budget)
     trials = Trials(directory, settings.search)
-    return tune.Suggestions(settings, trials), trials
+    return tune.Suggestions(settings, trials, gpus=1), trials
 
 
 def finish(search: tune.Suggestions, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:

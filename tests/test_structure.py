@@ -31,6 +31,8 @@ LEVELS = {
     "models": 3,
     "training": 4,
     "assets": 4,
+    "allocation": 2,
+    "plan": 5,
 }
 """Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""
 
@@ -86,7 +88,7 @@ def _uses(module: str, library: str) -> bool:
 
 
 def test_every_file_has_its_place() -> None:
-    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "nodes", "feed", "watch"}
+    known = VERBS | LEVELS.keys() | {"", "__main__", "cluster", "nodes", "feed", "watch", "pool"}
     assert {_part(module) for module in MODULES} <= known
     assert LEVELS.keys() <= {_part(module) for module in MODULES}
 
@@ -116,6 +118,7 @@ def test_only_verbs_and_what_they_share_import_ray() -> None:
         "nodes",
         "feed",
         "watch",
+        "pool",
     }
 
 
@@ -140,7 +143,7 @@ def test_of_the_verbs_only_tune_and_premium_import_others() -> None:
         assert others <= allowed, f"{verb} imports {others - allowed}"
 
 
-@pytest.mark.parametrize("module", ["cluster", "nodes", "feed", "watch"])
+@pytest.mark.parametrize("module", ["cluster", "nodes", "feed", "watch", "pool"])
 def test_what_verbs_share_knows_no_verb(module: str) -> None:
     assert not {_part(imported) for imported in _own(f"ser_ray.{module}")} & VERBS
 

@@ -1,0 +1,263 @@
+"""The plan of a run: all that is decided before the first trial, made once in the driver and handed to every process.
+
+It knows the space with every ``auto`` resolved, the shards, the folds that are trained, what of a frozen backbone is
+cached, what a trial takes and how many run at once, and how many steps there are. ``plan.json`` in the results folder
+is the same for people; ``--dry-run`` prints it and stops.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final
+
+from ser_ray import config
+from ser_ray.allocation import Allocation
+from ser_ray.config import Distribution, Experiment, SearchSpace
+from ser_ray.protocols.task import Task
+from ser_ray.schema import SPLITS, UserError
+from ser_ray.speech import shards
+from ser_ray.speech.kept import Prefix
+
+FILE: Final = "plan.json"
+CACHE_KEY_FIELDS: Final = (
+    "backbone",
+    "adapter.method",
+    "adapter.first_layer",
+    "head.layer_mix",
+    "head.pooling",
+    "precision",
+)
+"""The keys on which the output of the frozen part of a model depends."""
+STEP_FIELDS: Final = ("batch_seconds", "optimizer.accumulate", "epochs")
+"""Those on which the number of steps depends."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many optimiser steps a trial takes."""
+
+    epoch: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a search, or a single trial, will run; see the module's docstring."""
+
+    space: SearchSpace
+    """With CPUs and GPUs of a worker resolved."""
+    allocation: Allocation
+    shard_dirs: tuple[str, ...]
+    prefixes: Mapping[str, Prefix]
+    """`cache_key` of an experiment -> the frozen part of its model, for every one that a trial can have."""
+    splits: Mapping[str, int]
+    """Utterances of train, dev and test."""
+    fold: str
+    """The split in words."""
+    steps: tuple[Steps, ...]
+    """The fewest and the most that a trial of the space takes; one entry where they are the same."""
+    seconds: float
+    """Of all speech in the shards."""
+    utterances: int
+    """In the shards."""
+
+    def directory(self, kind: str = "trials") -> Path:
+        """Where the folders of trials lie."""
+        return self.space.results_dir() / kind
+
+    def prefix(self, experiment: Experiment) -> Prefix | None:
+        """What is cached for an experiment; None where nothing can be."""
+        if uncacheable_reason(experiment, self.space.storage.prefix_gb) is not None:
+            return None
+        return self.prefixes[cache_key(experiment)]
+
+    def cacheable(self) -> list[tuple[Experiment, Prefix]]:
+        """Every frozen part that trials can be fed from a cache, with an experiment that has it."""
+        found = [(experiment, self.prefix(experiment)) for experiment in variants(self.space, CACHE_KEY_FIELDS)]
+        return [(experiment, prefix) for experiment, prefix in found if prefix is not None]
+
+    def cached_first(self) -> bool:
+        """Whether caches are made before the first trial, by all workers that fit the cluster.
+
+        With more frozen parts than trials most would never be used: a trial of one worker then makes the one that it
+        needs, on the device that it holds.
+        """
+        return self.allocation.workers != 1 or len(self.cacheable()) <= self.space.tune.trials
+
+    def gigabytes(self, prefix: Prefix) -> float:
+        """What a cache of all speech takes."""
+        return prefix.gigabytes(self.seconds, self.utterances)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types, as plan.json holds them."""
+        return {
+            "space": config.to_dict(self.space),
+            "allocation": asdict(self.allocation),
+            "shards": list(self.shard_dirs),
+            "fold": self.fold,
+            "splits": dict(self.splits),
+            "steps": [asdict(steps) for steps in self.steps],
+            "caches": [
+                {"frozen_part": str(prefix), "key": prefix.key(), "gigabytes": round(self.gigabytes(prefix), 3)}
+                for _, prefix in self.cacheable()
+            ],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The plan for people, a fact a line."""
+        own, space = self.allocation, self.space
+        worker = f"{own.worker.cpus:g} CPU{'s' * (own.worker.cpus != 1)}, {own.worker.gpus:g} GPUs"
+        if own.workers == 0:
+            yield f"trials: one, in this process, without Ray, on {'the GPU' if own.cuda else 'the CPU'}"
+        else:
+            trials = space.tune.trials if space.search else 1
+            yield (
+                f"trials: {trials}, {own.trials_at_once} at once; each holds {own.workers} worker"
+                f"{'s' * (own.workers != 1)} of {worker}"
+            )
+            if own.total.gpus:
+                there = "" if own.cuda else "; no CUDA device is there, so trials run on the CPU"
+                yield f"GPUs: {own.gpus_in_use:g} of {own.total.gpus:g} in use{there}"
+            yield from own.idle
+        yield f"split: {self.fold}: " + ", ".join(f"{name} {count}" for name, count in self.splits.items())
+        each = " to ".join(str(steps.epoch) for steps in self.steps)
+        total = " to ".join(str(steps.total) for steps in self.steps)
+        yield f"steps: {each} an epoch, {total} in all, a trial"
+        reasons = {uncacheable_reason(e, space.storage.prefix_gb) for e in variants(space, CACHE_KEY_FIELDS)} - {None}
+        caches = self.cacheable()
+        for _, prefix in caches:
+            yield f"cache: {prefix}: {self.gigabytes(prefix):.2f} GB"
+        if caches:
+            yield (
+                f"caches: {sum(self.gigabytes(prefix) for _, prefix in caches):.2f} GB in all, room for "
+                f"{space.storage.prefix_gb:g}; made "
+                + ("before the first trial" if self.cached_first() else "by the trials that need them")
+            )
+        for reason in sorted(filter(None, reasons)):
+            yield f"not cached: {reason}"
+
+
+def make(space: SearchSpace, allocation: Allocation, shard_dirs: Sequence[Path], task: Task) -> RunPlan:
+    """The plan of a space over prepared speech. Raises UserError where a backbone cannot be found."""
+    from ser_ray.models import prefix
+
+    worker = allocation.worker
+    resources = space.resources.model_copy(update={"cpus_per_worker": worker.cpus, "gpus_per_worker": worker.gpus})
+    manifests = [shards.read_manifest(directory) for directory in shard_dirs]
+    return RunPlan(
+        space.model_copy(update={"resources": resources}),
+        allocation,
+        tuple(map(str, shard_dirs)),
+        {
+            cache_key(experiment): prefix.of(experiment, _precision(experiment, allocation))
+            for experiment in variants(space, CACHE_KEY_FIELDS)
+            if _is_frozen_somewhere(experiment)
+        },
+        {split: len(task.labels(split)) for split in SPLITS},
+        task.fold.description,
+        _steps(space, task, max(1, allocation.workers)),
+        sum(manifest["hours"] for manifest in manifests) * 3600,
+        sum(manifest["utterances"] for manifest in manifests),
+    )
+
+
+def prefix_of(experiment: Experiment, allocation: Allocation, prefix_gb: float) -> Prefix | None:
+    """What can be cached of an experiment's model, in the precision of these workers; None where nothing can.
+
+    Raises UserError where its backbone cannot be found.
+    """
+    from ser_ray.models import prefix
+
+    if uncacheable_reason(experiment, prefix_gb) is not None:
+        return None
+    return prefix.of(experiment, _precision(experiment, allocation))
+
+
+def check(space: SearchSpace) -> None:
+    """Look at every combination of backbone and adapter that a trial can have, before anything is prepared.
+
+    Raises UserError where a backbone cannot be found, or `adapter.first_layer` lies beyond its last block.
+    """
+    from ser_ray.models import backbones
+
+    for experiment in variants(space, ("backbone", "adapter.method", "adapter.first_layer")):
+        blocks = backbones.describe(experiment.backbone)[0].num_hidden_layers
+        if experiment.adapter.method != "frozen" and experiment.adapter.first_layer >= blocks:
+            raise UserError(
+                f"adapter.first_layer: {experiment.adapter.first_layer}, but {experiment.backbone} has blocks 0 to "
+                f"{blocks - 1}; to adapt nothing set adapter.method to frozen"
+            )
+
+
+def variants(space: SearchSpace, keys: Iterable[str]) -> list[Experiment]:
+    """One experiment for every combination of values that these keys can have in the trials of a space."""
+    keys = tuple(keys)
+    searched = [key for key in space.search if key in keys]
+    found: dict[str, Experiment] = {}
+    for values in itertools.product(*(_values(space.search[key]) for key in searched)):
+        point: dict[str, Any] = {}
+        for key, value in zip(searched, values, strict=True):
+            conditions = space.search[key].when.items()
+            if all(point.get(name) in allowed for name, allowed in conditions if name in keys):
+                point[key] = value
+        experiment = space.trial(point)
+        found.setdefault(_fingerprint(experiment, keys), experiment)
+    return list(found.values())
+
+
+def cache_key(experiment: Experiment) -> str:
+    """Names the frozen part of an experiment's model: equal for experiments that share it."""
+    return _fingerprint(experiment, CACHE_KEY_FIELDS)
+
+
+def uncacheable_reason(experiment: Experiment, prefix_gb: float) -> str | None:
+    """Why nothing of an experiment's model is computed beforehand; None where it is."""
+    varied = sorted(key for key, value in config.to_dict(experiment.augment).items() if value)
+    if varied:
+        return f"augment.{varied[0]} varies what the frozen part sees"
+    if not _is_frozen_somewhere(experiment):
+        return "every weight learns"
+    return None if prefix_gb else "storage.prefix_gb is 0"
+
+
+# -- below: how it is done
+
+
+def _fingerprint(experiment: Experiment, keys: Iterable[str]) -> str:
+    values = config.to_dict(experiment)
+    return config.fingerprint([reduce(dict.__getitem__, key.split("."), values) for key in keys])
+
+
+def _values(distribution: Distribution) -> Iterable[Any]:
+    if distribution.randint is not None:
+        return range(distribution.randint[0], distribution.randint[1] + 1)
+    return distribution.examples()
+
+
+def _precision(experiment: Experiment, allocation: Allocation) -> str:
+    """The precision in which a frozen part is computed."""
+    return allocation.precision if experiment.precision == "auto" else experiment.precision
+
+
+def _is_frozen_somewhere(experiment: Experiment) -> bool:
+    return experiment.adapter.method != "full" or experiment.adapter.first_layer > 0
+
+
+def _steps(space: SearchSpace, task: Task, workers: int) -> tuple[Steps, ...]:
+    from ser_ray.speech import stream
+
+    durations = task.durations("train")
+    counts: dict[float, int] = {}
+    found = []
+    for experiment in variants(space, STEP_FIELDS):
+        seconds = experiment.batch_seconds
+        if seconds not in counts:
+            counts[seconds] = stream.expected_batches(durations, seconds)
+        epoch = -(-counts[seconds] // (workers * experiment.optimizer.accumulate))
+        found.append(Steps(epoch, epoch * experiment.epochs))
+    least, most = min(found, key=lambda s: (s.total, s.epoch)), max(found, key=lambda s: (s.total, s.epoch))
+    return (least,) if least == most else (least, most)
