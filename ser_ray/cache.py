@@ -187,7 +187,7 @@ class Keeper:
         torch.set_num_threads(threads)
         self.experiment, self.wanted = experiment, wanted
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.backbone = backbones.load(wanted.backbone, wanted.quantized, self.device).eval()
+        self.backbone = backbones.load(wanted.backbone, wanted.quantized, self.device, experiment.precision).eval()
 
     def __call__(self, work: pa.Table) -> pa.Table:
         """Rows of source (a shard of speech) and target -> the same, when every target is written."""
@@ -198,7 +198,7 @@ class Keeper:
     def keep(self, source: Path, target: Path) -> None:
         """Read one shard of speech and write what is kept of it."""
         from ser_ray.models import prefix
-        from ser_ray.models.classifier import autocast
+        from ser_ray.models.precision import autocast
         from ser_ray.speech import stream
 
         with pq.ParquetFile(source) as file:
@@ -207,7 +207,7 @@ class Keeper:
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
         rows = []
         for batch in stream.batches([unlabelled], BATCH_SECONDS, seed=None):
-            with autocast(self.experiment, self.device):
+            with autocast(self.experiment.precision, self.device):
                 arrays = prefix.compute(self.wanted, self.backbone, batch.to(self.device))
             for utterance_id, array in zip(batch.utterance_ids, arrays, strict=True):
                 rows.append((utterance_id, samples[utterance_id], array.tobytes()))
