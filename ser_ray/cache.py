@@ -171,7 +171,8 @@ class Extractor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.backbone is None:
             torch.set_num_threads(self.threads)
-            self.backbone = backbones.load(self.wanted.backbone, self.wanted.quantized, device).eval()
+            wanted = self.wanted
+            self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))

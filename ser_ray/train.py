@@ -357,13 +357,13 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from ser_ray.models.precision import bound_memory
     from ser_ray.training import loop
 
     trial = Trial(**settings)
     experiment, task = trial.load()
     torch.set_num_threads(max(1, int(trial.cpus)))
-    if 0 < trial.gpus < 1:  # a trial that takes more than its share fails by itself, not its neighbours
-        torch.cuda.set_per_process_memory_fraction(trial.gpus)
+    bound_memory(trial.gpus)
     rank, size, directory = 0, 1, Path(trial.directory)
     if tell is None:
         context, tell = ray.train.get_context(), ray.train.report

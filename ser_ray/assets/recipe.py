@@ -32,6 +32,7 @@ from ser_ray.assets import material, objectives, speech
 from ser_ray.assets.objectives import WEIGHTS, Objectives, total
 from ser_ray.disk import read_json, replacing, write_json, write_text
 from ser_ray.models import backbones
+from ser_ray.models.precision import autocast
 from ser_ray.schema import UserError
 
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
@@ -147,7 +148,7 @@ class Training:
         self.backbone.train()
         self.heads.train()
         batch = batch.to(self.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+        with autocast("bf16" if self.device == "cuda" else "fp32", self.device):
             hiddens, mask_BF = self.backbone(batch.waveform_BT, batch.lengths_B)
             losses = self.heads(hiddens, mask_BF, batch)
         self.optimiser.zero_grad()

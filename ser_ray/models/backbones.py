@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.models.logmel import LogMel
+from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
 from ser_ray.schema import UserError
 from ser_ray.speech.augment import mask
 
@@ -213,22 +214,25 @@ class Wav2Vec2(Backbone):
             frames_B = (frames_B - kernel) // stride + 1
             norm = getattr(layer, "layer_norm", None)
             if isinstance(norm, nn.GroupNorm):
-                hidden_BCF = layer.activation(_masked_channel_norm(layer.conv(hidden_BCF), frames_B, norm))
+                hidden_BCF = layer.conv(hidden_BCF)
+                normed_BCF = _masked_channel_norm(hidden_BCF, frames_B, norm)
+                hidden_BCF = layer.activation(normed_BCF.to(hidden_BCF.dtype))
             else:
                 hidden_BCF = layer(hidden_BCF)
         return hidden_BCF, frames_B
 
 
-def load(name: str, quantize: bool = False, device: torch.device | str = "cpu") -> Backbone:
+def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", precision: str = "auto") -> Backbone:
     """The backbone of that name: a hub id, a local directory, or ``embedded/...``.
 
-    ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314).
+    ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314),
+    computed in what ``precision`` means on the device.
     Weights are read from safetensors only.
 
     Raises UserError, in one line, for a name that leads nowhere and for an architecture that is none of `FAMILIES`.
     """
     config, extractor = describe(name)
-    model = _from_pretrained(name, config, quantize, device)
+    model = _from_pretrained(name, config, quantize, device, precision)
     setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
     return _wrapped(model, config, extractor).to(device)
 
@@ -317,7 +321,7 @@ def _architecture(config: Any) -> Any:
     return WhisperEncoder if config.model_type == "whisper" else transformers.MODEL_MAPPING[type(config)]
 
 
-def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str) -> nn.Module:
+def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str, precision: str) -> nn.Module:
     options: dict[str, Any] = {}
     if quantize:
         # WavLM hands the raw weights of its attention to torch, which cannot read 4-bit ones; the projection after
@@ -327,7 +331,7 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_compute_dtype(device),
+            bnb_4bit_compute_dtype=nf4_dtype(precision, device),
             llm_int8_skip_modules=skip,
         )
         options["device_map"] = {"": str(device)}
@@ -337,7 +341,7 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
         model, info = _architecture(config).from_pretrained(
             _source(name),
             config=config,
-            dtype=torch.float32,
+            dtype=WEIGHTS,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, and refused below
@@ -361,18 +365,12 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
     return model
 
 
-def _compute_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the GPU has it; fp32 on a CPU, where 4-bit weights are unpacked for every product anyway."""
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
 def frame_mask(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:
     """(B, longest), True on the first ``lengths_B`` of every row."""
     return torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
 
 
+@in_fp32
 def _standardise(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance over an utterance's own samples; zero beyond."""
     mask_BT = frame_mask(lengths_B, waveform_BT.shape[1])
@@ -382,13 +380,13 @@ def _standardise(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Te
     return centred_BT / torch.sqrt(variance_B1 + 1e-7)
 
 
+@in_fp32
 def _masked_channel_norm(hidden_BCF: torch.Tensor, frames_B: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """`nn.GroupNorm` with one channel a group, its statistics over real frames only; in fp32."""
+    """`nn.GroupNorm` with one channel a group, its statistics over real frames only."""
     assert norm.num_groups == norm.num_channels, (norm.num_groups, norm.num_channels)
-    dtype, hidden_BCF = hidden_BCF.dtype, hidden_BCF.float()
     mask_B1F = frame_mask(frames_B, hidden_BCF.shape[-1])[:, None]
     count_B11 = frames_B[:, None, None]
     mean_BC1 = (hidden_BCF * mask_B1F).sum(-1, keepdim=True) / count_B11
     variance_BC1 = ((hidden_BCF - mean_BC1) * mask_B1F).square().sum(-1, keepdim=True) / count_B11
     scaled_BCF = (hidden_BCF - mean_BC1) * torch.rsqrt(variance_BC1 + norm.eps)
-    return (scaled_BCF * norm.weight[:, None] + norm.bias[:, None]).to(dtype)
+    return scaled_BCF * norm.weight[:, None] + norm.bias[:, None]

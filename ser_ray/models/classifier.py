@@ -16,6 +16,7 @@ from ser_ray.models import backbones
 from ser_ray.models.adapters import adapt, attach
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.pooling import masked_statistics, normalise, pool_moments, weighted_statistics
+from ser_ray.models.precision import in_fp32
 from ser_ray.models.prefix import unpack
 from ser_ray.speech.kept import Prefix
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module):
-    """Hidden states of all layers -> logits; what `head` in the configuration describes."""
+    """Hidden states of all layers -> logits, in fp32; what `head` in the configuration describes."""
 
     center_P: torch.Tensor
     scale_P: torch.Tensor
@@ -50,12 +51,14 @@ class Head(nn.Module):
             layers += [nn.Linear(pooled, head.hidden), nn.GELU(), nn.Dropout(head.dropout)]
         self.classifier = nn.Sequential(*layers, nn.Linear(head.hidden or pooled, num_emotions))
 
+    @in_fp32
     def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
         """Hidden states (L + 1 of (B, F, D)) and frame mask (B, F) -> logits_BK."""
         if self.layer_mix == "concat":
             return self.classify(torch.cat([self.pool(normalise(hidden), mask_BF) for hidden in hiddens], dim=-1))
         return self.classify(self.pool(self.mix(hiddens), mask_BF))
 
+    @in_fp32
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
         """One vector an utterance -> logits_BK."""
         logits_BK: torch.Tensor = self.classifier((pooled_BP - self.center_P) / self.scale_P)
@@ -74,7 +77,7 @@ class Head(nn.Module):
         """Frames -> one vector an utterance, over real frames only."""
         if self.pooling != "attentive":
             return masked_statistics(hidden_BFD, mask_BF, deviation=self.pooling == "statistics")
-        scores_BF = self.score(hidden_BFD)[..., 0].float().masked_fill(~mask_BF, -torch.inf)
+        scores_BF = self.score(hidden_BFD)[..., 0].masked_fill(~mask_BF, -torch.inf)
         return weighted_statistics(hidden_BFD, scores_BF.softmax(-1))
 
 
@@ -96,12 +99,12 @@ class EmotionClassifier(nn.Module):
         """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or what `prefix` kept of them -> logits_BK."""
         if self.prefix is not None and self.prefix.moments:
             if self.head.layer_mix == "concat":
-                return self.head.classify(torch.cat(self.pooled_layers(inputs, lengths_B), dim=-1)).float()
+                return self.head.classify(torch.cat(self.pooled_layers(inputs, lengths_B), dim=-1))
             pooled_BP = pool_moments(inputs, self.head.mix_L, self.head.pooling == "statistics")
-            return self.head.classify(pooled_BP).float()
+            return self.head.classify(pooled_BP)
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
         logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
-        return logits_BK.float()
+        return logits_BK
 
     def hidden_states(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """What the head mixes, each (B, F, D), and mask_BF."""
@@ -128,7 +131,7 @@ def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: s
     Raises UserError where backbone or adapter do not fit; see `backbones.load` and `adapters.adapt`.
     """
     quantize = experiment.adapter.method == "qlora"
-    backbone = backbones.load(experiment.backbone, quantize, device)
+    backbone = backbones.load(experiment.backbone, quantize, device, experiment.precision)
     backbone.masks = (experiment.augment.channel_mask, experiment.augment.time_mask)
     backbone.recompute = experiment.recompute
     with torch.random.fork_rng():
@@ -136,19 +139,3 @@ def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: s
         peft = attach(backbone, adapter, experiment.adapter) if adapter else adapt(backbone, experiment.adapter)
         model = EmotionClassifier(experiment, backbone, peft)
     return model.to(device)
-
-
-def autocast(experiment: Experiment, device: torch.device) -> torch.autocast:
-    """The context that forward passes run in: lower precision as `precision` says."""
-    dtype = autocast_dtype(experiment, device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-
-
-def autocast_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """What ``precision`` means on this device."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if experiment.precision != "auto":
-        return named[experiment.precision]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

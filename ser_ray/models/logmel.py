@@ -10,6 +10,7 @@ import torch
 import torchaudio
 from torch import nn
 
+from ser_ray.models.precision import in_fp32
 from ser_ray.schema import SAMPLING_RATE
 
 N_FFT = 400
@@ -33,7 +34,7 @@ class LogMel(nn.Module):
             mel_scale="slaney",
         )
 
-    @torch.autocast("cuda", enabled=False)
+    @in_fp32
     def forward(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Waveforms (B, T), zero beyond ``lengths_B`` samples -> features (B, mels, M) and mel frames (B,).
 
@@ -43,7 +44,7 @@ class LogMel(nn.Module):
         if longest > CHUNK_SAMPLES:
             raise ValueError(f"utterance of {longest / SAMPLING_RATE:.1f} s; Whisper's limit is 30 s")
         # Zeros behind the longest utterance, so that its last frames see what they would see in a longer batch.
-        padded_BT = nn.functional.pad(waveform_BT.float(), (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
+        padded_BT = nn.functional.pad(waveform_BT, (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
         mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
         # The floor is 8 below the utterance's own maximum; the silence behind it is the lowest there is.
         floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0

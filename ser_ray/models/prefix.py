@@ -42,19 +42,27 @@ def of(experiment: Experiment, precision: str) -> Prefix:
 
 @torch.inference_mode()
 def compute(prefix: Prefix, backbone: Backbone, batch: Batch) -> list[np.ndarray]:
-    """What is kept of every utterance of a batch of waveforms, on the backbone's device.
+    """What is kept of every utterance of a batch of waveforms, in the shape and dtype that `Prefix` says.
 
-    Raises UserError where a state exceeds what fp16 holds.
+    Computed on the backbone's device. Raises UserError where a value is not finite, or exceeds what fp16 holds.
     """
     hiddens, mask_BF = backbone(batch.inputs, batch.lengths_B, stop=prefix.first_layer)
     kept = hiddens[-prefix.num_states :]
     if prefix.moments is not None:
-        return list(moments(kept, mask_BF, covariances=prefix.moments == "statistics").cpu().numpy())
-    states_BFSD = torch.stack(kept, dim=2).to(torch.float16).cpu()
-    if not bool(torch.isfinite(states_BFSD).all()):
-        raise UserError(f"backbone {prefix.backbone}: a hidden state exceeds fp16; set storage.prefix_gb to 0")
-    frames_B = mask_BF.sum(1).tolist()
-    return [row_FSD[:frames].numpy() for row_FSD, frames in zip(states_BFSD, frames_B, strict=True)]
+        moments_BMD = moments(kept, mask_BF, covariances=prefix.moments == "statistics").cpu()
+        if not bool(torch.isfinite(moments_BMD).all()):
+            raise UserError(f"backbone {prefix.backbone}: its hidden states overflow; set precision to bf16 or fp32")
+        arrays = list(moments_BMD.numpy())
+    else:
+        states_BFSD = torch.stack(kept, dim=2).to(torch.float16).cpu()
+        frames_B = mask_BF.sum(1).tolist()
+        rows = [row_FSD[:frames] for row_FSD, frames in zip(states_BFSD, frames_B, strict=True)]
+        if not all(bool(torch.isfinite(row_FSD).all()) for row_FSD in rows):
+            raise UserError(f"backbone {prefix.backbone}: a hidden state exceeds fp16; set storage.prefix_gb to 0")
+        arrays = [row_FSD.numpy() for row_FSD in rows]
+    for array in arrays:  # what is written as bytes must be read as the same
+        assert (array.dtype, array.shape[-2:]) == (prefix.dtype, prefix.shape), (array.dtype, array.shape, prefix)
+    return arrays
 
 
 def unpack(states_BFSD: torch.Tensor, frames_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Variation of training speech: gain, noise, speed and crops on the waveform, masks on the features; by torchaudio.
+"""Variation of training speech: gain, noise, speed and crops on the waveform, masks on the features.
 
 What is drawn for a waveform depends on the epoch's seed and the utterance alone, so that order, batches and readers do
 not matter. Masks on features are drawn from torch's own generator, which the loop seeds every epoch.
@@ -7,15 +7,19 @@ not matter. Masks on features are drawn from torch's own generator, which the lo
 from __future__ import annotations
 
 import zlib
+from typing import Final
 
 import numpy as np
+import soxr
 import torch
 from torchaudio import functional
 
 from ser_ray.config import Augment
 from ser_ray.schema import SAMPLING_RATE
 
-NUM_MASKS = 2
+MAX_SAMPLES: Final = 30 * SAMPLING_RATE
+"""The longest utterance that there is (`audio.max_seconds`), and that Whisper takes: a slower take is cut there."""
+NUM_MASKS: Final = 2
 """Along each axis, as in SpecAugment's policies LD and SM (arXiv 1904.08779, table 1)."""
 
 
@@ -38,8 +42,7 @@ def vary(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed: int
         first = int(start * (surplus + 1))
         waveform = waveform[first : first + len(waveform) - surplus]
     if settings.speed:
-        factor = (1 - settings.speed, 1.0, 1 + settings.speed)[int(way * 3)]
-        waveform = functional.speed(waveform, SAMPLING_RATE, factor)[0] if factor != 1 else waveform
+        waveform = torch.from_numpy(at_speed(waveform.numpy(), 1 + (int(way * 3) - 1) * settings.speed)[:MAX_SAMPLES])
     if settings.noise_snr_db is not None:
         low, high = settings.noise_snr_db
         noise = torch.from_numpy(rng.standard_normal(len(waveform), dtype=np.float32))
@@ -47,6 +50,16 @@ def vary(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed: int
     if settings.gain_db:
         waveform = waveform * 10 ** (settings.gain_db * (2 * level - 1) / 20)
     return np.ascontiguousarray(waveform.numpy(), dtype=np.float32)
+
+
+def at_speed(waveform_T: np.ndarray, factor: float) -> np.ndarray:
+    """The waveform played ``factor`` times as fast, which moves its pitch too: (T,) -> (T / factor,).
+
+    The factor is rounded to a thousandth. A ratio of small integers is quick whatever it is; from 0.9299999 a filter
+    of gigabytes would follow.
+    """
+    thousandths = round(factor * 1000)
+    return waveform_T if thousandths == 1000 else np.asarray(soxr.resample(waveform_T, thousandths, 1000))
 
 
 def mask(features_BCF: torch.Tensor, frames_B: torch.Tensor, channel_share: float, time_share: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from ser_ray.config import fingerprint
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised when `compute` gives something else; part of a cache's name."""
 COLUMN: Final = "kept"
 SCHEMA: Final = pa.schema([("utterance_id", pa.string()), ("num_samples", pa.int32()), (COLUMN, pa.large_binary())])

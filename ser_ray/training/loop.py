@@ -30,7 +30,8 @@ from ser_ray.config import Experiment
 from ser_ray.evaluation import metrics
 from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
-from ser_ray.models.classifier import EmotionClassifier, autocast, autocast_dtype
+from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.precision import autocast, compute_dtype
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training.probe import start_from_probe
@@ -69,7 +70,7 @@ def fit(
     experiment, device = model.experiment, _device(model)
     optimizer = make_optimizer(model)
     counters: dict[str, Any] = {"epoch": 0, "step": 0, "best": -1.0, "best_epoch": 0}
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(experiment, device) is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(experiment.precision, device) is torch.float16)
     if resume_from is not None:
         checkpoint.load_weights(model, resume_from)
         counters = checkpoint.load_training_state(resume_from, optimizer)
@@ -173,7 +174,7 @@ def train_step(
 
     Gradients are left in place, for the check after the first step. Returns the loss, detached.
     """
-    with autocast(experiment, batch.inputs.device):
+    with autocast(experiment.precision, batch.inputs.device):
         logits_BK = model(batch.inputs, batch.lengths_B)
     loss: torch.Tensor = criterion(logits_BK, batch.labels_B)
     scaler.scale(loss / experiment.optimizer.accumulate).backward()
@@ -194,7 +195,7 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
     device = _device(model)
     for batch in batches:
         batch = batch.to(device)
-        with autocast(model.experiment, device):
+        with autocast(model.experiment.precision, device):
             yield batch, model(batch.inputs, batch.lengths_B)
 
 

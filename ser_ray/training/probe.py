@@ -15,6 +15,7 @@ from torch import nn
 
 from ser_ray.evaluation import metrics
 from ser_ray.models.classifier import EmotionClassifier, Head
+from ser_ray.models.precision import autocast
 from ser_ray.speech.stream import Batch
 
 if TYPE_CHECKING:  # takes a second to import, for trials that have no probe as well
@@ -61,7 +62,8 @@ def _features(
     found = []
     for batch in batches:
         batch = batch.to(device)
-        pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
+        with autocast(model.experiment.precision, device):  # as in training: what the head will be given
+            pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
         found.append((torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
     # A process may have none of its own: dev can have fewer batches than there are processes.
     features, labels = zip(*(pair for part in gather(found) for pair in part), strict=True)

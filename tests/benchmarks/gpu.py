@@ -34,7 +34,8 @@ import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.config import Experiment
-from ser_ray.models.classifier import autocast_dtype, build
+from ser_ray.models.classifier import build
+from ser_ray.models.precision import compute_dtype
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import stream
 from ser_ray.speech.audio import to_int16
@@ -311,7 +312,7 @@ def main(given: list[str]) -> None:
     if arguments.size == "tiny":
         torch.set_num_threads(1)  # they cost more than they bring
     torch.manual_seed(0)
-    dtype = autocast_dtype(experiment(Path(), "lora", 1), device)
+    dtype = compute_dtype("auto", device)
     peak = throughput(size.matrix, dtype, device)
     found = measure(size, arguments.backbones, arguments.rounds, device)
     print(heading(arguments, size, device, dtype, peak))

@@ -42,7 +42,7 @@ from transformers import (
 from ser_ray.config import Experiment
 from ser_ray.evaluation import metrics
 from ser_ray.models.adapters import ATTENTION, FEED_FORWARD
-from ser_ray.models.classifier import autocast_dtype
+from ser_ray.models.precision import compute_dtype
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.training import loop
 
@@ -127,7 +127,10 @@ def classifier(experiment: Experiment, device: torch.device) -> nn.Module:
     method = experiment.adapter.method
     options: dict[str, Any] = {}
     if method == "qlora":
-        options = {"quantization_config": nf4(autocast_dtype(experiment, device)), "device_map": {"": str(device)}}
+        options = {
+            "quantization_config": nf4(compute_dtype(experiment.precision, device)),
+            "device_map": {"": str(device)},
+        }
     if config.model_type == "whisper":  # an encoder by itself has other names for the same weights
         encoder = r"^(?:model\.)?(?:encoder\.)?(?=conv1\.|conv2\.|embed_positions\.|layers\.|layer_norm\.)"
         options["key_mapping"] = {encoder: "encoder."}
@@ -197,7 +200,7 @@ def arguments(
     device: torch.device,
 ) -> TrainingArguments:
     """What Trainer is told: the experiment's settings, and to do nothing but train."""
-    dtype = autocast_dtype(experiment, device)
+    dtype = compute_dtype(experiment.precision, device)
     return TrainingArguments(
         output_dir=scratch,
         max_steps=steps,
