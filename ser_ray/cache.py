@@ -199,21 +199,22 @@ class Keeper:
         """Read one shard of speech and write what is kept of it."""
         from ser_ray.models import prefix
         from ser_ray.models.classifier import autocast
-        from ser_ray.speech import stream
+        from ser_ray.speech import order, stream
 
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
-        samples = dict(zip(table["utterance_id"].to_pylist(), table["num_samples"].to_pylist(), strict=True))
+        packed = order.by_length(table["num_samples"].to_numpy(), BATCH_SECONDS)
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
-        rows = []
-        for batch in stream.batches([unlabelled], BATCH_SECONDS, seed=None):
+        found: list[bytes] = [b""] * table.num_rows
+        for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
             with autocast(self.experiment, self.device):
                 arrays = prefix.compute(self.wanted, self.backbone, batch.to(self.device))
-            for utterance_id, array in zip(batch.utterance_ids, arrays, strict=True):
-                rows.append((utterance_id, samples[utterance_id], array.tobytes()))
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
+            for row, array in zip(rows, arrays, strict=True):
+                found[row] = array.tobytes()
+        columns = [table["utterance_id"], table["num_samples"], pa.array(found, pa.large_binary())]
         with disk.replacing(target) as aside:
-            pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, compression="none")
+            # Row by row as in the source, so that the fold says where they are, and in groups of the same size.
+            pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, row_group_size=order.PIECE, compression="none")
 
 
 # -- below: how it is done

@@ -37,7 +37,6 @@ from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
-from ser_ray.speech import shards
 from ser_ray.train import audit_task, open_results, run_trial
 from ser_ray.watch import Watch
 
@@ -174,7 +173,7 @@ def search(space: SearchSpace, task: Task, shard_dirs: list[Path], directory: Pa
             trials.update(tried.trial_id, status="running", error="")
     searcher = Suggestions(space, trials)
     scheduler = FIFOScheduler() if space.tune.scheduler == "none" else Halving(space, trials)
-    speech = _speech(space, task, shard_dirs)
+    speech = _speech(space, task)
     _run(space, trials, searcher, scheduler, shard_dirs, speech, console)
 
 
@@ -314,12 +313,11 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
     return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
-def _speech(space: SearchSpace, task: Task, shard_dirs: list[Path]) -> dict[str, ray.data.Dataset]:
-    """The waveforms that trials share; not read before a trial asks, where all are fed by a frozen prefix."""
-    paths = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
+def _speech(space: SearchSpace, task: Task) -> dict[str, ray.data.Dataset]:
+    """The waveforms that trials share, as far as they stay in the object store; none where all are fed by a frozen
+    prefix."""
     asked = any(cache.why_not(space, experiment) for experiment in cache.experiments(space))
-    resident = asked and feed.stays_resident(space, paths)
-    return feed.load_datasets(task, paths, "audio", max(1, space.resources.workers), resident)
+    return feed.load_resident(task, feed.resident_splits(space, task, None), "audio") if asked else {}
 
 
 def _check_backbones(space: SearchSpace, console: Console) -> None:
