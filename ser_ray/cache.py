@@ -166,7 +166,7 @@ class Extractor:
         import torch
 
         from ser_ray.models import backbones, precision, prefix
-        from ser_ray.speech import stream
+        from ser_ray.speech import order, stream
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.backbone is None:
@@ -175,16 +175,18 @@ class Extractor:
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
+        packed = order.by_length(table["num_samples"].to_numpy(), BATCH_SECONDS)
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
-        found: dict[str, bytes] = {}
-        for batch in stream.batches([unlabelled], BATCH_SECONDS, seed=None):
+        found: list[bytes] = [b""] * table.num_rows
+        for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
             with precision.autocast(self.wanted.precision, device):
                 arrays = prefix.compute(self.wanted, self.backbone, batch.to(device))
-            found |= {i: array.tobytes() for i, array in zip(batch.utterance_ids, arrays, strict=True)}
-        content = pa.array([found[i] for i in table["utterance_id"].to_pylist()], pa.large_binary())
-        rows = table.select(["utterance_id", "num_samples"]).append_column(form.COLUMN, content)
+            for row, array in zip(rows, arrays, strict=True):
+                found[row] = array.tobytes()
+        columns = [table["utterance_id"], table["num_samples"], pa.array(found, pa.large_binary())]
         with disk.replacing(target) as aside:
-            pq.write_table(rows.cast(form.SCHEMA), aside, compression="none")
+            # Row by row as in the source, so that the fold says where they are, and in groups of the same size.
+            pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, row_group_size=order.PIECE, compression="none")
 
 
 # -- below: how it is done

@@ -44,9 +44,9 @@ from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.pool import Pool
 from ser_ray.protocols.folds import count_folds
-from ser_ray.protocols.task import Task, load_task
+from ser_ray.protocols.task import Task, load_task, write_fold
 from ser_ray.schema import Predictions, UserError
-from ser_ray.speech import shards, stream
+from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
@@ -70,10 +70,10 @@ class Run:
 class Scorer:
     """An evaluation actor: predicts a split by a checkpoint, or by a linear probe of a frozen backbone."""
 
-    def __init__(self, shard_dirs: Sequence[str], threads: int) -> None:
+    def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shard_dirs = [Path(shard_dir) for shard_dir in shard_dirs]
+        self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
 
     def score(self, directory: str, split: str, kept: Kept | None = None) -> Predictions:
         """A checkpoint's predictions on one split of its own fold, in order of utterance id.
@@ -81,14 +81,14 @@ class Scorer:
         From the speech, or where that is at hand from what was ``kept`` of it for training.
         """
         model = checkpoint.load(directory, str(self.device))
-        task = load_task(model.experiment, self.shard_dirs)
+        task = self._task(model.experiment)
         model.prefix = kept.prefix if kept else None
         return self._predict(model, task, split, kept)
 
     def probe(self, values: dict[str, Any], split: str, kept: Kept | None = None) -> Predictions:
         """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
         experiment = Experiment.model_validate(values)
-        model, task = build(experiment, self.device), load_task(experiment, self.shard_dirs)
+        model, task = build(experiment, self.device), self._task(experiment)
         model.prefix = kept.prefix if kept else None
         train, dev = (self._batches(task, part, experiment, kept) for part in ("train", "dev"))
         start_from_probe(model, train, dev, lambda value: [value])
@@ -96,41 +96,41 @@ class Scorer:
 
     def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
         """The same by a linear SVM on eGeMAPS features, which openSMILE computes."""
-        task = load_task(Experiment.model_validate(values), self.shard_dirs)
-        speaker_of = dict(zip(task.index["utterance_id"].to_pylist(), task.index["speaker"].to_pylist(), strict=True))
-        labels = {part: task.labels(part) for part in ("train", split)}
-        features = {part: self._features(own) for part, own in labels.items()}
-        ids = {part: sorted(own) for part, own in labels.items()}
+        task = self._task(Experiment.model_validate(values))
+        rows = {part: task.rows(part) for part in ("train", split)}
+        features = {part: self._features(own) for part, own in rows.items()}
         probabilities_MK = baselines.linear_svm(
-            np.stack([features["train"][i] for i in ids["train"]]),
-            np.array([labels["train"][i] for i in ids["train"]]),
-            [speaker_of[i] for i in ids["train"]],
-            np.stack([features[split][i] for i in ids[split]]),
+            features["train"],
+            rows["train"]["label"].to_numpy(),
+            rows["train"]["speaker"].to_pylist(),
+            features[split],
             len(task.emotions),
         )
-        return _predictions(task, labels[split], dict(zip(ids[split], probabilities_MK, strict=True)))
+        ids = rows[split]["utterance_id"].to_pylist()
+        return _predictions(task, split, dict(zip(ids, probabilities_MK, strict=True)))
 
-    def _features(self, labels: Mapping[str, int]) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        for table in shards.read_tables(self.shard_dirs):
-            rows = shards.select(table, labels)
-            waveforms = [from_int16(scalar.as_buffer()) for scalar in rows["audio"]]
-            found.update(zip(rows["utterance_id"].to_pylist(), egemaps.egemaps(waveforms), strict=True))
-        return found
+    def _task(self, experiment: Experiment) -> Task:
+        return Task.read(write_fold(experiment, self.shard_dirs, self.folds))
+
+    def _features(self, rows: pa.Table) -> np.ndarray:
+        found: list[np.ndarray] = []
+        for table in stream.read_files(rows, "audio"):
+            found += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
+        return np.stack(found)
 
     def _batches(self, task: Task, split: str, experiment: Experiment, kept: Kept | None = None) -> Iterator[Batch]:
-        labels = task.labels(split)
-        found = shards.read_paths(kept.paths) if kept else shards.read_tables(self.shard_dirs)
-        content = stream.content_of(kept.prefix if kept else None)
-        tables = (shards.select(table, labels) for table in found)
-        return stream.batches(tables, experiment.batch_seconds, seed=None, content=content)
+        prefix, rows = kept.prefix if kept else None, task.rows(split)
+        content = stream.content_of(prefix)
+        files = stream.Files(rows, content.column, kept.paths[0].parent if kept else None)
+        for table, packed in files.read(order.epoch(rows, experiment.batch_seconds, None)):
+            yield from stream.batches(table, packed, content=content)
 
     def _predict(self, model: Any, task: Task, split: str, kept: Kept | None = None) -> Predictions:
         probabilities: dict[str, np.ndarray] = {}
         for batch, logits_BK in predict_batches(model, self._batches(task, split, model.experiment, kept)):
             rows = logits_BK.double().softmax(-1).cpu().numpy()
             probabilities.update(zip(batch.utterance_ids, rows, strict=True))
-        return _predictions(task, task.labels(split), probabilities)
+        return _predictions(task, split, probabilities)
 
 
 def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:
@@ -174,7 +174,7 @@ def evaluate(
     allocation = allocation or cluster.allocate(space, len(everything), console)
     with Pool(
         ray.remote(Scorer),
-        (shard_dirs, max(1, int(allocation.worker.cpus))),
+        (shard_dirs, str(directory / "folds"), max(1, int(allocation.worker.cpus))),
         min(allocation.pool, len(everything)),
         allocation.worker,
         console,
@@ -432,18 +432,16 @@ def _by_egemaps(space: SearchSpace, fold: int) -> Callable[[Any], Any]:
     return lambda actor: actor.egemaps.remote(values, "test")
 
 
-def _predictions(task: Task, labels: dict[str, int], probabilities: dict[str, np.ndarray]) -> Predictions:
-    index: pa.Table = task.index
-    columns = (index[name].to_pylist() for name in ("utterance_id", "corpus", "speaker"))
-    rows = [row for row in zip(*columns, strict=True) if row[0] in labels]
-    assert len(rows) == len(probabilities), (len(rows), len(probabilities))
-    ids, corpora, speakers = (tuple(column) for column in zip(*rows, strict=True))
+def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -> Predictions:
+    rows = task.rows(split).sort_by("utterance_id")
+    ids = rows["utterance_id"].to_pylist()
+    assert len(ids) == len(probabilities), (len(ids), len(probabilities))
     return Predictions(
         task.emotions,
-        ids,
-        corpora,
-        speakers,
-        np.array([labels[i] for i in ids], dtype=np.int64),
+        tuple(ids),
+        tuple(rows["corpus"].to_pylist()),
+        tuple(rows["speaker"].to_pylist()),
+        rows["label"].to_numpy(),
         np.stack([probabilities[i] for i in ids]),
     )
 
@@ -496,7 +494,7 @@ def _brief(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:
-    train = np.array(list(task.labels("train").values()))
+    train = task.rows("train")["label"].to_numpy()
     num_emotions = len(task.emotions)
     return {
         "chance": baselines.chance(num_emotions),

@@ -1,111 +1,144 @@
-"""What the workers of a trial are fed: Ray datasets of speech, or of what a frozen prefix kept, and batches of them.
+"""What the workers of a trial are fed: the rows of a fold, from the object store or streamed by Ray Data, in batches.
 
-The rows of train are dealt to the workers beforehand, and blocks keep their order, so that a seed gives the same
-batches however many tasks read the shards. What fits the object store stays there between epochs and is read without
-a copy; the rest is streamed from the shards, with the next blocks on their way.
+What fits the object store stays there between epochs and is read without a copy, in any order. The rest is streamed
+window by window from the files, with the next windows on their way: only the rows of a worker's own batches travel to
+it. Either way the batches are those of `ser_ray.speech.order`, whatever the number of workers and readers.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.protocols.task import Task
-from ser_ray.speech import shards
+from ser_ray.speech.kept import Prefix
+from ser_ray.speech.order import PIECE, Window, epoch, steps
 
 # torch takes seconds to import, and the processes that only start and watch a trial are many.
 if TYPE_CHECKING:
-    from ser_ray.speech.stream import Ahead, Batch, Content
+    from ser_ray.speech.stream import Ahead, Batch, Content, Source
     from ser_ray.training import loop
 
 RESIDENT_SHARE: Final = 0.3
-"""Data up to this share of the object store is kept there between epochs; more is streamed from the shards."""
-READ_ROWS: Final = 256
-"""Utterances a table of what is streamed."""
+"""Data up to this share of the object store are kept there between epochs; more are streamed from the files."""
+LOCAL_SHARE: Final = 0.1
+"""The same of the machine's memory, without Ray; its object store takes about a third of that."""
 AHEAD_TABLES: Final = 4
-"""Tables that wait for the next window, or the next epoch: 100 MB of speech."""
-SHARDS_PER_WORKER: Final = 8
-"""From here on workers are dealt whole shards; with fewer, shares would differ too much, and all read all."""
+"""Tables of up to `PIECE` rows that wait for the next window, or the next epoch: 100 MB of speech."""
+READERS: Final = 2
+"""Tasks that read files for one worker at once. They wait for disks, and ask for no CPU of their own: on a cluster
+whose CPUs all work on trials they would not be run."""
 
-Read = Callable[[], Iterable[pa.Table]]
 
+def resident_splits(space: SearchSpace, task: Task, prefix: Prefix | None) -> tuple[str, ...]:
+    """Which of train and dev stay in memory between epochs, as `resources.data` says: both, dev, or none.
 
-def load_datasets(
-    task: Task, paths: Sequence[Path], column: str, workers: int, resident: bool
-) -> dict[str, ray.data.Dataset]:
-    """Ray datasets of the rows of ``paths`` that train and dev need: train_0, train_1, ... for the workers, and dev.
-
-    All read all of dev. ``resident``: in the object store, for every trial that is handed these datasets.
+    ``prefix``: what a trial is fed, where that is not the speech.
     """
-    dealt = _dealt(paths, task.labels("train"), workers)
-    parts = {"dev": (paths, task.labels("dev"))} | {f"train_{rank}": part for rank, part in enumerate(dealt)}
-    load = _resident if resident else _streamed
-    datasets = {name: load(own, labels, column) for name, (own, labels) in parts.items()}
-    for name, (_, labels) in parts.items():
-        if resident:
-            rows = datasets[name].count()
-            assert rows == len(labels), f"{name}: the shards gave {rows} utterances of {len(labels)}"
-    return datasets
-
-
-def stays_resident(space: SearchSpace, paths: Iterable[Path]) -> bool:
-    """Whether the data of a trial stay in the object store between epochs, as `resources.data` says."""
     if space.resources.data != "auto":
-        return space.resources.data == "resident"
-    room = RESIDENT_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    return sum(path.stat().st_size for path in paths) <= room
+        return ("train", "dev") if space.resources.data == "resident" else ()
+    if space.resources.workers:
+        room = RESIDENT_SHARE * ray.cluster_resources().get("object_store_memory", 0)
+    else:
+        room = LOCAL_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    train, dev = (_bytes(task.rows(split), prefix) for split in ("train", "dev"))
+    return ("train", "dev") if train + dev <= room else ("dev",) if dev <= room else ()
 
 
-class Tables:
-    """A worker's part of a dataset, to be read epoch after epoch; resident, it is asked for once and not copied.
+def load_resident(
+    task: Task, splits: Iterable[str], column: str, cached: Path | None = None
+) -> dict[str, ray.data.Dataset]:
+    """What ``splits`` hold as Ray datasets in the object store, in the order of the fold, for every worker.
 
-    Streamed, the next epoch is begun as soon as this one's rows have all been read: Ray Data takes seconds to start,
-    and the last window of rows is still to be trained on. `close` ends what was begun and is not wanted any more.
+    They are read in this process: an hour of speech takes pyarrow milliseconds, and Ray Data the start of its tasks.
+    """
+    from ser_ray.speech import stream
+
+    return {split: ray.data.from_blocks(list(stream.read_files(task.rows(split), column, cached))) for split in splits}
+
+
+def held(rows: pa.Table, dataset: Any) -> Source:
+    """A split that `load_resident` has put into the object store; its bytes are not copied."""
+    from ser_ray.speech import stream
+
+    return stream.Held(stream.joined(rows, dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
+
+
+class Streamed:
+    """A split whose files Ray Data reads, a window after the other.
+
+    The windows that follow are begun as soon as these have all been read: Ray Data takes seconds to start, and the last
+    window is still to be trained on. `close` ends what was begun and is not wanted any more.
     """
 
-    def __init__(self, dataset: Any, resident: bool) -> None:
-        self.dataset, self.resident = dataset, resident
-        self.kept: list[pa.Table] = []
+    def __init__(self, rows: pa.Table, column: str, cached: Path | None = None) -> None:
+        self.rows, self.column, self.cached = rows, column, cached
         self.begun: list[Ahead[pa.Table]] = []
 
-    def __call__(self) -> Iterable[pa.Table]:
-        """All rows."""
-        if not self.resident:
-            return self._stream()
-        if not self.kept:
-            self.kept.extend(self.dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-        return self.kept
+    def read(
+        self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
+    ) -> Iterator[tuple[pa.Table, Window]]:
+        """See `ser_ray.speech.stream.Source`."""
+        from ser_ray.speech import stream
+
+        tables = self.begun.pop() if self.begun else self._begin(windows)
+        for number, window in enumerate(windows, start=1):
+            own = stream.rows_of(window)
+            table = stream.joined(self.rows.take(own), _gathered(tables, len(own)))
+            if number == len(windows) and following is not None:
+                self.begun.append(self._begin(following()))
+            yield table, stream.within(window, own)
 
     def close(self) -> None:
-        """No epoch follows."""
+        """Nothing follows."""
         while self.begun:
             self.begun.pop().close()
 
-    def _stream(self) -> Iterator[pa.Table]:
-        yield from self.begun.pop() if self.begun else self._begin()
-        self.begun.append(self._begin())
-
-    def _begin(self) -> Ahead[pa.Table]:
+    def _begin(self, windows: Sequence[Window]) -> Ahead[pa.Table]:
         from ser_ray.speech.stream import Ahead
 
-        return Ahead(
-            self.dataset.iter_batches(batch_size=READ_ROWS, batch_format="pyarrow", prefetch_batches=2), AHEAD_TABLES
+        return Ahead(self._tables(windows), AHEAD_TABLES)
+
+    def _tables(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
+        asked = list(self._asked(windows))
+        if not asked:
+            return
+        dataset = ray.data.from_arrow(asked).map_batches(
+            _read,
+            fn_args=(self.column, self.cached),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            concurrency=READERS,
         )
+        dataset.context.execution_options.preserve_order = True
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+    def _asked(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
+        """What is to be read, one table a task."""
+        from ser_ray.speech import stream
+
+        for window in windows:
+            chosen = self.rows.select(["utterance_id", "shard", "row"]).take(stream.rows_of(window))
+            # As plain strings: every block would hold the names of all files.
+            chosen = chosen.set_column(1, "shard", chosen["shard"].cast(pa.string())).combine_chunks()
+            for first in range(0, chosen.num_rows, PIECE):
+                yield chosen.slice(first, PIECE)
 
 
 def data(
-    experiment: Experiment, task: Task, train: Read, dev: Read, content: Content, rank: int = 0, size: int = 1
+    experiment: Experiment, train: Source, dev: Source, content: Content, rank: int = 0, size: int = 1
 ) -> loop.Data:
-    """Batches for one of ``size`` processes: its own part of train, every ``size``-th batch of dev.
+    """Batches for one of ``size`` processes: those of its steps, and every ``size``-th of dev.
 
     They are put together in a thread, while the step before runs; on a machine with a GPU in page-locked memory.
     """
@@ -114,53 +147,77 @@ def data(
     from ser_ray.speech import augment, stream
     from ser_ray.training import loop
 
-    planned = stream.expected_batches(task.durations("train"), experiment.batch_seconds)
-    pin = torch.cuda.is_available()
+    label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
+
+    @lru_cache(maxsize=2)
+    def ordered(number: int) -> list[Window]:
+        return epoch(train.rows, experiment.batch_seconds, (experiment.seed, number))
+
+    def counts(number: int) -> np.ndarray:
+        of_batches = [np.bincount(label_N[b], minlength=len(experiment.emotions)) for w in ordered(number) for b in w]
+        return np.stack(of_batches)
+
+    def share(number: int) -> list[Window]:
+        windows = ordered(number)
+        batches = sum(map(len, windows))
+        taken = steps(batches, experiment.optimizer.accumulate, rank, size)
+        # Epoch 0 is the probe's, which takes no steps.
+        return _only(windows, [b for step in taken for b in step.read] if number else range(rank, batches, size))
 
     def together(batches: Iterable[Batch]) -> Iterator[Batch]:
         return stream.Ahead(batch.pin() if pin else batch for batch in batches)
 
-    def train_batches(epoch: int) -> Iterator[Batch]:
-        seed = experiment.seed * 10_000 + epoch
-        # Epoch 0 is the probe's, which sees the speech as it is.
-        vary = partial(augment.vary, settings=experiment.augment, seed=seed) if epoch else None
-        return together(stream.batches(train(), experiment.batch_seconds, seed=seed, vary=vary, content=content))
+    def train_batches(number: int) -> Iterator[Batch]:
+        seed = experiment.seed * 10_000 + number
+        # The probe sees the speech as it is.
+        vary = partial(augment.vary, settings=experiment.augment, seed=seed) if number else None
+        following = partial(share, number + 1) if number < experiment.epochs else None
+        return together(
+            batch
+            for table, packed in train.read(share(number), following)
+            for batch in stream.batches(table, packed, vary=vary, content=content)
+        )
+
+    dev_order = epoch(dev.rows, experiment.batch_seconds, None)
+    own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
     def dev_batches() -> Iterator[Batch]:
-        every = stream.batches(dev(), experiment.batch_seconds, seed=None, content=content)
-        return together(itertools.islice(every, rank, None, size))
+        return together(
+            batch
+            for table, packed in dev.read(own_dev, lambda: own_dev)
+            for batch in stream.batches(table, packed, content=content)
+        )
 
-    return loop.Data(train_batches, dev_batches, max(1, planned // size), task.counts("train"))
+    return loop.Data(train_batches, dev_batches, counts)
 
 
 # -- below: how it is done
 
 
-def _resident(paths: Sequence[Path], labels: Mapping[str, int], column: str) -> ray.data.Dataset:
-    """Read in this process: an hour of speech takes pyarrow milliseconds, and Ray Data the start of its tasks."""
-    columns = ["utterance_id", "num_samples", column]
-    return ray.data.from_blocks([shards.select(t.select(columns), labels) for t in shards.read_paths(paths)])
+def _bytes(rows: pa.Table, prefix: Prefix | None) -> float:
+    if prefix is None:
+        return 2.0 * np.sum(rows["num_samples"].to_numpy(), dtype=np.float64)
+    return 1e9 * prefix.gigabytes(np.sum(rows["duration"].to_numpy()), rows.num_rows)
 
 
-def _streamed(paths: Sequence[Path], labels: Mapping[str, int], column: str) -> ray.data.Dataset:
-    dataset = (
-        ray.data.read_parquet([str(path) for path in paths])
-        .select_columns(["utterance_id", "num_samples", column])
-        .map_batches(shards.select, fn_args=(labels,), batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
-    )
-    dataset.context.execution_options.preserve_order = True
-    return dataset
+def _only(windows: Sequence[Window], numbers: Iterable[int]) -> list[Window]:
+    """The windows with the batches of these numbers alone, counted over all; without those that have none of them."""
+    wanted, found, first = set(numbers), [], 0
+    for window in windows:
+        found.append([batch for number, batch in enumerate(window, start=first) if number in wanted])
+        first += len(window)
+    return [window for window in found if window]
 
 
-def _dealt(paths: Sequence[Path], labels: dict[str, int], workers: int) -> list[tuple[Sequence[Path], dict[str, int]]]:
-    """Shards and utterances of every worker: shares as even as can be, the same whenever it is asked."""
-    if workers == 1:
-        return [(paths, labels)]
-    if len(paths) < SHARDS_PER_WORKER * workers:
-        return [(paths, dict(itertools.islice(labels.items(), rank, None, workers))) for rank in range(workers)]
-    ids = {path: [i for i in shards.read_ids(path) if i in labels] for path in paths}
-    parts: list[tuple[int, int, list[Path]]] = [(0, rank, []) for rank in range(workers)]
-    for path in sorted(paths, key=lambda path: (-len(ids[path]), path.name)):
-        rows, rank, own = heapq.heappop(parts)  # the smallest so far
-        heapq.heappush(parts, (rows + len(ids[path]), rank, [*own, path]))
-    return [(own, {i: labels[i] for path in own for i in ids[path]}) for _, _, own in sorted(parts, key=lambda p: p[1])]
+def _gathered(tables: Iterator[pa.Table], rows: int) -> list[pa.Table]:
+    """The next tables, which hold so many rows."""
+    found: list[pa.Table] = []
+    while sum(table.num_rows for table in found) < rows:
+        found.append(next(tables))
+    return found
+
+
+def _read(rows: pa.Table, column: str, cached: Path | None) -> pa.Table:
+    from ser_ray.speech import stream
+
+    return pa.concat_tables(stream.read_files(rows, column, cached))

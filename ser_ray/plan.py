@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Final
 
 from ser_ray import config
 from ser_ray.allocation import Allocation
 from ser_ray.config import Distribution, Experiment, SearchSpace
-from ser_ray.protocols.task import Task
+from ser_ray.protocols.task import Task, write_fold
 from ser_ray.schema import SPLITS, UserError
-from ser_ray.speech import shards
+from ser_ray.speech import order, shards
 from ser_ray.speech.kept import Prefix
 
 FILE: Final = "plan.json"
@@ -41,6 +41,7 @@ class Steps:
     """How many optimiser steps a trial takes."""
 
     epoch: int
+    """The first; the number of batches differs by a few from epoch to epoch."""
     total: int
 
 
@@ -68,6 +69,10 @@ class RunPlan:
     def directory(self, kind: str = "trials") -> Path:
         """Where the folders of trials lie."""
         return self.space.results_dir() / kind
+
+    def write_fold(self, experiment: Experiment) -> Path:
+        """The column file of an experiment's split, written where it is missing."""
+        return write_fold(experiment, [Path(shard_dir) for shard_dir in self.shard_dirs], self.directory("folds"))
 
     def prefix(self, experiment: Experiment) -> Prefix | None:
         """What is cached for an experiment; None where nothing can be."""
@@ -248,16 +253,17 @@ def _is_frozen_somewhere(experiment: Experiment) -> bool:
 
 
 def _steps(space: SearchSpace, task: Task, workers: int) -> tuple[Steps, ...]:
-    from ser_ray.speech import stream
+    rows = task.rows("train")
 
-    durations = task.durations("train")
-    counts: dict[float, int] = {}
+    @cache
+    def batches(seconds: float, seed: int, epoch: int) -> int:
+        return sum(map(len, order.epoch(rows, seconds, (seed, epoch))))
+
     found = []
     for experiment in variants(space, STEP_FIELDS):
-        seconds = experiment.batch_seconds
-        if seconds not in counts:
-            counts[seconds] = stream.expected_batches(durations, seconds)
-        epoch = -(-counts[seconds] // (workers * experiment.optimizer.accumulate))
-        found.append(Steps(epoch, epoch * experiment.epochs))
+        accumulate = experiment.optimizer.accumulate
+        numbers = (batches(experiment.batch_seconds, experiment.seed, e + 1) for e in range(experiment.epochs))
+        steps = [len(order.steps(number, accumulate, size=workers)) for number in numbers]
+        found.append(Steps(steps[0], sum(steps)))
     least, most = min(found, key=lambda s: (s.total, s.epoch)), max(found, key=lambda s: (s.total, s.epoch))
     return (least,) if least == most else (least, most)

@@ -122,7 +122,7 @@ def _predict_group(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[
         schema = pa.schema(
             {"utterance_id": pa.string(), "num_samples": pa.int32(), "audio": pa.large_binary(), "label": pa.int64()}
         )
-        batches = stream.batches([pa.Table.from_pylist(rows, schema)], model.experiment.batch_seconds, seed=None)
+        batches = stream.short_to_long(pa.Table.from_pylist(rows, schema), model.experiment.batch_seconds)
         for batch, logits_BK in predict_batches(model, batches):
             values = logits_BK.double().softmax(-1).tolist()
             probabilities.update(zip(map(int, batch.utterance_ids), values, strict=True))

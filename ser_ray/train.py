@@ -20,11 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import ray
 import ray.data
 import ray.train
@@ -39,7 +37,7 @@ from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
 from ser_ray.search.trials import Trials
-from ser_ray.speech import kept, shards
+from ser_ray.speech import kept
 from ser_ray.speech.fingerprint import same_takes_in
 
 # The model and its loop take seconds to import. They are imported where they run, for the processes that only start
@@ -62,10 +60,10 @@ class Trial:
 
     experiment: dict[str, Any]
     metric: str
-    shard_dirs: tuple[str, ...]
-    """Where the index of the speech is read."""
-    paths: tuple[str, ...]
-    """The files that it is fed from: the shards of the speech, or what a frozen prefix kept of them."""
+    fold: str
+    """The file of its utterances by split, and of where their speech is (`ser_ray.protocols.task`)."""
+    cached: str | None
+    """The directory of what a frozen prefix kept of the speech, where that is what the trial is fed."""
     directory: str
     """Where its history and checkpoints go: ``results/<name>/trials/<trial_id>``."""
     workers: int
@@ -73,19 +71,18 @@ class Trial:
     gpus: float
     cuda: bool
     """Whether its workers see a CUDA device: GPUs that are declared to Ray need not be there."""
-    resident: bool
-    """Whether the data stay in memory between epochs."""
+    resident: tuple[str, ...]
+    """Which splits stay in memory between epochs."""
     prefix: dict[str, Any] | None
-    """The fields of a `ser_ray.models.prefix.Prefix`, where that is what the trial is fed."""
+    """The fields of a `ser_ray.models.prefix.Prefix`, where ``cached`` is of one."""
 
     def load(self) -> tuple[Experiment, Task]:
         """The experiment and its utterances by split."""
-        experiment = Experiment.model_validate(self.experiment)
-        return experiment, load_task(experiment, [Path(directory) for directory in self.shard_dirs])
+        return Experiment.model_validate(self.experiment), Task.read(Path(self.fold))
 
-    def column(self) -> str:
-        """The column of the files that holds what the model is fed."""
-        return kept.COLUMN if self.prefix else "audio"
+    def files(self) -> tuple[str, Path | None]:
+        """The column of what the model is fed, and the directory of its files where that is not the speech's own."""
+        return (kept.COLUMN, Path(self.cached)) if self.cached is not None else ("audio", None)
 
     def model(self, experiment: Experiment, device: torch.device) -> tuple[EmotionClassifier, Content]:
         """The model before training, and how what it is fed is read."""
@@ -112,20 +109,20 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
     else:
         cached = cache.find(planned.space, wanted, planned.shard_dirs)
     with cached as found:
-        speech = tuple(path for shard_dir in planned.shard_dirs for path in shards.shard_paths(Path(shard_dir)))
-        paths = speech if found is None else found.paths
+        fold = planned.write_fold(experiment)
+        prefix = None if found is None else found.prefix
         yield Trial(
             config.to_dict(experiment),
             planned.space.tune.metric,
-            planned.shard_dirs,
-            tuple(map(str, paths)),
+            str(fold),
+            None if found is None else str(found.paths[0].parent),
             str(directory),
             max(1, allocation.workers),
             allocation.worker.cpus,
             allocation.worker.gpus,
             allocation.cuda,
-            allocation.workers > 0 and feed.stays_resident(planned.space, paths),
-            None if found is None else asdict(found.prefix),
+            feed.resident_splits(planned.space, Task.read(fold), prefix),
+            None if prefix is None else asdict(prefix),
         )
 
 
@@ -137,16 +134,14 @@ def fit_on_ray(
 ) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
 
-    ``datasets``: the trial's data where they are loaded already. With ``tell`` there is one worker, and it is this
-    process (Ray Train's local mode): it holds what the worker takes, and hears of every epoch.
+    ``datasets``: what stays in the object store, where it is loaded already. With ``tell`` there is one worker, and it
+    is this process (Ray Train's local mode): it holds what the worker takes, and hears of every epoch.
     Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
     if datasets is None:
-        _, task = trial.load()
-        paths = [Path(path) for path in trial.paths]
-        datasets = feed.load_datasets(task, paths, trial.column(), trial.workers, trial.resident)
+        datasets = feed.load_resident(trial.load()[1], trial.resident, *trial.files())
     directory = Path(trial.directory)
     trainer = TorchTrainer(
         _work if tell is None else lambda settings: _work(settings, tell),
@@ -205,23 +200,21 @@ def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
     import torch
 
+    from ser_ray.speech import stream
     from ser_ray.training import loop
 
     experiment, task = trial.load()
     directory = Path(trial.directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def tables(labels: Mapping[str, int]) -> Iterator[pa.Table]:
-        for table in shards.read_paths(map(Path, trial.paths)):
-            yield shards.select(table, labels)
-
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         _write_epoch(directory, record, save)
         tell(record)
 
     model, content = trial.model(experiment, device)
-    train, dev = (partial(tables, task.labels(split)) for split in ("train", "dev"))
-    data = feed.data(experiment, task, train, dev, content)
+    files = {split: stream.Files(task.rows(split), *trial.files()) for split in ("train", "dev")}
+    train, dev = (own.hold() if split in trial.resident else own for split, own in files.items())
+    data = feed.data(experiment, train, dev, content)
     loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
 
 
@@ -368,7 +361,12 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     if tell is None:
         context, tell = ray.train.get_context(), ray.train.report
         rank, size = context.get_world_rank(), context.get_world_size()
-    train, dev = (feed.Tables(ray.train.get_dataset_shard(name), trial.resident) for name in (f"train_{rank}", "dev"))
+    sources = {
+        split: feed.held(task.rows(split), ray.train.get_dataset_shard(split))
+        if split in trial.resident
+        else feed.Streamed(task.rows(split), *trial.files())
+        for split in ("train", "dev")
+    }
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         if rank == 0:
@@ -377,7 +375,7 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
 
     loop.forget_peak()  # of the trial before, where a process trains one after the other
     model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
-    data = feed.data(experiment, task, train, dev, content, rank, size)
+    data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
     except torch.OutOfMemoryError as error:
@@ -387,8 +385,9 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
             "or raise resources.gpus_per_worker"
         ) from error
     finally:
-        train.close()
-        dev.close()
+        for source in sources.values():
+            if isinstance(source, feed.Streamed):
+                source.close()
 
 
 def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:

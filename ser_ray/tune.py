@@ -40,7 +40,6 @@ from ser_ray.protocols.task import Task
 from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
-from ser_ray.speech import shards
 from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
 from ser_ray.watch import Watch
 
@@ -314,12 +313,10 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
 
 
 def _speech(planned: RunPlan, task: Task) -> dict[str, ray.data.Dataset]:
-    """The waveforms that trials share; not read before a trial asks, where all are fed from a cache."""
-    paths = [path for shard_dir in planned.shard_dirs for path in shards.shard_paths(Path(shard_dir))]
+    """The waveforms that trials share, as far as they stay in the object store; none where all are fed from a cache."""
     space = planned.space
     asked = any(planned.prefix(experiment) is None for experiment in variants(space, CACHE_KEY_FIELDS))
-    resident = asked and feed.stays_resident(space, paths)
-    return feed.load_datasets(task, paths, "audio", max(1, space.resources.workers), resident)
+    return feed.load_resident(task, feed.resident_splits(space, task, None), "audio") if asked else {}
 
 
 def _check_backbones(space: SearchSpace, console: Console) -> None:

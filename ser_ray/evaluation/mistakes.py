@@ -77,9 +77,9 @@ def recordings(utterance_ids: Sequence[str], directories: Iterable[Path]) -> dic
         for path in shards.shard_paths(directory):
             if not path.is_file():
                 raise UserError(f"{path}: no such shard; run ser-ray prepare")
-            if wanted := set(utterance_ids) & set(shards.read_ids(path)):
-                (table,) = shards.read_paths([path])
-                rows = shards.select(table, dict.fromkeys(wanted, 0))
+            wanted = np.flatnonzero(np.isin(shards.read_ids(path), list(utterance_ids)))
+            if len(wanted):
+                rows = shards.read_rows(path, wanted, ["utterance_id", "audio"])
                 for utterance_id, audio in zip(
                     rows["utterance_id"].to_pylist(), rows["audio"].to_pylist(), strict=True
                 ):

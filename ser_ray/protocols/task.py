@@ -1,42 +1,95 @@
-"""An experiment's utterances by split: what the shards hold, under its emotions and its protocol."""
+"""An experiment's utterances by split: what the shards hold, under its emotions and its protocol.
+
+It is made once, and written as one Parquet file, the fold, which every process that trains or scores reads: a row for
+every utterance, in the order of the shards, with where its speech is.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from ser_ray import config
 from ser_ray.config import Experiment
+from ser_ray.disk import replacing
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.schema import Fold
 from ser_ray.speech import shards
 
+COLUMNS: Final = (
+    *("utterance_id", "corpus", "speaker", "emotion", "label", "split", "duration", "num_samples"),
+    "shard",  # the file of its speech, dictionary-encoded; what a frozen prefix kept of it has the same file name
+    "row",  # in that file
+)
+"""Of the file of a fold."""
+METADATA: Final = b"ser_ray"
+
 
 @dataclass(frozen=True)
 class Task:
-    """``index`` has a row for every utterance of the fold (all columns of the shards but the audio, and ``label``)."""
+    """``index`` has a row for every utterance of the fold, in the order of the shards: `COLUMNS`, and where the task
+    was made from the shards all of their other columns but the audio."""
 
     emotions: tuple[str, ...]
     index: pa.Table
-    fold: Fold
+    description: str
+    """Of the fold, for people."""
+    leaky: bool
+    """Whether the protocol shares speakers between splits."""
+    common_emotions: bool
+    """Whether emotions that train or test lack are left out by design."""
+
+    @cached_property
+    def fold(self) -> Fold:
+        """The split of every utterance by its id."""
+        ids, splits = self.index["utterance_id"].to_pylist(), self.index["split"].to_pylist()
+        return Fold(dict(zip(ids, splits, strict=True)), self.leaky, self.description, self.common_emotions)
+
+    def rows(self, split: str) -> pa.Table:
+        """The utterances of one split."""
+        return self.index.filter(pc.equal(self.index["split"], split)).combine_chunks()
 
     def labels(self, split: str) -> dict[str, int]:
         """Utterance id -> label, for one split."""
-        ids, labels = self.index["utterance_id"].to_pylist(), self.index["label"].to_pylist()
-        return {i: label for i, label in zip(ids, labels, strict=True) if self.fold.splits[i] == split}
+        rows = self.rows(split)
+        return dict(zip(rows["utterance_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
     def counts(self, split: str) -> tuple[int, ...]:
         """Utterances of every emotion in one split."""
-        labels = list(self.labels(split).values())
-        return tuple(labels.count(label) for label in range(len(self.emotions)))
+        return tuple(np.bincount(self.rows(split)["label"].to_numpy(), minlength=len(self.emotions)).tolist())
 
     def durations(self, split: str) -> list[float]:
         """Seconds of every utterance in one split."""
-        ids, seconds = self.index["utterance_id"].to_pylist(), self.index["duration"].to_pylist()
-        return [s for i, s in zip(ids, seconds, strict=True) if self.fold.splits[i] == split]
+        seconds: list[float] = self.rows(split)["duration"].to_pylist()
+        return seconds
+
+    def write(self, path: Path) -> None:
+        """Write the fold's file."""
+        about = {
+            "emotions": self.emotions,
+            "description": self.description,
+            "leaky": self.leaky,
+            "common_emotions": self.common_emotions,
+        }
+        table = self.index.select(COLUMNS).replace_schema_metadata({METADATA: json.dumps(about)})
+        with replacing(path) as aside:
+            pq.write_table(table, aside, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> Task:
+        """What `write` wrote."""
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[METADATA])
+        return cls(tuple(about["emotions"]), table, about["description"], about["leaky"], about["common_emotions"])
 
 
 def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
@@ -47,5 +100,20 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     everything = shards.read_index(list(shard_dirs))
     index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
     fold = make_fold(index, experiment.protocol)
-    used = pc.is_in(index["utterance_id"], value_set=pa.array(list(fold.splits), pa.string()))
-    return Task(experiment.emotions, index.filter(used), fold)
+    splits = pa.array([fold.splits.get(i) for i in index["utterance_id"].to_pylist()], pa.string())
+    index = index.drop_columns("split").append_column("split", splits).filter(splits.is_valid())
+    return Task(experiment.emotions, index.combine_chunks(), fold.description, fold.leaky, fold.common_emotions)
+
+
+def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
+    """Where in the directory ``folds`` the fold of an experiment is: the name tells all that decides on it."""
+    deciding = (experiment.protocol, experiment.emotions, experiment.merge, experiment.label)
+    return folds / f"{config.fingerprint(*deciding, [str(directory) for directory in shard_dirs])}.parquet"
+
+
+def write_fold(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
+    """The fold's file, made where it is missing. Raises what `load_task` raises."""
+    path = fold_path(experiment, shard_dirs, folds)
+    if not path.is_file():
+        load_task(experiment, shard_dirs).write(path)
+    return path

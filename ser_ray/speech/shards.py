@@ -2,6 +2,7 @@
 
 One directory holds one corpus. Folds are no part of it: one set of shards serves every protocol. The audio is
 uncompressed int16, which Parquet reads several times faster than lists or compressed audio; the other columns are zstd.
+Rows come in groups of `order.PIECE`, each of which can be read alone.
 A directory without ``manifest.json`` is not whole and is never read; every file is written aside and renamed.
 """
 
@@ -10,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import ser_ray
 from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
 from ser_ray.schema import Rejected, UserError
+from ser_ray.speech.order import PIECE
 
 FORMAT: Final = 3
 """Raised when the meaning of a shard changes; part of the fingerprint of prepared data."""
@@ -57,7 +59,12 @@ def write_shard(table: pa.Table, path: Path) -> None:
     columns = list(INDEX_COLUMNS)
     with replacing(path) as aside:
         pq.write_table(
-            table.cast(SCHEMA), aside, compression=compression, use_dictionary=columns, write_statistics=columns
+            table.cast(SCHEMA),
+            aside,
+            row_group_size=PIECE,
+            compression=compression,
+            use_dictionary=columns,
+            write_statistics=columns,
         )
 
 
@@ -74,7 +81,7 @@ def write_manifest(
     ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data, equal digest, however
     the rows are spread over files. ``flagged`` recordings are used, but worth a look.
     """
-    index = _read([directory / name for name in shards]).sort_by("utterance_id")
+    index = _together(_read(directory / name) for name in shards).sort_by("utterance_id")
     manifest = {
         "format": FORMAT,
         "corpus": corpus,
@@ -118,8 +125,17 @@ def shard_paths(directory: Path) -> list[Path]:
 
 
 def read_index(directories: Iterable[Path]) -> pa.Table:
-    """All columns but the audio, of all shards of all directories, sorted by utterance_id."""
-    return _read([path for directory in directories for path in shard_paths(directory)]).sort_by("utterance_id")
+    """All columns but the audio, of all shards of all directories, in their order.
+
+    Beside them where the audio is: ``shard``, the path of the file, dictionary-encoded, and ``row``, the row in it.
+    """
+    paths = [path for directory in directories for path in shard_paths(directory)]
+    parts = [_read(path) for path in paths]
+    sizes = [part.num_rows for part in parts]
+    code_N = np.repeat(np.arange(len(paths), dtype=np.int32), sizes)
+    row_N = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes] or [np.empty(0, np.int32)])
+    shard = pa.DictionaryArray.from_arrays(code_N, pa.array([str(path) for path in paths], pa.string()))
+    return _together(parts).append_column("shard", shard).append_column("row", pa.array(row_N))
 
 
 def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
@@ -141,28 +157,31 @@ def read_ids(path: Path) -> list[str]:
     return ids
 
 
-def select(table: pa.Table, labels: Mapping[str, int]) -> pa.Table:
-    """The rows whose utterance_id is a key of ``labels``, with the label as an int64 column ``label``.
+def read_rows(path: Path, row_N: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Some rows of one shard, or of what was kept of it; ``row_N`` ascends. Only groups that hold them are read.
 
-    Where every row stays, as after a split by whole shards, the audio is not copied.
-
-    >>> table = pa.table({"utterance_id": ["a", "b", "c"]})
-    >>> select(table, {"c": 1, "a": 0}).to_pydict()
-    {'utterance_id': ['a', 'c'], 'label': [0, 1]}
+    Where a group's rows are all asked for, their audio is not copied.
     """
-    position = pc.index_in(table["utterance_id"], value_set=pa.array(list(labels), pa.string()))
-    label = pc.take(pa.array(list(labels.values()), pa.int64()), position)
-    table = table.append_column("label", label)
-    return table.filter(label.is_valid()) if label.null_count else table
+    with pq.ParquetFile(path) as file:
+        size_G = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+        first_G = np.cumsum(size_G) - size_G
+        group_N = np.searchsorted(first_G, row_N, side="right") - 1
+        groups = np.unique(group_N)
+        table = file.read_row_groups(groups.tolist(), columns=list(columns))
+    before_G = np.zeros(len(size_G), np.int64)  # of the groups that were read, the rows that lie before them
+    before_G[groups] = np.cumsum(size_G[groups]) - size_G[groups]
+    found_N = row_N - first_G[group_N] + before_G[group_N]
+    return table if len(found_N) == table.num_rows else table.take(found_N)
 
 
 def _findings(findings: Iterable[Rejected]) -> list[dict[str, str]]:
     return [{"path": f.path, "reason": f.reason} for f in sorted(findings, key=lambda f: (f.path, f.reason))]
 
 
-def _read(paths: Sequence[Path]) -> pa.Table:
-    tables = [SCHEMA.remove(SCHEMA.get_field_index("audio")).empty_table()]
-    for path in paths:
-        with pq.ParquetFile(path) as file:
-            tables.append(file.read(columns=list(INDEX_COLUMNS)))
-    return pa.concat_tables(tables)
+def _read(path: Path) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=list(INDEX_COLUMNS))
+
+
+def _together(parts: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([SCHEMA.remove(SCHEMA.get_field_index("audio")).empty_table(), *parts])

@@ -1,8 +1,7 @@
-"""From an iterator of Arrow tables to batches of similar length, bounded by padded seconds of audio.
+"""From rows of the fold to batches: what is fed to a model, read from files or held in memory, and padded.
 
-Batches in order of arrival waste half their audio on padding when recordings last 1 to 10 s; sorted by length within a
-window, a few per cent. A bound on padded seconds, not on utterances, keeps memory level whatever the lengths. Nothing
-here knows where the tables come from: Ray Data feeds it in training, `shards.read_tables` without Ray.
+Which rows make a batch is for `ser_ray.speech.order` to say. A source gives the tables that hold them, window by
+window; nothing here knows of Ray, whose tables `ser_ray.feed` hands to the same functions.
 """
 
 from __future__ import annotations
@@ -11,20 +10,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.speech import shards
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.kept import COLUMN, Prefix
-
-JITTER: Final = 0.02
-"""Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch; costs
-about as much padding (RAVDESS, 60 s a batch: 2.2 % with it, 0.9 % without, 4.7 % at 0.05)."""
+from ser_ray.speech.order import Window, by_length
 
 T = TypeVar("T")
 Vary = Callable[[np.ndarray, str], np.ndarray]
@@ -38,11 +35,6 @@ class Content:
     column: str = "audio"
     read: Callable[[pa.Buffer], np.ndarray] = from_int16
     """Bytes -> (T, ...): a waveform, or whatever else has a length."""
-
-    @property
-    def columns(self) -> list[str]:
-        """What `batches` needs of the tables, beside ``label``."""
-        return ["utterance_id", "num_samples", self.column]
 
 
 SPEECH: Final = Content()
@@ -88,26 +80,104 @@ class Batch:
 
 
 def batches(
-    tables: Iterable[pa.Table],
-    batch_seconds: float,
-    *,
-    seed: int | None,
-    window: int = 2048,
-    vary: Vary | None = None,
-    content: Content = SPEECH,
+    table: pa.Table, packed: Iterable[np.ndarray], *, vary: Vary | None = None, content: Content = SPEECH
 ) -> Iterator[Batch]:
-    """Batches of at most ``batch_seconds`` padded seconds; every utterance once, one longer than that by itself.
+    """The batches of one table, each given as the numbers of its rows.
 
-    ``tables`` have the columns utterance_id, num_samples (as in `shards.SCHEMA`), label, and that of ``content``.
-    Utterances are gathered in windows; in each they are put in order of id, so that the order of arrival does not
-    matter, sorted by slightly jittered length, packed greedily, and the batches shuffled. With ``seed`` None nothing is
-    random: sorted by length, for evaluation. ``vary`` makes another waveform of each, perhaps of another length: the
-    bound holds for what the tables say. A window's audio stays int16 until its batch is due: 2048 utterances of 3 s
-    take 200 MB.
+    ``table`` has the columns utterance_id, label, and that of ``content``. ``vary`` makes another waveform of each,
+    perhaps of another length: padded seconds are bounded for what the table says.
     """
-    rng = None if seed is None else np.random.default_rng(seed)
-    for table in _windows(tables, window, content):
-        yield from _window_batches(table, batch_seconds, rng, vary, content)
+    for rows in packed:
+        yield _batch(table, rows, vary, content)
+
+
+def short_to_long(table: pa.Table, batch_seconds: float, content: Content = SPEECH) -> Iterator[Batch]:
+    """All of a table in memory in batches of at most ``batch_seconds`` padded seconds; num_samples is a column too."""
+    return batches(table, by_length(table["num_samples"].to_numpy(), batch_seconds), content=content)
+
+
+class Source(Protocol):
+    """Where the batches of a split come from."""
+
+    @property
+    def rows(self) -> pa.Table:
+        """Every utterance of the split, as `ser_ray.protocols.task.Task.rows` gives them."""
+
+    def read(
+        self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
+    ) -> Iterator[tuple[pa.Table, Window]]:
+        """For every window a table, and the window's batches as numbers of the rows of that table.
+
+        ``following`` says which windows will be read after these, if any will, to a source that can begin before.
+        """
+
+
+@dataclass(frozen=True)
+class Held:
+    """A split that is in memory, with the column of what a model is fed; read without a copy."""
+
+    rows: pa.Table
+
+    def read(
+        self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
+    ) -> Iterator[tuple[pa.Table, Window]]:
+        """See `Source`."""
+        for window in windows:
+            yield self.rows, window
+
+
+@dataclass(frozen=True)
+class Files:
+    """A split that is read from its files, a window at a time."""
+
+    rows: pa.Table
+    column: str = "audio"
+    cached: Path | None = None
+    """The directory of what a frozen prefix kept, where that is what is read."""
+
+    def read(
+        self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
+    ) -> Iterator[tuple[pa.Table, Window]]:
+        """See `Source`."""
+        for window in windows:
+            own = rows_of(window)
+            chosen = self.rows.take(own)
+            yield joined(chosen, read_files(chosen, self.column, self.cached)), within(window, own)
+
+    def hold(self) -> Held:
+        """The same, read now, all of it."""
+        return Held(joined(self.rows, read_files(self.rows, self.column, self.cached)))
+
+
+def rows_of(window: Window) -> np.ndarray:
+    """The rows that a window's batches hold, in the order of the files."""
+    return np.sort(np.concatenate(window))
+
+
+def within(window: Window, own: np.ndarray) -> Window:
+    """A window's batches as numbers of the rows of a table that holds ``own`` alone."""
+    return [np.searchsorted(own, batch) for batch in window]
+
+
+def read_files(rows: pa.Table, column: str, cached: Path | None = None) -> Iterator[pa.Table]:
+    """What the files hold of ``rows`` (utterance_id, shard, row; in the order of the files): utterance_id, ``column``.
+
+    A table for every file, which lies beside the speech that it comes from, or in the directory ``cached``.
+    """
+    runs = pc.run_end_encode(rows["shard"].cast(pa.string()).combine_chunks())
+    row_N, first = rows["row"].to_numpy(), 0
+    for shard, last in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+        path = Path(shard) if cached is None else cached / Path(shard).name
+        yield shards.read_rows(path, row_N[first:last], ["utterance_id", column])
+        first = last
+
+
+def joined(rows: pa.Table, found: Iterable[pa.Table]) -> pa.Table:
+    """``rows`` with what was found of them; they must be the same utterances, in the same order."""
+    table = pa.concat_tables(found)
+    assert table["utterance_id"].equals(rows["utterance_id"]), "the rows that came are not those that were asked for"
+    (column,) = (name for name in table.column_names if name != "utterance_id")
+    return rows.append_column(column, table[column])
 
 
 class Ahead(Iterator[T]):
@@ -164,56 +234,6 @@ class Ahead(Iterator[T]):
 @dataclass(frozen=True)
 class _End:
     error: BaseException | None
-
-
-def expected_batches(durations: Iterable[float], batch_seconds: float) -> int:
-    """How many batches utterances of these durations [s] make: what a learning-rate schedule needs to know before.
-
-    An estimate: windows and jitter move it by a few.
-
-    >>> expected_batches([1.0, 2.0, 2.0, 9.0], batch_seconds=4.0)
-    3
-    """
-    return len(_pack(sorted(durations), batch_seconds))
-
-
-def _windows(tables: Iterable[pa.Table], window: int, content: Content) -> Iterator[pa.Table]:
-    """The rows of ``tables``, regrouped to ``window`` rows; slices, not copies."""
-    pending: list[pa.Table] = []
-    rows = 0
-    for table in tables:
-        pending.append(table.select([*content.columns, "label"]))
-        rows += table.num_rows
-        while rows >= window:
-            gathered = pa.concat_tables(pending)
-            yield gathered.slice(0, window)
-            pending, rows = [gathered.slice(window)], rows - window
-    if rows:
-        yield pa.concat_tables(pending)
-
-
-def _window_batches(
-    table: pa.Table, batch_seconds: float, rng: np.random.Generator | None, vary: Vary | None, content: Content
-) -> Iterator[Batch]:
-    by_id = pc.sort_indices(table["utterance_id"]).to_numpy()
-    lengths = table["num_samples"].to_numpy()[by_id].astype(np.float64)
-    keys = lengths if rng is None else lengths * rng.uniform(1 - JITTER, 1 + JITTER, len(lengths))
-    by_length = np.argsort(keys, kind="stable")
-    packed = _pack(lengths[by_length].tolist(), batch_seconds * SAMPLING_RATE)
-    for number in range(len(packed)) if rng is None else rng.permutation(len(packed)):
-        yield _batch(table, by_id[by_length[packed[number]]], vary, content)
-
-
-def _pack(sizes: Sequence[float], budget: float) -> list[slice]:
-    """Cut ``sizes`` into runs whose count times largest size stays within ``budget``; a larger one stands alone."""
-    runs: list[slice] = []
-    start, largest = 0, 0.0
-    for position, size in enumerate(sizes):
-        if position > start and (position - start + 1) * max(largest, size) > budget:
-            runs.append(slice(start, position))
-            start, largest = position, 0.0
-        largest = max(largest, size)
-    return [*runs, slice(start, len(sizes))] if len(sizes) else runs
 
 
 def _batch(table: pa.Table, rows: np.ndarray, vary: Vary | None, content: Content) -> Batch:

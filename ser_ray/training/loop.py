@@ -3,7 +3,8 @@
 No Ray in here. Data comes as functions that give an epoch's batches; what happens goes out through one callback;
 with several processes torch.distributed must be set up (Ray Train does, so does torchrun). Everything random is
 seeded by (seed, epoch, rank), and the learning rate is a function of the step, so a run that continues from a
-checkpoint takes the steps that the unbroken one would have taken.
+checkpoint takes the steps that the unbroken one would have taken. Which batches an epoch has is known before it begins
+(`ser_ray.speech.order`), and so is how many steps the whole run takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ser_ray.config import Experiment
 from ser_ray.evaluation import metrics
@@ -33,7 +33,9 @@ from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast, compute_dtype
 from ser_ray.schema import UserError
+from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
+from ser_ray.training import step
 from ser_ray.training.probe import start_from_probe
 
 Record = dict[str, Any]
@@ -42,14 +44,15 @@ Save = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Data:
-    """What a model is fitted to. ``train(epoch)`` and ``dev()`` give this process's batches."""
+    """What a model is fitted to."""
 
     train: Callable[[int], Iterable[Batch]]
+    """The batches of an epoch that this process runs, in the order of its steps (`order.steps`). Of epoch 0, which is
+    the probe's, those that no other process has."""
     dev: Callable[[], Iterable[Batch]]
-    steps_per_epoch: int
-    """Batches of one epoch, as planned; sets the pace of warm-up and decay."""
-    train_counts: tuple[int, ...]
-    """Utterances of every emotion in train, over all processes."""
+    """This process's share of dev."""
+    counts: Callable[[int], np.ndarray]
+    """(B, K): utterances of every emotion in every batch of an epoch, over all processes, in their order."""
 
 
 def fit(
@@ -77,8 +80,9 @@ def fit(
         scaler.load_state_dict(counters["scaler"])
     elif experiment.head.init == "probe":
         start_from_probe(model, data.train(0), data.dev(), gather)
-    trained = _distribute(model, device)
-    criterion = nn.CrossEntropyLoss(weight=class_weights(experiment, data.train_counts).to(device))
+    trained = step.distribute(model)
+    weights_K = class_weights(experiment, tuple(data.counts(1).sum(axis=0).tolist())).to(device)
+    total_steps = sum(len(_steps(experiment, data.counts(epoch))) for epoch in range(1, experiment.epochs + 1))
 
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -86,7 +90,7 @@ def fit(
         return epoch <= experiment.epochs and epoch - counters["best_epoch"] <= experiment.patience
 
     def finish(record: Record) -> None:
-        record |= evaluate(model, data.dev(), criterion)
+        record |= evaluate(model, data.dev(), weights_K)
         counters["epoch"] = record["epoch"]
         if record[metric] > counters["best"]:
             counters.update(best=record[metric], best_epoch=record["epoch"])
@@ -107,7 +111,8 @@ def fit(
     if resume_from is None and experiment.head.init == "probe":
         finish({"epoch": 0, "train_loss": None, "seconds": 0.0} | _memory(device))
     while goes_on(counters["epoch"] + 1):
-        finish(_train_epoch(model, trained, data, counters["epoch"] + 1, counters, optimizer, scaler, criterion))
+        epoch = counters["epoch"] + 1
+        finish(_train_epoch(model, trained, data, epoch, counters, total_steps, optimizer, scaler, weights_K))
 
 
 def _train_epoch(
@@ -116,38 +121,42 @@ def _train_epoch(
     data: Data,
     epoch: int,
     counters: dict[str, Any],
+    total_steps: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    criterion: nn.Module,
+    weights_K: torch.Tensor,
 ) -> Record:
     experiment, device = model.experiment, _device(model)
     torch.manual_seed(hash((experiment.seed, epoch, _rank())) % 2**63)
     model.train()
-    started, waited, seen = time.perf_counter(), 0.0, 0
-    losses: list[torch.Tensor] = []
-    total_steps = -(-data.steps_per_epoch // experiment.optimizer.accumulate) * experiment.epochs
-    for number, (batch, more, wait) in enumerate(_together(data.train(epoch), device), start=1):
-        waited += wait
-        step_now = number % experiment.optimizer.accumulate == 0 or not more
+    counts_BK = data.counts(epoch)
+    held_B = counts_BK @ weights_K.double().cpu().numpy()  # the class weights of every batch, of all processes
+    arriving = _Arriving(data.train(epoch), device)
+    started, seen, own_losses = time.perf_counter(), 0, []
+    for taken in _steps(experiment, counts_BK):
+        held = float(held_B[taken.every].sum())
+        for number in taken.read:
+            batch, last = next(arriving), number == taken.read[-1]
+            assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
+            share = 1 / held if taken.own else 0.0
+            loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last)
+            if taken.own:
+                own_losses.append(loss)
+                seen += len(batch)
         rate = learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup)
-        loss = train_step(trained, batch, criterion, optimizer, scaler, experiment, rate, step_now)
-        if counters["step"] == 0 and step_now:
+        step.take(optimizer, scaler, experiment, rate)
+        if counters["step"] == 0:
             check_gradients(model)
-        if step_now:
-            optimizer.zero_grad(set_to_none=True)
-            counters["step"] += 1
-        losses.append(loss)
-        seen += len(batch)
-    own_loss = float(torch.stack(losses).mean()) if losses else float("nan")  # a GPU has done all steps by now
+        optimizer.zero_grad(set_to_none=True)
+        counters["step"] += 1
+    own_loss = float(torch.stack(own_losses).double().sum()) if own_losses else 0.0  # a GPU has done all steps by now
     seconds = time.perf_counter() - started
-    # Of all processes, which took as many steps each: one that diverges stops all of them.
+    # Of all processes: one that diverges stops all of them.
     every = gather((seen, own_loss))
-    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / len(every)
+    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / float(held_B.sum())
     if not np.isfinite(mean_loss):
         raise UserError(
             f"epoch {epoch}: the training loss is {mean_loss}; lower optimizer.lr ({experiment.optimizer.lr:g})"
-            if losses
-            else f"epoch {epoch}: no training batch reached this worker; use fewer workers"
         )
     rate = learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup)
     return {
@@ -156,36 +165,8 @@ def _train_epoch(
         "lr": experiment.optimizer.lr * rate,
         "seconds": seconds,
         "utterances_per_s": seen / seconds,
-        "input_wait": waited / seconds,
+        "input_wait": arriving.waited / seconds,
     } | _memory(device)
-
-
-def train_step(
-    model: nn.Module,
-    batch: Batch,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    experiment: Experiment,
-    rate: float,
-    step_now: bool,
-) -> torch.Tensor:
-    """Forward and backward of one batch, and with ``step_now`` an optimiser step at ``rate`` times the base rates.
-
-    Gradients are left in place, for the check after the first step. Returns the loss, detached.
-    """
-    with autocast(experiment.precision, batch.inputs.device):
-        logits_BK = model(batch.inputs, batch.lengths_B)
-    loss: torch.Tensor = criterion(logits_BK, batch.labels_B)
-    scaler.scale(loss / experiment.optimizer.accumulate).backward()
-    if step_now:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], experiment.optimizer.clip)
-        scaler.step(optimizer)
-        scaler.update()
-    return loss.detach()
 
 
 @torch.inference_mode()
@@ -199,22 +180,24 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
             yield batch, model(batch.inputs, batch.lengths_B)
 
 
-def evaluate(model: EmotionClassifier, batches: Iterable[Batch], criterion: nn.Module) -> Record:
-    """Dev figures over all processes: each predicts the batches that it is given, all compute the same figures."""
+def evaluate(model: EmotionClassifier, batches: Iterable[Batch], weights_K: torch.Tensor) -> Record:
+    """Dev figures over all processes: each predicts the batches that it is given, all compute the same figures.
+
+    The loss is that of training, of all of dev at once.
+    """
     losses, labels, predicted = [], [], []
-    for batch, logits_BK in predict_batches(model, batches):
-        losses.append((float(criterion(logits_BK, batch.labels_B)), len(batch)))
-        labels.append(batch.labels_B.cpu().numpy())
-        predicted.append(logits_BK.argmax(-1).cpu().numpy())
-    every = [pair for part in gather((losses, labels, predicted)) for pair in zip(*part, strict=True)]
-    confusion = metrics.confusion(
-        np.concatenate([label for _, label, _ in every]),
-        np.concatenate([guess for _, _, guess in every]),
-        len(model.experiment.emotions),
-    )
-    total = sum(n for (_, n), _, _ in every)
+    for batch, logits_BK in predict_batches(model, batches):  # read at the end: until then a GPU is not waited for
+        losses.append(step.weighted_loss(logits_BK, batch.labels_B, weights_K))
+        labels.append(batch.labels_B)
+        predicted.append(logits_BK.argmax(-1))
+    own = [torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64) for parts in (labels, predicted)]
+    own_loss = float(torch.stack(losses).double().sum()) if losses else 0.0
+    every = gather((own_loss, *own))
+    label_N, guess_N = (np.concatenate([part[i] for part in every]) for i in (1, 2))
+    confusion = metrics.confusion(label_N, guess_N, len(model.experiment.emotions))
+    held = weights_K.double().cpu().numpy()[label_N].sum()
     figures = {f"dev_{name}": float(value) for name, value in metrics.headline(confusion).items()}
-    return {"dev_loss": sum(loss * n for (loss, n), _, _ in every) / total} | figures
+    return {"dev_loss": sum(loss for loss, *_ in every) / float(held)} | figures
 
 
 def make_optimizer(model: EmotionClassifier) -> torch.optim.AdamW:
@@ -265,37 +248,24 @@ def gather(value: Any) -> list[Any]:
 # -- below: how it is done
 
 
-def _together(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, bool, float]]:
-    """Batches on the device, whether another follows, and the seconds waited; ranks stop at the same step.
+class _Arriving:
+    """Batches on the device, and the seconds that were waited for them."""
 
-    Batches are packed by seconds, so ranks may hold different numbers of them: the surplus of an epoch (less than
-    one batch in a few) is left out, for no rank may wait for gradients that never come.
-    """
-    source = iter(batches)
+    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+        self.batches, self.device, self.waited = iter(batches), device, 0.0
 
-    def pull() -> tuple[Batch | None, float]:
+    def __next__(self) -> Batch:
         start = time.perf_counter()
-        batch = next(source, None)
-        wait = time.perf_counter() - start
-        if _distributed():
-            have = torch.tensor(int(batch is not None), device=device)
-            dist.all_reduce(have, dist.ReduceOp.MIN)
-            batch = batch if int(have) else None
-        return batch, wait
-
-    batch, wait = pull()
-    while batch is not None:
-        following, next_wait = pull()
-        yield batch.to(device), following is not None, wait
-        batch, wait = following, next_wait
-    for _ in source:  # the surplus must be read: Ray Data's split waits for every reader
-        pass
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        return batch.to(self.device)
 
 
-def _distribute(model: EmotionClassifier, device: torch.device) -> nn.Module:
-    if not _distributed():
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+def _steps(experiment: Experiment, counts_BK: np.ndarray) -> list[order.Step]:
+    """This process's steps of an epoch."""
+    return order.steps(
+        len(counts_BK), experiment.optimizer.accumulate, _rank(), dist.get_world_size() if _distributed() else 1
+    )
 
 
 def forget_peak() -> None:

@@ -56,7 +56,7 @@ def start_from_probe(
 def _features(
     model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features of every layer (N, L, P) and labels (N,), of all processes."""
+    """Pooled features of every layer (N, L, P) and labels (N,), of all processes, in order of utterance id."""
     model.eval()
     device = next(model.head.parameters()).device
     found = []
@@ -64,10 +64,12 @@ def _features(
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):  # as in training: what the head will be given
             pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
-        found.append((torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
+        found.append((batch.utterance_ids, torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
     # A process may have none of its own: dev can have fewer batches than there are processes.
-    features, labels = zip(*(pair for part in gather(found) for pair in part), strict=True)
-    return np.concatenate(features), np.concatenate(labels)
+    ids, features, labels = zip(*(triple for part in gather(found) for triple in part), strict=True)
+    # The probe is the same however the batches were shared and ordered.
+    in_order = np.argsort([utterance_id for part in ids for utterance_id in part], kind="stable")
+    return np.concatenate(features)[in_order], np.concatenate(labels)[in_order]
 
 
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from ser_ray.config import Audio, Experiment
 from ser_ray.protocols.leakage import audit
-from ser_ray.protocols.task import load_task
+from ser_ray.protocols.task import COLUMNS, Task, fold_path, load_task, write_fold
 from ser_ray.speech import shards
 
 
@@ -94,3 +95,36 @@ def test_perceived_labels_come_from_the_shards(shard_dirs):
     assert intended.counts("dev") == (1, 1, 1)
     assert perceived.counts("dev") == (1, 2, 0)
     assert perceived.labels("dev")["ravdess/1-sad"] == 1
+
+
+def test_the_fold_is_one_file_that_says_the_same(shard_dirs, tmp_path):
+    made = load_task(experiment({"folds": 3}), shard_dirs)
+    made.write(tmp_path / "fold.parquet")
+    read = Task.read(tmp_path / "fold.parquet")
+    assert read.index.column_names == list(COLUMNS)
+    assert read.index.to_pylist() == made.index.select(COLUMNS).to_pylist()
+    assert (read.emotions, read.fold, read.leaky) == (made.emotions, made.fold, made.leaky)
+    assert read.counts("train") == made.counts("train")
+
+
+def test_the_fold_says_where_the_speech_is_in_the_order_of_the_shards(shard_dirs):
+    index = load_task(experiment({"folds": 3}), shard_dirs).index
+    assert list(dict.fromkeys(index["shard"].to_pylist())) == [str(path / "one.parquet") for path in shard_dirs]
+    for row in index.to_pylist():
+        (found,) = shards.read_rows(Path(row["shard"]), np.array([row["row"]]), ["utterance_id"]).to_pylist()
+        assert found["utterance_id"] == row["utterance_id"]
+
+
+def test_a_fold_has_a_file_of_its_own_and_is_made_once(shard_dirs, tmp_path):
+    one = experiment({"folds": 3})
+    path = write_fold(one, shard_dirs, tmp_path)
+    before = path.stat().st_mtime_ns
+    assert write_fold(one.model_copy(update={"seed": 7}), shard_dirs, tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    others = [
+        fold_path(experiment({"folds": 3, "fold": 1}), shard_dirs, tmp_path),
+        fold_path(experiment({"folds": 3}, label="perceived"), shard_dirs, tmp_path),
+        fold_path(experiment({"folds": 3}, merge={"boredom": "neutral"}), shard_dirs, tmp_path),
+        fold_path(one, shard_dirs[:2], tmp_path),
+    ]
+    assert len({path, *others}) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -54,10 +55,21 @@ def test_shards_are_read_as_written(directory):
     assert all(table.schema.equals(shards.SCHEMA) for table in tables)
 
 
-def test_the_index_is_sorted_and_without_audio(directory):
+def test_the_index_says_where_the_audio_is(directory):
     index = shards.read_index([directory])
-    assert index.column_names == list(shards.INDEX_COLUMNS)
-    assert index["utterance_id"].to_pylist() == ["ravdess/a", "ravdess/b", "ravdess/c"]
+    assert index.column_names == [*shards.INDEX_COLUMNS, "shard", "row"]
+    assert index["utterance_id"].to_pylist() == ["ravdess/c", "ravdess/a", "ravdess/b"]
+    assert index["row"].to_pylist() == [0, 1, 0]
+    for row in index.to_pylist():
+        (found,) = shards.read_rows(Path(row["shard"]), np.array([row["row"]]), ["utterance_id", "audio"]).to_pylist()
+        assert found["utterance_id"] == row["utterance_id"]
+        assert hashlib.sha256(found["audio"]).hexdigest() == row["audio_sha256"]
+
+
+def test_rows_come_in_groups_that_can_be_read_alone(tmp_path):
+    shards.write_shard(rows([f"{n:03d}" for n in range(600)]), tmp_path / "large.parquet")
+    file = pq.ParquetFile(tmp_path / "large.parquet")
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [256, 256, 88]
 
 
 def test_the_index_of_two_corpora_is_one(directory, tmp_path):
@@ -65,7 +77,7 @@ def test_the_index_of_two_corpora_is_one(directory, tmp_path):
     other.mkdir()
     shards.write_shard(rows(["a"], "emodb"), other / "one.parquet")
     shards.write_manifest(other, "emodb", ["one.parquet"], [], Audio())
-    assert shards.read_index([directory, other])["corpus"].to_pylist() == ["emodb", *["ravdess"] * 3]
+    assert shards.read_index([directory, other])["corpus"].to_pylist() == [*["ravdess"] * 3, "emodb"]
 
 
 def test_audio_is_uncompressed_and_the_rest_is_zstd(directory):

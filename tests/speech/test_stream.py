@@ -1,4 +1,4 @@
-"""Batches: every utterance once, within the budget, the same for the same seed, with little padding."""
+"""Batches hold the utterances that they are to hold, whole and padded, whether from memory or from files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser_ray.speech.shards import select
-from ser_ray.speech.stream import Ahead, Batch, Content, batches, expected_batches
+from ser_ray.speech import order, shards
+from ser_ray.speech.stream import Ahead, Batch, Content, Files, batches, joined, read_files, short_to_long
 
 RATE = 16_000
 LENGTHS = st.lists(st.integers(1, 4_000), max_size=60)
@@ -40,10 +41,12 @@ def contents(found: list[Batch]) -> list[tuple]:
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, budget=BUDGETS, seed=st.none() | st.integers(0, 9), window=st.integers(1, 70))
-def test_every_utterance_comes_once_and_whole(lengths, budget, seed, window):
+@given(lengths=LENGTHS, budget=BUDGETS)
+def test_every_utterance_comes_once_and_whole(lengths, budget):
     seen = []
-    for batch in batches([table(lengths)], budget, seed=seed, window=window):
+    for batch in short_to_long(table(lengths), budget):
+        assert batch.inputs.shape == (len(batch), int(batch.lengths_B.max()))
+        assert batch.inputs.numel() / RATE <= budget * (1 + 1e-9) or len(batch) == 1
         for row, key in enumerate(batch.utterance_ids):
             number = int(key.removeprefix("synthetic/"))
             seen.append(number)
@@ -55,97 +58,91 @@ def test_every_utterance_comes_once_and_whole(lengths, budget, seed, window):
     assert sorted(seen) == list(range(len(lengths)))
 
 
-@settings(deadline=None)
-@given(lengths=LENGTHS, budget=BUDGETS, seed=st.none() | st.integers(0, 9))
-def test_the_budget_holds(lengths, budget, seed):
-    for batch in batches([table(lengths)], budget, seed=seed):
-        assert batch.inputs.shape == (len(batch), int(batch.lengths_B.max()))
-        assert batch.inputs.numel() / RATE <= budget * (1 + 1e-9) or len(batch) == 1
+def test_batches_are_the_rows_that_were_asked_for():
+    found = list(batches(table([5, 6, 7, 8]), [np.array([3, 0]), np.array([2])]))
+    assert [b.utterance_ids for b in found] == [("synthetic/0003", "synthetic/0000"), ("synthetic/0002",)]
+    assert [b.labels_B.tolist() for b in found] == [[3, 0], [2]]
 
 
-@settings(deadline=None)
-@given(
-    lengths=LENGTHS,
-    order=st.randoms(),
-    cuts=st.lists(st.integers(0, 60), max_size=5),
-    seed=st.none() | st.integers(0, 9),
-)
-def test_neither_arrival_order_nor_the_cut_into_tables_matters(lengths, order, cuts, seed):
+# -- from files
+
+
+@pytest.fixture
+def stored(tmp_path) -> pa.Table:
+    """Rows of a split whose speech is in three files of several groups of rows; some of their rows are not in it."""
+    lengths = np.random.default_rng(0).integers(100, 900, 1500).tolist()
     whole = table(lengths)
-    rows = list(range(len(lengths)))
-    order.shuffle(rows)
-    shuffled = whole.take(pa.array(rows, pa.int64()))
-    edges = [0, *sorted(min(cut, len(lengths)) for cut in cuts), len(lengths)]
-    parts = [shuffled.slice(start, end - start) for start, end in itertools.pairwise(edges)]
-    assert contents(list(batches(parts, 0.5, seed=seed))) == contents(list(batches([whole], 0.5, seed=seed)))
+    columns = {"path": whole["utterance_id"], "speaker": whole["utterance_id"], "audio_sha256": whole["utterance_id"]}
+    whole = whole.append_column("corpus", pa.array(["a"] * 700 + ["b"] * 800))
+    for name, values in (columns | {"emotion": pa.array(["sad"] * 1500), "duration": pa.array([1.0] * 1500)}).items():
+        whole = whole.append_column(name, values)
+    for name in set(shards.SCHEMA.names) - set(whole.column_names):
+        whole = whole.append_column(name, pa.nulls(1500))
+    places = [(tmp_path / f"{name}.parquet", first, last) for name, first, last in (("b", 0, 700), ("a", 700, 1490))]
+    places.append((tmp_path / "c.parquet", 1490, 1500))
+    parts = []
+    for path, first, last in places:
+        part = whole.slice(first, last - first)
+        shards.write_shard(part.select(shards.SCHEMA.names), path)
+        parts += [(str(path), row) for row in range(last - first)]
+    shard = pa.array([path for path, _ in parts]).dictionary_encode()
+    whole = whole.append_column("shard", shard).append_column("row", pa.array([row for _, row in parts], pa.int32()))
+    chosen = np.sort(np.random.default_rng(1).choice(1500, 900, replace=False))
+    return whole.take(chosen)
 
 
-def some_lengths(n: int) -> list[int]:
-    return np.random.default_rng(0).integers(1_000, 10_000, n).tolist()
+@pytest.mark.parametrize("seed", [None, (0, 1)])
+def test_files_and_memory_give_the_same_batches(stored, seed, monkeypatch):
+    monkeypatch.setattr(order, "WINDOW", 300)
+    windows = order.epoch(stored, 0.5, seed)
+    files = Files(stored.drop_columns("audio"))
+    assert files.hold().rows.select(stored.column_names).equals(stored)
+    read = [contents(list(batches(own, packed))) for own, packed in files.read(windows)]
+    held = [contents(list(batches(own, packed))) for own, packed in files.hold().read(windows)]
+    assert read == held
+    assert len(read) > 1
+    assert sorted(i for window in read for ids, *_ in window for i in ids) == sorted(stored["utterance_id"].to_pylist())
 
 
-def test_seeds_change_order_and_company():
-    one, other = (list(batches([table(some_lengths(300))], 5.0, seed=seed)) for seed in (1, 2))
-    assert [b.utterance_ids for b in one] != [b.utterance_ids for b in other]
-    assert {frozenset(b.utterance_ids) for b in one} != {frozenset(b.utterance_ids) for b in other}
-    longest = [int(b.lengths_B.max()) for b in one]
-    assert longest != sorted(longest)
+@given(chosen=st.lists(st.integers(0, 699), min_size=1, unique=True))
+def test_any_rows_of_a_shard_are_read(chosen, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "numbers.parquet"
+    if not path.is_file():
+        ids = [f"{n}" for n in range(700)]
+        rows = pa.table({name: ids if name != "audio" else pa.nulls(700) for name in ("utterance_id", "audio")})
+        pq.write_table(rows, path, row_group_size=order.PIECE)
+    found = shards.read_rows(path, np.array(sorted(chosen)), ["utterance_id"])
+    assert found["utterance_id"].to_pylist() == [f"{n}" for n in sorted(chosen)]
 
 
-def test_utterances_of_one_length_are_shuffled_too():
-    one, other = ({b.utterance_ids for b in batches([table([800] * 50)], 0.5, seed=seed)} for seed in (1, 2))
-    assert one != other
+def test_only_the_groups_that_hold_the_rows_are_read(stored, monkeypatch):
+    asked: list[list[int]] = []
+    read = pq.ParquetFile.read_row_groups
+
+    def watched(self, groups, **options):
+        asked.append(list(groups))
+        return read(self, groups, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", watched)
+    assert shards.read_rows(stored["shard"][0].as_py(), np.array([300, 310]), ["audio"]).num_rows == 2
+    assert asked == [[1]]
 
 
-def test_without_a_seed_shorter_comes_first():
-    lengths = [int(n) for b in batches([table(some_lengths(300))], 5.0, seed=None) for n in b.lengths_B]
-    assert lengths == sorted(some_lengths(300))
+def test_other_rows_than_those_asked_for_are_noticed(stored):
+    found = list(read_files(stored, "audio"))
+    with pytest.raises(AssertionError, match="not those that were asked for"):
+        joined(stored.drop_columns("audio").slice(1), found)
 
 
-def test_little_of_a_batch_is_padding():
-    lengths = np.random.default_rng(0).uniform(1, 10, 1500) * 100  # 1-10 s at a hundredth of the rate
-    found = list(batches([table(lengths.astype(int).tolist())], 0.6, seed=0))
-    padded = sum(batch.inputs.numel() for batch in found)
-    assert sum(int(batch.lengths_B.sum()) for batch in found) / padded > 0.90
+# -- the rest
 
 
-@given(lengths=LENGTHS, budget=BUDGETS)
-def test_the_expected_number_of_batches_is_that_without_jitter(lengths, budget):
-    counted = len(list(batches([table(lengths)], budget, seed=None)))
-    assert expected_batches([n / RATE for n in lengths], budget) == pytest.approx(counted, abs=1)
-
-
-def test_select_keeps_the_labelled_rows_in_their_order():
-    labels = {"synthetic/0003": 1, "synthetic/0000": 0, "other": 5}
-    chosen = select(table([5, 6, 7, 8]).drop_columns("label"), labels)
-    assert chosen["utterance_id"].to_pylist() == ["synthetic/0000", "synthetic/0003"]
-    assert chosen["label"].to_pylist() == [0, 1]
-    assert chosen["label"].type == pa.int64()
-    assert chosen["num_samples"].to_pylist() == [5, 8]
-
-
-def test_select_of_every_row_copies_no_audio():
-    whole = table([5, 6, 7]).drop_columns("label")
-    chosen = select(whole, dict.fromkeys(whole["utterance_id"].to_pylist(), 0))
-    assert [b and b.address for b in chosen["audio"].chunk(0).buffers()] == [
-        b and b.address for b in whole["audio"].chunk(0).buffers()
-    ]
-
-
-def test_select_of_none_keeps_the_columns():
-    chosen = select(table([5, 6]).drop_columns("label"), {})
-    assert chosen.num_rows == 0
-    assert chosen.column_names[-1] == "label"
-
-
-def test_no_tables_no_batches():
-    assert list(batches([], 1.0, seed=0)) == []
-    assert list(batches([table([])], 1.0, seed=0)) == []
-    assert expected_batches([], 1.0) == 0
+def test_no_rows_no_batches():
+    assert list(short_to_long(table([]), 1.0)) == []
 
 
 def test_a_batch_moves_to_a_device():
-    (batch,) = batches([table([5, 6])], 1.0, seed=None)
+    (batch,) = short_to_long(table([5, 6]), 1.0)
     moved = batch.to("meta")
     assert moved.utterance_ids == batch.utterance_ids
     assert {t.device.type for t in (moved.inputs, moved.lengths_B, moved.labels_B)} == {"meta"}
@@ -161,21 +158,24 @@ def test_variation_meets_each_utterance_once_wherever_it_is_packed():
         seen.append(utterance_id)
         return waveform[: len(waveform) // 2] * 0.5
 
-    for batch in batches([table(lengths)], 0.5, seed=1, vary=vary):
+    for batch in batches(table(lengths), [np.array([5, 0, 2]), np.array([1, 3, 4, 6, 7])], vary=vary):
         assert batch.inputs.shape[1] == int(batch.lengths_B.max())
         for row, length in enumerate(batch.lengths_B.tolist()):
             assert not batch.inputs[row, length:].any()
     assert sorted(seen) == sorted(table(lengths)["utterance_id"].to_pylist())
 
 
+def some() -> list[Batch]:
+    return list(short_to_long(table(np.random.default_rng(0).integers(1_000, 10_000, 60).tolist()), 5.0))
+
+
 def test_ahead_gives_the_same_batches():
-    source = lambda: batches([table(some_lengths(60))], 5.0, seed=3)  # noqa: E731
-    assert contents(list(Ahead(source()))) == contents(list(source()))
+    assert contents(list(Ahead(some()))) == contents(some())
 
 
 def test_ahead_raises_what_its_source_raises():
     def source():
-        yield from itertools.islice(batches([table(some_lengths(60))], 5.0, seed=3), 2)
+        yield from itertools.islice(some(), 2)
         raise ValueError("no more")
 
     reader = Ahead(source())
@@ -189,7 +189,7 @@ def test_ahead_ends_its_thread_with_its_reader_and_never_runs_far_ahead():
     made = []
 
     def source():
-        for batch in itertools.cycle(list(batches([table(some_lengths(8))], 5.0, seed=3))):
+        for batch in itertools.cycle(some()):
             made.append(batch)
             yield batch
 
@@ -204,8 +204,8 @@ def test_ahead_ends_its_thread_with_its_reader_and_never_runs_far_ahead():
 
 
 @settings(deadline=None)
-@given(frames=st.lists(st.integers(1, 9), min_size=1, max_size=12), budget=BUDGETS, seed=st.none() | st.integers(0, 9))
-def test_arrays_of_any_shape_are_padded_like_waveforms(frames, budget, seed):
+@given(frames=st.lists(st.integers(1, 9), min_size=1, max_size=12), budget=BUDGETS)
+def test_arrays_of_any_shape_are_padded_like_waveforms(frames, budget):
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((n, 2, 3)).astype(np.float16) for n in frames]
     columns = {
@@ -216,7 +216,7 @@ def test_arrays_of_any_shape_are_padded_like_waveforms(frames, budget, seed):
     }
     content = Content("kept", lambda buffer: np.frombuffer(buffer, np.float16).reshape(-1, 2, 3))
     seen = []
-    for batch in batches([pa.table(columns)], budget, seed=seed, content=content):
+    for batch in short_to_long(pa.table(columns), budget, content):
         for row, utterance_id in enumerate(batch.utterance_ids):
             expected = np.zeros(batch.inputs.shape[1:], np.float16)
             expected[: frames[int(utterance_id)]] = arrays[int(utterance_id)]

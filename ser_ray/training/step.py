@@ -1,0 +1,77 @@
+"""One optimiser step, which may be several batches on each of several processes: its loss has one owner, this file.
+
+The loss of a step is the sum of class weight times cross-entropy over the utterances that the step holds, divided by
+the sum of their class weights, over all its batches and all processes. An utterance weighs what its class weighs,
+whatever its length, its neighbours in a batch, and the number of batches: a mean of means over batches that are packed
+by seconds would weigh long utterances more, and with one utterance a batch class weights would cancel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ser_ray.config import Experiment
+from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.precision import autocast
+from ser_ray.speech.stream import Batch
+
+
+def distribute(model: EmotionClassifier) -> nn.Module:
+    """The model, to be called in training: with several processes its gradients become the mean over them.
+
+    Its buffers are the same everywhere from the start and never change, so they are not sent around.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return model
+    device = next(model.head.parameters()).device
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def weighted_loss(logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
+    """The sum of class weight times cross-entropy over a batch, in fp32."""
+    return nn.functional.cross_entropy(logits_BK.float(), labels_B, weight=weights_K, reduction="sum")
+
+
+def add_gradients(
+    model: nn.Module,
+    batch: Batch,
+    weights_K: torch.Tensor,
+    share: float,
+    scaler: torch.amp.GradScaler,
+    experiment: Experiment,
+    last: bool,
+) -> torch.Tensor:
+    """Forward and backward of one batch; returns its `weighted_loss`, detached. Nothing here waits for a GPU.
+
+    ``share``: one over the class weights that the step holds; 0 for a batch that another process counts, and that this
+    one runs because gradients are summed over all. ``last``: of this process's batches of the step. Processes meet
+    there, once a step, whatever the number of batches each has.
+    """
+    processes = dist.get_world_size() if isinstance(model, DistributedDataParallel) else 1
+    alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+    with alone:
+        with autocast(experiment.precision, batch.inputs.device):
+            logits_BK = model(batch.inputs, batch.lengths_B)
+        loss = weighted_loss(logits_BK, batch.labels_B, weights_K)
+        # Gradients are to be summed over processes, and are averaged.
+        scaler.scale(loss * (share * processes)).backward()
+    return loss.detach()
+
+
+def take(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, experiment: Experiment, rate: float) -> None:
+    """Clip the gradients that have been added and step, at ``rate`` times the base rates.
+
+    Gradients are left in place, for the check after the first step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * rate
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], experiment.optimizer.clip)
+    scaler.step(optimizer)
+    scaler.update()
