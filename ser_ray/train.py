@@ -28,6 +28,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, feed, nodes, prepare
@@ -36,7 +37,7 @@ from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.schema import UserError
+from ser_ray.schema import MemoryShortageError, UserError
 from ser_ray.search.trials import Trials
 from ser_ray.speech import kept, shards
 from ser_ray.speech.fingerprint import same_takes_in
@@ -146,7 +147,7 @@ def fit_on_ray(
         datasets = feed.load_datasets(task, paths, trial.column(), trial.workers, trial.resident)
     directory = Path(trial.directory)
     trainer = TorchTrainer(
-        _work if tell is None else lambda settings: _work(settings, tell),
+        _work_explained if tell is None else lambda settings: _work_explained(settings, tell),
         train_loop_config=asdict(trial),
         scaling_config=ray.train.ScalingConfig(
             num_workers=0 if tell else trial.workers,
@@ -170,6 +171,8 @@ def fit_on_ray(
     except ray.train.WorkerGroupError as error:
         causes = (cluster.user_error(failure, trial.directory) for failure in error.worker_failures.values())
         raise next(filter(None, causes), error) from None
+    except RayError as error:
+        raise cluster.user_error(error, trial.directory) or error from None
 
 
 def run_trial(
@@ -183,8 +186,9 @@ def run_trial(
     """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
 
     One worker is this process; several are processes of their own, which takes a trial some twenty seconds more.
-    ``point``: its trial_id, below ``directory``, and the values of the searched keys. ``speech``: the datasets of
-    waveforms where trials share them. Raises UserError, also where the results folder cannot be written any more.
+    ``point``: its trial_id, below ``directory``, the values of the searched keys, and whether its batches are halved.
+    ``speech``: the datasets of waveforms where trials share them. Raises UserError, also where the results folder
+    cannot be written any more.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -196,7 +200,8 @@ def run_trial(
         if len(nodes.alive()) > 1:
             console.print(f"runs on {socket.gethostname()} ({ray.util.get_node_ip_address()})")
         dirs, workers = [Path(shard_dir) for shard_dir in shard_dirs], max(1, settled.resources.workers)
-        with open_trial(settled, settled.trial(values), planned, dirs, trial_dir, console, workers) as trial:
+        experiment = settled.trial(values).halved() if point["halved"] else settled.trial(values)
+        with open_trial(settled, experiment, planned, dirs, trial_dir, console, workers) as trial:
             shared = speech if speech and trial.prefix is None else None
             if workers == 1:
                 fit_on_ray(trial, shared, tell=tune.report)
@@ -254,14 +259,13 @@ def open_results(space: SearchSpace, shard_dirs: list[Path], findings: dict[str,
     existing = directory / "search.yaml"
     try:
         if existing.is_file():
-            changes = config.differences(config.load(existing), space)
-            refused = [change for change in changes if not change.startswith(config.MAY_CHANGE)]
-            if refused:
+            before = config.load(existing)
+            if refused := config.refused(before, space):
                 raise UserError(
                     f"{directory} holds another search of that name, which differs in {'; '.join(refused)}; "
                     "set experiment.name, or remove the folder"
                 )
-            if changes:
+            if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             return directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -277,8 +281,15 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     """One trial from prepared data to the row in ``trials.csv``; returns its results folder.
 
     On the Ray that `cluster.connect` joined, or in this process where ``resources.workers`` is 0. A trial that was cut
-    off is continued.
+    off is continued, and one that ended with its last epoch where ``experiment.epochs`` has grown.
+
+    Raises UserError, also where another process works on that folder.
     """
+    with folder.alone(space.results_dir()):
+        return _train(space, console, argv)
+
+
+def _train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     here = space.resources.workers == 0
     if not here:
         cluster.concurrency(space)
@@ -298,12 +309,17 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 
     actors = 0 if here else cluster.capacity(space)
     planned = cache.plan(space.model_copy(update={"search": {}}))
-    with open_trial(space, space.experiment, planned, shard_dirs, trial_dir, console, actors) as trial:
-        if here:
-            fit_here(trial, show)
-        else:
-            with _following(trial_dir, show):
-                fit_on_ray(trial)
+
+    def attempt(experiment: Experiment) -> None:
+        with open_trial(space, experiment, planned, shard_dirs, trial_dir, console, actors) as trial:
+            if here:
+                with _memory_explained(trial):
+                    fit_here(trial, show)
+            else:
+                with _following(trial_dir, show):
+                    fit_on_ray(trial)
+
+    _train_single(trials, space.experiment, attempt, console)
     row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
     return directory
@@ -353,15 +369,44 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     data = feed.data(experiment, task, train, dev, content, rank, size)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
-    except torch.OutOfMemoryError as error:
-        share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
-        raise UserError(
-            f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
-            "or raise resources.gpus_per_worker"
-        ) from error
     finally:
         train.close()
         dev.close()
+
+
+def _work_explained(settings: dict[str, Any], tell: Tell | None = None) -> None:
+    with _memory_explained(Trial(**settings)):
+        _work(settings, tell)
+
+
+@contextmanager
+def _memory_explained(trial: Trial) -> Iterator[None]:
+    """What cannot be allocated in the body is a MemoryShortageError: one line that says what to change."""
+    from ser_ray.training.memory import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        share = f" (its share of a GPU: {trial.gpus:g})" if 0 < trial.gpus < 1 else ""
+        raise MemoryShortageError(
+            f"out of memory{share}: lower experiment.batch_seconds ({trial.experiment['batch_seconds']:g}), set "
+            "experiment.recompute to true, or raise resources.gpus_per_worker"
+        ) from error
+
+
+def _train_single(trials: Trials, whole: Experiment, attempt: Callable[[Experiment], None], console: Console) -> None:
+    """Train the trial ``single``; where memory is short, once more with half of the batch, from its last checkpoint."""
+    try:
+        attempt(whole.halved() if trials.known["single"].halved else whole)
+        return
+    except MemoryShortageError as error:
+        if trials.short_of_memory("single", str(error)).over:
+            raise
+        console.print(f"{error}; tried again with half of batch_seconds, twice as many batches a step")
+    # Not in the handler: its error holds on to the model.
+    _train_single(trials, whole, attempt, console)
 
 
 def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:
