@@ -242,8 +242,8 @@ def main(arguments: list[str]) -> int:
     if not (directory / "trials.csv").is_file():
         raise UserError(f"{directory}: no trials.csv; this is no results folder of a search")
     console = Console(highlight=False, soft_wrap=True)
-    cluster.connect()
     with folder.alone(directory):
+        cluster.connect()
         answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", *arguments])
     low, high = answer["ci95"]["uar"]
     console.print(f"test UAR {answer['uar']:.3f} [{low:.3f}, {high:.3f}]; next: ser-ray report {directory}")

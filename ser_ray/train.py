@@ -285,17 +285,22 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 
     Raises UserError, also where another process works on that folder.
     """
-    with folder.alone(space.results_dir()):
-        return _train(space, console, argv)
-
-
-def _train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     here = space.resources.workers == 0
     if not here:
         cluster.concurrency(space)
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
-    directory = open_results(space, shard_dirs, audit_task(space, task, console, shard_dirs), argv)
+    findings = audit_task(space, task, console, shard_dirs)
+    with folder.alone(space.results_dir()):
+        directory = open_results(space, shard_dirs, findings, argv)
+        _train_in(directory, space, task, shard_dirs, console, argv)
+    return directory
+
+
+def _train_in(
+    directory: Path, space: SearchSpace, task: Task, shard_dirs: list[Path], console: Console, argv: list[str]
+) -> None:
+    here = space.resources.workers == 0
     trials = Trials(directory, (), argv=argv)
     if "single" not in trials.known:
         trials.add("single", {})
@@ -322,7 +327,6 @@ def _train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     _train_single(trials, space.experiment, attempt, console)
     row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
-    return directory
 
 
 def main(arguments: list[str]) -> int:

@@ -244,8 +244,9 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     shard_dirs = prepare.prepare(space, console=console)
     task = load_task(space.experiment, shard_dirs)
     findings = audit_task(space, task, console, shard_dirs)
-    directory = open_results(space, shard_dirs, findings, argv)
+    directory = space.results_dir()
     with folder.alone(directory):
+        open_results(space, shard_dirs, findings, argv)
         if is_evaluated(directory, space):
             more = "tune.trials=+20 adds trials, a larger experiment.epochs epochs"
             console.print(f"this search is finished; showing its results ({more})")
