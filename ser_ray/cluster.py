@@ -10,6 +10,7 @@ import platform
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ser_ray import __version__, allocation, disk, nodes
 from ser_ray.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
-from ser_ray.schema import StorageError, UserError
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.speech import shards
 
 OWN = "ser_ray_started"
@@ -33,6 +35,12 @@ RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
 """Defaults of its components; 52365, the dashboard agent's, is among the ports that the system gives away."""
 PATIENCE_S = 20.0
 """After so long, and then every so often, a line says what is waited for."""
+ANSWERS_WITHIN_S = 10.0
+"""So long somebody is asked who should be there: Ray would ask for minutes."""
+SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103
+"""The longest path of a socket: sun_path has a byte more, for the end (unix(7)); of macOS four less."""
+LONGEST_SOCKET = "dash_TaskEventsHead"
+"""Of what Ray 2.60 names its sockets, below the folder of a session: the dashboard's part for events of tasks."""
 VERBOSE = "SER_RAY_VERBOSE"
 """Where this is set (by ``--verbose``) Ray's own logs are shown."""
 
@@ -72,6 +80,7 @@ def _join() -> None:
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     offered = _offered()
     if offered is None:
+        _check_sockets_fit()
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A nested trial is several small processes, which Ray otherwise warns about as if they were a leak.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
@@ -134,16 +143,31 @@ def allocate_here() -> Allocation:
 
 def user_error(error: BaseException, where: object = "") -> UserError | None:
     """The UserError behind what Ray raises when a process of ours failed, if there is one; a StorageError where that
-    process could not write its files, which are ``where`` if the error does not say it."""
+    process could not write its files, which are ``where`` if the error does not say it; a ProcessDiedError where it
+    was ended from outside."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            kind = StorageError if isinstance(cause, StorageError) else UserError
-            return kind(str(cause).splitlines()[-1])
+            kinds = (StorageError, MemoryShortageError, ProcessDiedError, UserError)
+            return next(kind for kind in kinds if isinstance(cause, kind))(str(cause).splitlines()[-1])
         if isinstance(cause, OSError) and (line := disk.explain(cause, where)):
             return StorageError(line)
         cause = getattr(cause, "cause", None) or cause.__cause__
+    if isinstance(error, RayError) and (line := death(f"{type(error).__module__}.{type(error).__name__}: {error}")):
+        return ProcessDiedError(line)
     return None
+
+
+def death(text: str) -> str | None:
+    """A line for people where Ray's ``text`` says that a process was ended from outside, None where it says no such
+    thing."""
+    if any(words in text for words in ("running low on memory", "ray.exceptions.OutOfMemoryError")):
+        return (
+            "Ray ended its process, as the memory of its machine was nearly full; lower tune.concurrency or "
+            "experiment.batch_seconds, or use a machine with more memory"
+        )
+    said = ("died unexpectedly", "actor is dead", " is unavailable: ", "it was running on is dead", "raylet died")
+    return "its process died" if any(words in text for words in said) else None
 
 
 def settle_paths(space: SearchSpace) -> SearchSpace:
@@ -234,15 +258,72 @@ def _look_at_device() -> tuple[bool, str]:
 def _offered() -> str | None:
     """The cluster that somebody offers: by RAY_ADDRESS, or by ``ray start`` on this machine.
 
-    Ray's own "auto" would also join the private Ray of any other command that runs here.
+    Ray's own "auto" would also join the private Ray of any other command that runs here. Raises UserError where nothing
+    answers there: Ray itself would try for minutes.
     """
     named = os.environ.get("RAY_ADDRESS", "")
     if named not in ("", "auto"):
+        if not _answers(named):
+            raise UserError(f"{named}: no Ray cluster answers; start it, or unset RAY_ADDRESS")
         return named
-    started = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"  # noqa: S108 (Ray's own place)
-    if started.is_file():
-        return started.read_text(encoding="utf-8").strip()
-    return named or None
+    started = _system_temp() / "ray" / "ray_current_cluster"
+    if not started.is_file():
+        return named or None
+    if started.stat().st_uid != os.getuid():
+        raise UserError(
+            f"{started}: belongs to the Ray of another user; set RAY_TMPDIR to a directory of your own, or RAY_ADDRESS "
+            "to the cluster that is meant"
+        )
+    address = started.read_text(encoding="utf-8").strip()
+    if not _answers(address):
+        raise UserError(
+            f"{started}: names a Ray at {address or 'no address'}, where none answers; remove the file, or start that "
+            "Ray again"
+        )
+    return address
+
+
+def _system_temp() -> Path:
+    """Where Ray keeps its sessions, as it looks for it (``ray._common.utils.get_default_system_temp_dir``)."""
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform.startswith("linux") else ("RAY_TMPDIR",)
+    return Path(next((os.environ[name] for name in names if name in os.environ), "/tmp"))  # noqa: S108 (Ray's own)
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens there; asked for a while, as a cluster may just be starting."""
+    host, _, port = address.rpartition(":")
+    if not address or "://" in address or not port.isdigit():
+        return bool(address)  # Ray's own words for where it is, such as local; Ray knows
+    ends = time.monotonic() + ANSWERS_WITHIN_S
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
+                return _speaks_grpc(connection)
+        except OSError:
+            if time.monotonic() > ends:
+                return False
+            time.sleep(0.2)
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether it is no other program that was given the port since: a server of gRPC begins with a frame of settings
+    (RFC 9113, 3.4)."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    return connection.recv(9)[3:4] == b"\4"
+
+
+def _check_sockets_fit() -> None:
+    """Raises UserError where the paths of Ray's sockets would be longer than the system takes."""
+    temp = _system_temp()
+    longest = temp / "ray" / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / LONGEST_SOCKET
+    over = len(os.fsencode(longest)) - SOCKET_BYTES
+    if over > 0:
+        raise UserError(
+            f"{temp}: too long by {over} bytes for the sockets that Ray makes below it; set RAY_TMPDIR, or TMPDIR, to "
+            "a shorter directory, such as /tmp"
+        )
 
 
 def _heed_signals() -> None:

@@ -212,6 +212,10 @@ class Experiment(Section):
     batch_seconds: float = Field(60.0, gt=0)
     """Padded seconds of audio a batch of one worker: a bound on memory, whatever the lengths."""
     epochs: int = Field(10, ge=1)
+    """At most. It may grow under the same name: trials that ended with their last epoch then go on from its checkpoint.
+    The learning rate is a function of the step and of all steps, so the further epochs are trained at the rate that the
+    longer schedule has there: it is above the (nearly) zero that the shorter one ended with, and the epochs before were
+    trained at lower rates than a run of so many epochs from the start would have had."""
     patience: int = Field(4, ge=1)
     """Epochs without a better dev UAR after which training stops."""
     class_weights: Literal["balanced", "none"] = "balanced"
@@ -240,6 +244,18 @@ class Experiment(Section):
             if source in self.emotions:
                 raise ValueError(f"merge: {source!r} is among the experiment's emotions; list it in one place")
         return self
+
+    def halved(self) -> Experiment:
+        """The same with half of the batch, and twice as many of them in a step: less memory, and a step holds the same
+        utterances, but for those that end it."""
+        optimizer = self.optimizer.model_copy(update={"accumulate": 2 * self.optimizer.accumulate})
+        return self.model_copy(update={"batch_seconds": self.batch_seconds / 2, "optimizer": optimizer})
+
+
+THE_SAME_FOR_ALL = frozenset(
+    {"name", "corpora", "labels", "label", "emotions", "merge", "audio", "protocol"},
+)
+"""Fields of `Experiment` that say what is learned from and tested on: they are not searched."""
 
 
 class Distribution(Section):
@@ -370,7 +386,7 @@ class SearchSpace(Section):
     @model_validator(mode="after")
     def _search_fits(self) -> SearchSpace:
         for key, distribution in self.search.items():
-            if key.split(".")[0] in ("name", "corpora", "emotions", "merge", "audio", "protocol"):
+            if key.split(".")[0] in THE_SAME_FOR_ALL:
                 raise ValueError(f"search: {key}: the data are the same for all trials, or they could not be compared")
             for condition in distribution.when:
                 if condition not in self.search:
@@ -394,6 +410,11 @@ class SearchSpace(Section):
         Raises UserError where a key does not exist or a value does not fit.
         """
         return _validate(Experiment, _with_values(to_dict(self.experiment), values))
+
+    def most_epochs(self) -> int:
+        """The largest number of epochs that a trial can have."""
+        searched = self.search["epochs"].examples() if "epochs" in self.search else ()
+        return int(max(searched or (self.experiment.epochs,)))
 
     def backbones(self) -> list[str]:
         """Every backbone that a trial can have, once."""
@@ -482,8 +503,10 @@ MAY_CHANGE = (
     "tune.log",
     "resources.",
     "storage.prefix_gb",
+    "experiment.epochs",
 )
-"""Keys that may differ when a search is continued: they say how much is tried and where, not what a trial is."""
+"""Keys that may differ when a search is continued: they say how much is tried and where, not what a trial is. Epochs
+may only grow (`refused`)."""
 
 
 def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
@@ -494,6 +517,14 @@ def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def refused(old: SearchSpace, new: SearchSpace) -> list[str]:
+    """Of their `differences`, those with which ``new`` does not continue what ``old`` began."""
+    found = [change for change in differences(old, new) if not change.startswith(MAY_CHANGE)]
+    if new.experiment.epochs < old.experiment.epochs:
+        found.append(f"experiment.epochs: {old.experiment.epochs} -> {new.experiment.epochs}, which may only grow")
+    return found
 
 
 # -- below: how it is done

@@ -74,11 +74,11 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool | None]:
     """Hold a lock between processes that ends with its holder, even a killed one; whether it was got.
 
-    ``shared``: with others who share it. Without ``wait``, False at once where somebody else holds it; False as well on
-    a file system that has no locks, where whoever must be sure does nothing, and whoever saves work does it twice.
+    ``shared``: with others who share it. Without ``wait``, False at once where somebody else holds it; None on a file
+    system that has no locks, where whoever must be sure does nothing, and whoever saves work does it twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -87,6 +87,6 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            yield False
+            yield False if error.errno == errno.EWOULDBLOCK else None
         else:
             yield True

@@ -220,8 +220,9 @@ def main(arguments: list[str]) -> int:
     if not (directory / "trials.csv").is_file():
         raise UserError(f"{directory}: no trials.csv; this is no results folder of a search")
     console = Console(highlight=False, soft_wrap=True)
-    cluster.connect()
-    answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", *arguments])
+    with folder.alone(directory):
+        cluster.connect()
+        answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", *arguments])
     low, high = answer["ci95"]["uar"]
     console.print(f"test UAR {answer['uar']:.3f} [{low:.3f}, {high:.3f}]; next: ser-ray report {directory}")
     return 0
@@ -381,7 +382,7 @@ def _final_id(run: Run) -> str:
 
 def _budget(space: SearchSpace) -> dict[str, Any]:
     names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds", "rotate_dev")
-    return {name: config.to_dict(space.tune)[name] for name in names}
+    return {name: config.to_dict(space.tune)[name] for name in names} | {"epochs": space.experiment.epochs}
 
 
 def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, console: Console) -> dict[Any, Predictions]:

@@ -38,6 +38,14 @@ class StorageError(UserError):
     """A place where files go that cannot be written any more: nobody else could write there either."""
 
 
+class MemoryShortageError(UserError):
+    """A model and its batch did not fit the memory: with smaller batches they may."""
+
+
+class ProcessDiedError(UserError):
+    """A process was ended from outside, as by a lost machine or Ray's guard of its memory: trying again may help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Utterance:
     """One recording of one speaker, as a corpus describes it.

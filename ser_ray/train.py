@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 import ray.train
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
@@ -35,7 +36,7 @@ from ser_ray.evaluation import folder
 from ser_ray.plan import RunPlan
 from ser_ray.protocols.leakage import audit
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.schema import UserError
+from ser_ray.schema import MemoryShortageError, UserError
 from ser_ray.search.trials import Trials
 from ser_ray.speech import kept
 from ser_ray.speech.fingerprint import same_takes_in
@@ -144,7 +145,7 @@ def fit_on_ray(
         datasets = feed.load_resident(trial.load()[1], trial.resident, *trial.files())
     directory = Path(trial.directory)
     trainer = TorchTrainer(
-        _work if tell is None else lambda settings: _work(settings, tell),
+        _work_explained if tell is None else lambda settings: _work_explained(settings, tell),
         train_loop_config=asdict(trial),
         scaling_config=ray.train.ScalingConfig(
             num_workers=0 if tell else trial.workers,
@@ -170,15 +171,17 @@ def fit_on_ray(
     except ray.train.WorkerGroupError as error:
         causes = (cluster.user_error(failure, trial.directory) for failure in error.worker_failures.values())
         raise next(filter(None, causes), error) from None
+    except RayError as error:
+        raise cluster.user_error(error, trial.directory) or error from None
 
 
 def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[str, ray.data.Dataset]) -> None:
     """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
 
     One worker is this process; several are processes of their own, which takes a trial some twenty seconds more.
-    ``point``: its trial_id, below ``plan.directory(kind)``, and the values of the searched keys. ``speech``: the
-    datasets of waveforms where trials share them. Raises UserError, also where the results folder cannot be written
-    any more.
+    ``point``: its trial_id, below ``plan.directory(kind)``, the values of the searched keys, and whether its batches
+    are halved. ``speech``: the datasets of waveforms where trials share them. Raises UserError, also where the results
+    folder cannot be written any more.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -188,7 +191,9 @@ def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[s
         console = Console(file=notes, highlight=False, soft_wrap=True)
         if len(nodes.alive()) > 1:
             console.print(f"runs on {socket.gethostname()} ({ray.util.get_node_ip_address()})")
-        with open_trial(plan, plan.space.trial(values), trial_dir, console) as trial:
+        experiment = plan.space.trial(values)
+        experiment = experiment.halved() if point["halved"] else experiment
+        with open_trial(plan, experiment, trial_dir, console) as trial:
             shared = speech if speech and trial.prefix is None else None
             if plan.allocation.workers == 1:
                 fit_on_ray(trial, shared, tell=tune.report)
@@ -245,14 +250,13 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
     existing = directory / "search.yaml"
     try:
         if existing.is_file():
-            changes = config.differences(config.load(existing), space)
-            refused = [change for change in changes if not change.startswith(config.MAY_CHANGE)]
-            if refused:
+            before = config.load(existing)
+            if refused := config.refused(before, space):
                 raise UserError(
                     f"{directory} holds another search of that name, which differs in {'; '.join(refused)}; "
                     "set experiment.name, or remove the folder"
                 )
-            if changes:
+            if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             disk.write_json(directory / plan.FILE, planned.to_dict())
             return directory
@@ -271,10 +275,21 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     """One trial from prepared data to the row in ``trials.csv``; returns its results folder.
 
     On the Ray that `cluster.connect` joined, or in this process where ``resources.workers`` is 0. A trial that was cut
-    off is continued.
+    off is continued, and one that ended with its last epoch where ``experiment.epochs`` has grown.
+
+    Raises UserError, also where another process works on that folder.
     """
     planned, task = make_plan(space.model_copy(update={"search": {}}), console)
-    directory = open_results(space, planned, audit_task(space, task, console, map(Path, planned.shard_dirs)), argv)
+    findings = audit_task(space, task, console, map(Path, planned.shard_dirs))
+    with folder.alone(space.results_dir()):
+        directory = open_results(space, planned, findings, argv)
+        _train_in(directory, planned, task, console, argv)
+    return directory
+
+
+def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, argv: list[str]) -> None:
+    space = planned.space
+    here = planned.allocation.workers == 0
     trials = Trials(directory, (), argv=argv)
     if "single" not in trials.known:
         trials.add("single", {})
@@ -286,19 +301,19 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     def show(record: folder.Record) -> None:
         console.print(folder.describe_epoch(record, space.tune.metric))
 
-    here = planned.allocation.workers == 0
-    with (
-        nullcontext() if here else cache.made_first(planned, console),
-        open_trial(planned, planned.space.experiment, trial_dir, console) as trial,
-    ):
-        if here:
-            fit_here(trial, show)
-        else:
-            with _following(trial_dir, show):
-                fit_on_ray(trial)
+    def attempt(experiment: Experiment) -> None:
+        with open_trial(planned, experiment, trial_dir, console) as trial:
+            if here:
+                with _memory_explained(trial):
+                    fit_here(trial, show)
+            else:
+                with _following(trial_dir, show):
+                    fit_on_ray(trial)
+
+    with nullcontext() if here else cache.made_first(planned, console):
+        _train_single(trials, space.experiment, attempt, console)
     row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
     console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
-    return directory
 
 
 def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[RunPlan, Task]:
@@ -378,16 +393,45 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
-    except torch.OutOfMemoryError as error:
-        share = f" (its share: {trial.gpus:g})" if trial.gpus < 1 else ""
-        raise UserError(
-            f"out of GPU memory{share}: lower batch_seconds ({experiment.batch_seconds:g}), set recompute to true, "
-            "or raise resources.gpus_per_worker"
-        ) from error
     finally:
         for source in sources.values():
             if isinstance(source, feed.Streamed):
                 source.close()
+
+
+def _work_explained(settings: dict[str, Any], tell: Tell | None = None) -> None:
+    with _memory_explained(Trial(**settings)):
+        _work(settings, tell)
+
+
+@contextmanager
+def _memory_explained(trial: Trial) -> Iterator[None]:
+    """What cannot be allocated in the body is a MemoryShortageError: one line that says what to change."""
+    from ser_ray.training.memory import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        share = f" (its share of a GPU: {trial.gpus:g})" if 0 < trial.gpus < 1 else ""
+        raise MemoryShortageError(
+            f"out of memory{share}: lower experiment.batch_seconds ({trial.experiment['batch_seconds']:g}), set "
+            "experiment.recompute to true, or raise resources.gpus_per_worker"
+        ) from error
+
+
+def _train_single(trials: Trials, whole: Experiment, attempt: Callable[[Experiment], None], console: Console) -> None:
+    """Train the trial ``single``; where memory is short, once more with half of the batch, from its last checkpoint."""
+    try:
+        attempt(whole.halved() if trials.known["single"].halved else whole)
+        return
+    except MemoryShortageError as error:
+        if trials.short_of_memory("single", str(error)).over:
+            raise
+        console.print(f"{error}; tried again with half of batch_seconds, twice as many batches a step")
+    # Not in the handler: its error holds on to the model.
+    _train_single(trials, whole, attempt, console)
 
 
 def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:

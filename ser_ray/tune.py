@@ -16,14 +16,16 @@ if __name__ == "__main__":
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ray.data
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
@@ -62,9 +64,10 @@ class Suggestions(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial; None: not yet; FINISHED: no more."""
+        self._tell_failed()
         waiting = [tried for tried in self.trials if not tried.over and tried.trial_id not in self.live.values()]
         if waiting:
-            return self._hand_out(trial_id, waiting[0].trial_id, waiting[0].values)
+            return self._hand_out(trial_id, waiting[0].trial_id)
         number = len(self.trials.known) + 1
         if number > self._most() or self._spent():
             return None if self.live else Searcher.FINISHED  # one that runs may be cut off, and come again
@@ -72,7 +75,7 @@ class Suggestions(Searcher):
         name = f"{number:03d}"
         self.asked[name], values = study.begin(self.study, self.space, number, point)
         self.trials.add(name, values)
-        return self._hand_out(trial_id, name, values)
+        return self._hand_out(trial_id, name)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an epoch to the study, which learns from trials before they end."""
@@ -80,7 +83,7 @@ class Suggestions(Searcher):
             self.asked[self.live[trial_id]].report(result[str(self.metric)], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended; one that broke off stays open until `Watch` has said what becomes of it."""
+        """Tell the study how a trial ended; of one that broke off `Watch` says afterwards what becomes of it."""
         name = self.live.pop(trial_id)
         if not error:
             tried = self.trials.update(name)
@@ -92,9 +95,14 @@ class Suggestions(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing, as above."""
 
-    def _hand_out(self, trial_id: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _hand_out(self, trial_id: str, name: str) -> dict[str, Any]:
         self.live[trial_id] = name
-        return {"trial_id": name, "values": dict(values)}
+        return _begin(self.trials, name)
+
+    def _tell_failed(self) -> None:
+        """Tell the study of those that failed since: it must not count them as running while it looks for the next."""
+        for name in [name for name in self.asked if name not in self.live.values() and self.trials.known[name].over]:
+            study.end(self.study, self.space, self.asked.pop(name), self.trials.known[name])
 
     def _most(self) -> int:
         grid = self.space.tune.sampler == "grid"
@@ -121,7 +129,7 @@ class Queue(Searcher):
         for tried in self.trials:
             if not tried.over and tried.trial_id not in self.live.values():
                 self.live[trial_id] = tried.trial_id
-                return {"trial_id": tried.trial_id, "values": dict(tried.values)}
+                return _begin(self.trials, tried.trial_id)
         return None if self.live else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -143,23 +151,47 @@ class Halving(ASHAScheduler):
             time_attr="epoch",  # ours: training_iteration starts again at 1 when a trial is continued
             metric=f"best_{space.tune.metric}",
             mode="max",
-            max_t=max(space.experiment.epochs, space.tune.grace + 1),
+            max_t=max(space.most_epochs(), space.tune.grace + 1),
             grace_period=space.tune.grace,
             reduction_factor=2,
         )
         self.trials = trials
         for tried in trials:
             if tried.over:
-                self._replay(SimpleNamespace(trial_id=tried.trial_id), tried)
+                self._replay(tried)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A new trial, or one that goes on: the scheduler sees its earlier epochs first."""
-        self._replay(trial, self.trials.known[trial.config["trial_id"]])
+        self._replay(self.trials.known[trial.config["trial_id"]])
 
-    def _replay(self, trial: Any, tried: Tried) -> None:
-        super().on_trial_add(None, trial)
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether it goes on after an epoch."""
+        return str(super().on_trial_result(tune_controller, _ours(trial), result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """It has ended."""
+        super().on_trial_complete(tune_controller, _ours(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """It never ran."""
+        super().on_trial_remove(tune_controller, _ours(trial))
+
+    def _replay(self, tried: Tried) -> None:
+        own = SimpleNamespace(trial_id=tried.trial_id)
+        super().on_trial_add(None, own)
         for record in tried.history:
-            super().on_trial_result(None, trial, record)
+            super().on_trial_result(None, own, record)
+
+
+def _ours(trial: Any) -> SimpleNamespace:
+    """The trial under our id: under Tune's, one that is begun again would count twice in the rungs."""
+    return SimpleNamespace(trial_id=trial.config["trial_id"])
+
+
+def _begin(trials: Trials, name: str) -> dict[str, Any]:
+    """What `run_trial` is told of a trial whose next attempt begins."""
+    tried = trials.begin(name)
+    return {"trial_id": name, "values": dict(tried.values), "halved": tried.halved}
 
 
 def search(planned: RunPlan, task: Task, console: Console) -> None:
@@ -169,12 +201,10 @@ def search(planned: RunPlan, task: Task, console: Console) -> None:
     """
     space, directory = planned.space, planned.space.results_dir()
     trials = Trials(directory, space.search, argv=sys.argv[1:])
+    trials.resume(space.trial)
     done = sum(tried.over for tried in trials)
     if trials.known:
         console.print(f"continuing the search in {directory}: {done} of {space.tune.trials} trials done")
-    for tried in trials:
-        if tried.status == "failed":  # in this session things may be better
-            trials.update(tried.trial_id, status="running", error="")
     searcher = Suggestions(space, trials, planned.allocation.worker.gpus * planned.allocation.workers)
     scheduler = FIFOScheduler() if space.tune.scheduler == "none" else Halving(space, trials)
     _run(planned, trials, searcher, scheduler, _speech(planned, task), console)
@@ -183,9 +213,10 @@ def search(planned: RunPlan, task: Task, console: Console) -> None:
 def train_finals(planned: RunPlan, jobs: Iterable[Tried], console: Console) -> None:
     """Train the finalists over folds and seeds, as `evaluate.finals` lists them; continued like a search."""
     trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=sys.argv[1:])
-    for job in jobs:
-        if job.trial_id not in trials.known or trials.known[job.trial_id].status == "failed":
-            trials.add(job.trial_id, job.values)
+    wanted = {job.trial_id: job.values for job in jobs}
+    trials.resume(planned.space.trial, wanted)
+    for trial_id in wanted.keys() - trials.known.keys():
+        trials.add(trial_id, wanted[trial_id])
     left = sum(not tried.over for tried in trials)
     console.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
     if left:
@@ -218,12 +249,12 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     cluster.connect(space)
     planned, task = make_plan(space, console, space.tune.trials)
     findings = audit_task(space, task, console, map(Path, planned.shard_dirs))
-    directory = open_results(space, planned, findings, argv)
-    with disk.locked(directory / ".lock", wait=False) as alone:
-        if not alone:
-            raise UserError(f"{directory}: another process works on this search; wait for it, or set experiment.name")
+    directory = space.results_dir()
+    with folder.alone(directory):
+        open_results(space, planned, findings, argv)
         if is_evaluated(directory, space):
-            console.print("this search is finished; showing its results (tune.trials=+20 adds trials)")
+            more = "tune.trials=+20 adds trials, a larger experiment.epochs epochs"
+            console.print(f"this search is finished; showing its results ({more})")
         else:
             _search_and_evaluate(planned, task, console, argv)
             _close(directory, time.monotonic() - started)
@@ -274,18 +305,40 @@ def _run(
         run_config=tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[watch]),
     )
     try:
-        with watch.shown():
+        with watch.shown(), _every_death_heeded():
             tuner.fit()
     except tune.TuneError:
         if trials.error is None:
             raise
+    except KeyboardInterrupt:
+        trials.release()
+        raise
     finally:
         shutil.rmtree(state, ignore_errors=True)
     if trials.error is not None:
         raise trials.error
     # Tune returns quietly from a Ctrl-C, with trials half done.
     if any(not tried.over for tried in trials):
+        trials.release()
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _every_death_heeded() -> Iterator[None]:
+    """Tune goes on after an actor's death only where Ray calls it one: a process that Ray ended for its memory, or that
+    went with its node, raises another error, which ends all trials (RayActorManager of Ray 2.60)."""
+    original = RayActorManager._actor_task_failed
+
+    def heeded(manager: RayActorManager, task: Any, error: Exception) -> None:
+        if isinstance(error, RayError) and not isinstance(error, RayActorError | RayTaskError):
+            error = RayActorError(error_msg=f"{type(error).__module__}.{type(error).__name__}: {error}")
+        original(manager, task, error)
+
+    RayActorManager._actor_task_failed = heeded
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = original
 
 
 def _resources(allocation: Allocation) -> dict[str, float]:
@@ -299,16 +352,15 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
     relative = [text for text in overrides if text.startswith("tune.trials=+")]
     space = cluster.settle_paths(config.load(path, [text for text in overrides if text not in relative]))
     home = space.results_dir()
-    trials = space.tune.trials
-    if (home / "search.yaml").is_file():
-        trials = max(trials, config.load(home / "search.yaml").tune.trials)
+    known = config.load(home / "search.yaml") if (home / "search.yaml").is_file() else space
+    trials = max(space.tune.trials, known.tune.trials)
     if relative:
         more = relative[-1].partition("+")[2]
         if not more.isdigit():
             raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
         over = [tried for tried in folder.read_tried(home / "trials") if tried.over]
         # Of an unfinished search the rest comes first: the same command, given again after a kill, adds nothing.
-        trials += int(more) if len(over) >= trials and is_evaluated(home, space) else 0
+        trials += int(more) if len(over) >= trials and is_evaluated(home, known) else 0
     return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,17 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from ser_ray import cluster
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.schema import StorageError, UserError
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.search.logs import open_logs
 from ser_ray.search.trials import Trials
 
 HEARTBEAT_S: Final = 20.0
 """A line at least this often in a log, since an epoch of a large backbone takes minutes."""
+_EXCEPTION: Final = re.compile(r"((\w+\.)+[A-Z]\w*|[A-Z]\w*(Error|Exception|Exit|Interrupt))(: .*)?")
+"""How a traceback ends: the name of an exception, and what it says."""
 ROWS: Final = 12
 """Trials that the live table shows: those that run, then the best."""
 
@@ -88,12 +92,13 @@ class Watch(tune.Callback):
             self.trials.error = StorageError(message)
             raise self.trials.error
         if kind == _name(UserError):
-            self.trials.update(trial_id, status="failed", error=message)
-            self._say(trial_id, f"failed: {message}", always=True)
-            return
-        tried = self.trials.interrupted(trial_id, reason)
-        what = "failed" if tried.over else "was cut off and goes on from its last epoch"
-        self._say(trial_id, f"{what}: {reason}", always=True)
+            tried, what = self.trials.update(trial_id, status="failed", error=message), ""
+        elif kind == _name(MemoryShortageError):
+            tried, what = self.trials.short_of_memory(trial_id, message), "is tried again with half of batch_seconds"
+        else:
+            message = message if kind == _name(ProcessDiedError) else reason
+            tried, what = self.trials.interrupted(trial_id, message), "was cut off and goes on from its last epoch"
+        self._say(trial_id, f"failed: {tried.error}" if tried.over else f"{what}: {message}", always=True)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """What trials say before their first epoch, and a sign of life while epochs are long."""
@@ -165,9 +170,16 @@ def short(value: Any) -> str:
 
 
 def _reason(error_file: Path) -> str:
-    """The last line of what Tune noted of an error, an exception with its full name; of a process that died, that."""
-    lines = error_file.read_text(encoding="utf-8").rpartition("Failure # ")[2].strip().splitlines()
-    return "its process died" if lines[1].startswith("The actor") else lines[-1]
+    """One line of what Tune noted of an error, an exception with its full name: the project's own if there is one, else
+    that a process died, else the last one that is not Ray's. Ray's own words lead to its documentation."""
+    text = error_file.read_text(encoding="utf-8").rpartition("Failure # ")[2]
+    raised = [line for line in text.splitlines() if _EXCEPTION.fullmatch(line)]
+    if ours := [line for line in raised if line.startswith("ser_ray.")]:
+        return ours[-1]
+    if died := cluster.death(text):
+        return died
+    others = [line for line in raised if not line.startswith("ray.")]
+    return others[-1] if others else "its process died"
 
 
 def _name(kind: type[Exception]) -> str:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import grpc
 import pytest
 import ray
+from ray._common.utils import get_ray_address_file
+from ray._private.utils import validate_socket_filepath
 
 from ser_ray import cluster
 from ser_ray.schema import StorageError, UserError
@@ -25,28 +34,117 @@ def test_workers_know_their_cluster(ray_cluster):
     assert ray.get(told.remote()).rpartition(":")[2] == port
 
 
-def test_an_offered_cluster_is_found_by_variable_before_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """Where Ray looks for a cluster: nothing is offered yet."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray_tmpdir"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmpdir"))
+    monkeypatch.setattr(cluster, "ANSWERS_WITHIN_S", 0.0)
+    return tmp_path
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """The address of somebody who answers as a server of gRPC does."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def offer(place: Path, address: str) -> Path:
+    """As ``ray start`` does."""
+    path = place / "ray" / "ray_current_cluster"
+    path.parent.mkdir(parents=True)
+    path.write_text(address)
+    return path
+
+
+@pytest.mark.parametrize("variables", [("RAY_TMPDIR", "TMPDIR"), ("TMPDIR",), ()], ids=str)
+def test_a_cluster_is_looked_for_where_ray_looks(places, monkeypatch, variables):
+    for name in {"RAY_TMPDIR", "TMPDIR"} - set(variables):
+        monkeypatch.delenv(name)
+    theirs = Path(get_ray_address_file(None))
+    assert cluster._system_temp() / "ray" / "ray_current_cluster" == theirs
+
+
+def test_an_offered_cluster_is_found_by_variable_before_file(places, monkeypatch, head):
     assert cluster._offered() is None
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
-    assert cluster._offered() == "10.0.0.1:6379"
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
-    assert cluster._offered() == "10.0.0.2:6379"
+    offer(places / "ray_tmpdir", f"{head}\n")
+    assert cluster._offered() == head
+    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+    assert cluster._offered() == "ray://elsewhere:10001"
 
 
-def test_a_cluster_that_does_not_answer_is_said(monkeypatch):
+@pytest.mark.parametrize("address", ["nobody", ""], ids=["stale", "empty"])
+def test_a_file_of_a_cluster_that_is_gone_is_named(places, nobody, address):
+    path = offer(places / "ray_tmpdir", nobody if address else "")
+    with pytest.raises(UserError, match=f"{path}: names a Ray at .*where none answers; remove the file"):
+        cluster._offered()
+
+
+def test_a_port_that_another_program_has_now_is_no_cluster(places):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        path = offer(places / "ray_tmpdir", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match=f"{path}: names a Ray at"):
+            cluster._offered()
+
+
+def test_a_cluster_of_another_user_is_not_joined_by_accident(places, monkeypatch, head):
+    path = offer(places / "ray_tmpdir", head)
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(UserError, match=f"{path}: belongs to the Ray of another user; set RAY_TMPDIR"):
+        cluster._offered()
+    monkeypatch.setenv("RAY_ADDRESS", head)
+    assert cluster._offered() == head, "who names it means it"
+
+
+def test_a_cluster_that_does_not_answer_is_said(places, monkeypatch, nobody):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-
-    def refuse(**options):
-        assert options["address"] == "127.0.0.1:9"
-        raise ConnectionError
-
-    monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match="no Ray cluster answers"):
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray would try for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    with pytest.raises(UserError, match=f"{nobody}: no Ray cluster answers"):
         cluster.connect()
+
+
+def test_a_temporary_directory_that_is_too_long_for_sockets_is_said(places, monkeypatch):
+    session = len(f"/ray/session_2026-11-27_17-46-25_123456_{os.getpid()}/sockets/{cluster.LONGEST_SOCKET}")
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "é" * ((107 - session - 1) // 2) + "x" * ((107 - session - 1) % 2))
+    cluster._check_sockets_fit()
+    monkeypatch.setenv("RAY_TMPDIR", os.environ["RAY_TMPDIR"] + "y")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("nothing is started"))
+    with pytest.raises(UserError, match=r"y: too long by 1 bytes .*set RAY_TMPDIR, or TMPDIR, to a shorter"):
+        cluster.connect()
+
+
+def test_no_socket_of_ray_has_a_longer_name():
+    """By Ray's own check of a path, and the names that it has here."""
+    heads = [path.read_text() for path in Path(ray.__file__).parent.glob("dashboard/modules/*/*_head.py")]
+    names = [f"dash_{name}" for text in heads for name in re.findall(r"class (\w+)\(SubprocessModule\)", text)]
+    assert cluster.LONGEST_SOCKET in names
+    assert max(map(len, [*names, "plasma_store.1", "raylet.1"])) == len(cluster.LONGEST_SOCKET)
+    validate_socket_filepath("x" * cluster.SOCKET_BYTES)
+    with pytest.raises(OSError, match="cannot exceed"):
+        validate_socket_filepath("x" * (cluster.SOCKET_BYTES + 1))
 
 
 def test_a_disk_that_cannot_be_used_is_told_from_other_errors():

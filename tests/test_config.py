@@ -1,5 +1,6 @@
 """The configuration: what is accepted, what is refused and how, and that it survives being written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,51 @@ def test_what_does_not_fit_is_one_line_that_names_it(space_file, override, words
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("name", ["a", "b"]),
+        ("corpora", [{"synthetic": None}]),
+        ("label", ["intended", "perceived"]),
+        ("labels", [{}, {"synthetic": {"mad": "angry"}}]),
+        ("labels.synthetic", [{"mad": "angry"}]),
+        ("emotions", [["angry", "sad"], ["angry", "happy"]]),
+        ("merge", [{}]),
+        ("merge.calm", ["neutral"]),
+        ("audio.trim_db", [30.0, 40.0]),
+        ("protocol.fold", [0, 1]),
+        ("protocol.seed", [0, 1]),
+    ],
+)
+def test_what_the_data_are_is_not_searched(space_file, key, values):
+    with pytest.raises(UserError, match=f"search: {key}: the data are the same for all trials"):
+        load(space_file, [f"search.{key}={json.dumps({'choice': values})}"])
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [({}, 10), ({"epochs": {"choice": [3, 7]}}, 7), ({"epochs": {"randint": [2, 30]}}, 30)],
+)
+def test_the_longest_trial_has_the_most_epochs(space_file, search, most):
+    assert load(space_file, [f"search={json.dumps(search)}", "tune.first=[]"]).most_epochs() == most
+
+
+def test_epochs_may_grow_and_not_shrink(space_file):
+    old, more = load(space_file), load(space_file, ["experiment.epochs=11"])
+    assert config.refused(old, more) == []
+    assert config.refused(more, old) == ["experiment.epochs: 11 -> 10, which may only grow"]
+    assert config.refused(old, load(space_file, ["experiment.epochs=11", "experiment.patience=2"])) == [
+        "experiment.patience: 4 -> 2"
+    ]
+
+
+def test_half_of_a_batch_makes_the_same_step(space_file):
+    whole = load(space_file, ["experiment.batch_seconds=30", "experiment.optimizer.accumulate=3"]).experiment
+    half = whole.halved()
+    assert (half.batch_seconds, half.optimizer.accumulate) == (15, 6)
+    assert half.batch_seconds * half.optimizer.accumulate == whole.batch_seconds * whole.optimizer.accumulate
 
 
 def test_a_missing_file_and_a_file_that_is_no_yaml_are_said(tmp_path):

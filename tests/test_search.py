@@ -6,6 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from optuna.trial import TrialState
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from search_fixtures import SEARCH, record, space
@@ -13,7 +16,7 @@ from search_fixtures import SEARCH, record, space
 from ser_ray import tune
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
-from ser_ray.search.trials import Trials
+from ser_ray.search.trials import ATTEMPTS, Trials
 
 
 def searcher(directory: Path, **budget) -> tuple[tune.Suggestions, Trials]:
@@ -63,6 +66,46 @@ def test_a_trial_whose_process_dies_is_handed_out_again(tmp_path):
     finish(search, "b")
     assert search.suggest("c") == Searcher.FINISHED
     assert len(search.study.trials) == 1
+
+
+def test_a_trial_that_fails_is_told_before_the_next_is_chosen(tmp_path):
+    search, trials = searcher(tmp_path, trials=2)
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)  # as Tune does: the searcher first, then the callback
+    trials.update("001", status="failed", error="epoch 1: the loss is nan")
+    search.suggest("b")
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_every_attempt_is_counted_as_it_is_handed_out(tmp_path):
+    """Before a process of it is there: one that dies at once is begun no more than so often."""
+    search, trials = searcher(tmp_path, trials=1)
+    handed = 0
+    while search.suggest(f"t{handed}") != Searcher.FINISHED:
+        search.on_trial_complete(f"t{handed}", error=True)
+        trials.interrupted("001", "its process died")
+        handed += 1
+    assert handed == ATTEMPTS
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL]
+
+
+def test_finals_that_die_at_once_are_given_up_too(tmp_path):
+    trials = Trials(tmp_path, [], kind="finals")
+    trials.add("001-fold1-seed0", {})
+    queue, handed = tune.Queue(trials), 0
+    while queue.suggest(f"t{handed}") != Searcher.FINISHED:
+        queue.on_trial_complete(f"t{handed}", error=True)
+        trials.interrupted("001-fold1-seed0", "its process died")
+        handed += 1
+    assert handed == ATTEMPTS
+
+
+def test_one_that_was_short_of_memory_is_handed_out_with_half_of_the_batch(tmp_path):
+    search, trials = searcher(tmp_path, trials=1)
+    assert search.suggest("a")["halved"] is False
+    search.on_trial_complete("a", error=True)
+    trials.short_of_memory("001", "out of memory")
+    assert search.suggest("b")["halved"] is True
 
 
 def test_points_given_first_are_tried_first_once(tmp_path):
@@ -128,6 +171,49 @@ def test_asha_does_not_count_a_continued_trial_twice(tmp_path):
     scheduler.on_trial_result(None, goes_on, record(3, 0.7, 0.7))
     rungs = dict(scheduler._brackets[0]._rungs)
     assert {milestone: dict(seen) for milestone, seen in rungs.items() if seen} == {
-        1: {"tune-9": 0.5},
-        2: {"tune-9": 0.6},
+        1: {"001": 0.5},
+        2: {"001": 0.6},
     }
+
+
+def test_asha_counts_a_trial_once_however_often_it_is_begun(tmp_path):
+    settings = space(SEARCH, grace=1)
+    trials = Trials(tmp_path, settings.search)
+    trials.add("001", {})
+    scheduler = tune.Halving(settings, trials)
+    for begun in range(3):
+        again = SimpleNamespace(trial_id=f"tune-{begun}", config={"trial_id": "001"})
+        scheduler.on_trial_add(None, again)
+        scheduler.on_trial_result(None, again, record(1, 0.5, 0.5))
+        folder.append_history(tmp_path / "trials" / "001", record(1, 0.5, 0.5))
+        trials.update("001")
+    assert [dict(seen) for milestone, seen in scheduler._brackets[0]._rungs if milestone == 1] == [{"001": 0.5}]
+
+
+@pytest.mark.parametrize("searched", [{"choice": [4, 20]}, {"randint": [4, 20]}])
+def test_asha_goes_by_the_largest_searched_number_of_epochs(tmp_path, searched):
+    settings = space({"epochs": searched}, grace=1)
+    trials = Trials(tmp_path, settings.search)
+    trials.add("001", {"epochs": 20})
+    scheduler = tune.Halving(settings, trials)
+    long = SimpleNamespace(trial_id="tune-1", config={"trial_id": "001"})
+    scheduler.on_trial_add(None, long)
+    decisions = [scheduler.on_trial_result(None, long, record(epoch, 0.5, 0.5)) for epoch in range(1, 20)]
+    assert set(decisions) == {TrialScheduler.CONTINUE}, "the experiment's own ten epochs are not the end"
+    assert [milestone for milestone, _ in scheduler._brackets[0]._rungs] == [16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("low on memory"), NodeDiedError("gone"), WorkerCrashedError()])
+def test_every_death_of_an_actor_is_one_for_tune(error):
+    """What Ray raises where it ended the process itself would otherwise end the whole search."""
+    heard: list[Exception] = []
+    manager = RayActorManager.__new__(RayActorManager)
+    manager._failed_actor_ids, manager._cleanup_actor = set(), lambda tracked_actor: None
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: heard.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
+    with tune._every_death_heeded():
+        manager._actor_task_failed(task, error)
+    assert [type(error) for error in heard] == [RayActorError]
+    assert str(error) in str(heard[0])
+    with pytest.raises(RuntimeError, match="unexpected"):
+        manager._actor_task_failed(task, error)

@@ -170,8 +170,10 @@ def test_a_finished_search_is_shown_not_repeated(tuned, space, capsys):
 
 @pytest.mark.ray
 def test_another_configuration_under_the_same_name_is_refused(tuned, space, capsys):
-    assert main(["tune", str(space), "experiment.epochs=9"]) == 2
-    assert "experiment.epochs: 2 -> 9" in capsys.readouterr().err
+    assert main(["tune", str(space), "experiment.patience=9"]) == 2
+    assert "experiment.patience: 4 -> 9" in one_line(capsys)
+    assert main(["tune", str(space), "experiment.epochs=1"]) == 2
+    assert "experiment.epochs: 2 -> 1, which may only grow" in one_line(capsys)
 
 
 @pytest.mark.ray
@@ -273,7 +275,7 @@ def test_two_commands_do_not_work_on_one_search(space, ray_cluster, capsys):
     results_of(space, "busy").mkdir(parents=True)
     with disk.locked(results_of(space, "busy") / ".lock"):
         assert main(["tune", str(space), "experiment.name=busy"]) == 2
-    assert "another process works on this search" in one_line(capsys)
+    assert "another process works on this; wait for it" in one_line(capsys)
 
 
 @pytest.mark.ray

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.train import WorkerGroupError
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
+from ser_ray import cluster
 from ser_ray.evaluation import folder
-from ser_ray.schema import StorageError, UserError
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.search.trials import ATTEMPTS, Trials
 from ser_ray.watch import Watch
 
@@ -112,6 +114,7 @@ def test_a_stopped_trial_is_no_finished_one(tmp_path):
 def test_what_died_goes_on_and_what_was_refused_does_not(tmp_path):
     seen, text = watch(tmp_path)
     for attempt in range(1, ATTEMPTS + 1):
+        seen.trials.begin("001")
         seen.on_trial_start(0, [], trial(1))
         seen.on_trial_error(0, [], failed(1, RayActorError(), tmp_path))
         assert seen.trials.known["001"].over == (attempt == ATTEMPTS)
@@ -138,3 +141,76 @@ def test_an_error_of_ours_says_its_last_line(tmp_path):
     seen.on_trial_start(0, [], trial(1))
     seen.on_trial_error(0, [], failed(1, task_error(RuntimeError("boom")), tmp_path))
     assert "goes on from its last epoch: RuntimeError: boom" in text.getvalue()
+
+
+RAYS_ADVICE = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node was 22.8GB / 24.0GB.\n"
+    "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/debug.html. "
+    "To adjust the kill threshold, set the environment variable `RAY_memory_usage_threshold` when starting Ray."
+)
+FULL = "Ray ended its process, as the memory of its machine was nearly full; lower tune.concurrency"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (task_error(ValueError("boom")), "ValueError: boom"),
+        (
+            task_error(RuntimeError("CUDA error: assert\nCompile with `TORCH_USE_CUDA_DSA`")),
+            "RuntimeError: CUDA error: assert",
+        ),
+        (task_error(KeyError("x")), "KeyError: 'x'"),
+        (RayActorError(), "its process died"),
+        (ActorDiedError(), "its process died"),
+        (RayActorError(error_msg=str(WorkerCrashedError())), "its process died"),
+        (ActorDiedError(task_error(ImportError("no module x"))), "ImportError: no module x"),
+        (RayActorError(error_msg=f"ray.exceptions.OutOfMemoryError: {RAYS_ADVICE}"), FULL),
+        (OutOfMemoryError(RAYS_ADVICE), FULL),
+        (task_error(OutOfMemoryError(RAYS_ADVICE)), FULL),
+        (task_error(ProcessDiedError("its process died")), "its process died"),
+        (task_error(WorkerGroupError(f"rank 1:\n{RAYS_ADVICE}\nrank 0:\nRuntimeError: closed by peer", {})), FULL),
+    ],
+)
+def test_the_reason_is_one_line_and_no_advertisement(tmp_path, error, said):
+    seen, text = watch(tmp_path)
+    seen.trials.begin("001")
+    seen.on_trial_start(0, [], trial(1))
+    seen.on_trial_error(0, [], failed(1, error, tmp_path))
+    reason = seen.trials.known["001"].error
+    assert reason.startswith(said)
+    assert "\n" not in reason
+    assert "docs.ray.io" not in reason
+    shown = " ".join(text.getvalue().split())
+    assert shown.endswith(f"trial 001 was cut off and goes on from its last epoch: {reason}")
+
+
+def test_short_memory_is_tried_again_with_half_once(tmp_path):
+    seen, text = watch(tmp_path)
+    short = task_error(MemoryShortageError("out of memory: lower experiment.batch_seconds (60)"))
+    for _ in range(2):
+        seen.trials.begin("001")
+        seen.on_trial_start(0, [], trial(1))
+        seen.on_trial_error(0, [], failed(1, short, tmp_path))
+    first, second = (line for line in text.getvalue().splitlines() if "out of memory" in line)
+    assert "is tried again with half of batch_seconds: out of memory: lower experiment.batch_seconds (60)" in first
+    assert "failed: out of memory: lower experiment.batch_seconds (60) (half of batch_seconds was tried)" in second
+    assert seen.trials.known["001"].status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (OutOfMemoryError(RAYS_ADVICE), ProcessDiedError),
+        (ActorDiedError(), ProcessDiedError),
+        (MemoryShortageError("out of memory"), MemoryShortageError),
+        (task_error(MemoryShortageError("out of memory")), MemoryShortageError),
+        (UserError("a line"), UserError),
+        (RuntimeError("boom"), None),
+        (task_error(RuntimeError("boom")), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_worker_died_of_keeps_its_kind(failure, kind):
+    found = cluster.user_error(failure)
+    assert type(found) is (kind or type(None))
+    assert "\n" not in str(found)

@@ -13,13 +13,16 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ser_ray.disk import read_json, write_json, write_text
+from ser_ray.config import Experiment
+from ser_ray.disk import locked, read_json, write_json, write_text
 from ser_ray.evaluation.results import read_history
+from ser_ray.schema import UserError
 
 Record = dict[str, Any]
 NOTES = "notes.txt"
@@ -40,6 +43,12 @@ class Tried:
     error: str = ""
     seconds: float = 0.0
     """Of all sessions that worked on it."""
+    attempts: int = 0
+    """How often it was begun since its last epoch, in all sessions,"""
+    reached: int = 0
+    """which was the last of so many."""
+    halved: bool = False
+    """Whether its memory was short once: its batches are half as large then, and a step holds twice as many."""
     history: Sequence[Record] = field(default=(), repr=False)
 
     @property
@@ -52,10 +61,35 @@ class Tried:
         """The record of its best epoch; empty before the first."""
         return next((r for r in self.history if r["epoch"] == self.history[-1]["best_epoch"]), {})
 
+    def may_grow(self, experiment: Experiment) -> bool:
+        """Whether it ended with its last epoch, and ``experiment`` has more of them: not where patience ended it, nor
+        the scheduler."""
+        if self.status != "finished" or not self.history:
+            return False
+        following, best = self.history[-1]["epoch"] + 1, self.history[-1]["best_epoch"]
+        return bool(following <= experiment.epochs and following - best <= experiment.patience)
+
+
+@contextmanager
+def alone(results_dir: Path) -> Iterator[None]:
+    """Work on a results folder while nobody else does: for what trains, chooses or tests, in whatever command.
+
+    Where the file system has no locks nothing keeps two apart. Raises UserError where somebody else works on it, or it
+    cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            got = stack.enter_context(locked(results_dir / ".lock", wait=False))
+        except OSError as error:
+            raise UserError(f"storage.results: cannot write to {results_dir}: {error.strerror}") from None
+        if got is False:
+            raise UserError(f"{results_dir}: another process works on this; wait for it, or set experiment.name")
+        yield
+
 
 def write_tried(trials_dir: Path, tried: Tried) -> None:
     """Write a trial's ``trial.json``."""
-    known = {"trial_id": tried.trial_id, "status": tried.status, "error": tried.error, "seconds": tried.seconds}
+    known = {one.name: getattr(tried, one.name) for one in fields(tried) if one.name != "history"}
     write_json(trials_dir / tried.trial_id / "trial.json", known | {"values": dict(tried.values)})
 
 
@@ -117,7 +151,7 @@ def trial_row(tried: Tried, keys: Iterable[str] = ()) -> Record:
         | {name: best.get(name, "") for name in DEV_FIGURES}
         | cost
         | {"checkpoint": f"trials/{tried.trial_id}/{checkpoint_name(best['epoch'])}" if best else ""}
-        | {"error": tried.error}
+        | {"halved": "batch_seconds" if tried.halved else "", "error": tried.error}
     )
 
 

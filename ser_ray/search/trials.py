@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from ser_ray import disk
+from ser_ray.config import Experiment
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 
 ATTEMPTS: Final = 4
-"""A trial whose processes keep dying is given up after so many starts without an epoch between them: a machine that
-fails now and then costs an epoch each time, one that always fails must not hold the search for ever."""
+"""A trial whose processes keep dying is given up after so many attempts without an epoch between them, whatever killed
+them and in whatever session: a machine that fails now and then costs an epoch each time, one that always fails must not
+hold the search for ever."""
 
 
 class Trials:
@@ -24,8 +26,8 @@ class Trials:
         self.results_dir, self.keys, self.kind = results_dir, list(keys), kind
         self.known = {tried.trial_id: tried for tried in folder.read_tried(results_dir / kind)}
         self.before = {trial_id: tried.seconds for trial_id, tried in self.known.items()}
-        self.starts: dict[str, int] = {}
-        self.reached: dict[str, int] = {}
+        self.begun: set[str] = set()
+        """Those with an attempt that has not ended yet."""
         self.error: Exception | None = None
         """Why nothing can be written any more; Tune, which calls this, makes a traceback of it or passes over it."""
         self.started = time.monotonic()
@@ -40,12 +42,38 @@ class Trials:
         self.known[trial_id] = Tried(trial_id, values)
         return self.update(trial_id)
 
+    def resume(
+        self, experiment_of: Callable[[Mapping[str, Any]], Experiment], wanted: Container[str] | None = None
+    ) -> None:
+        """Look at every trial as a session begins, or at those that are ``wanted``. ``experiment_of``: a trial's values
+        -> its experiment.
+
+        What failed is tried again, as things may be better now. What ended with its last epoch goes on where the
+        experiment has more of them now. What took whole sessions with it, and too often, is given up.
+        """
+        for tried in [known for known in self if wanted is None or known.trial_id in wanted]:
+            if tried.status == "failed" or tried.may_grow(experiment_of(tried.values)):
+                self.update(tried.trial_id, status="running", error="", attempts=0)
+            elif not tried.over and self._spent(tried):
+                reason = tried.error or "its process died, and the search with it"
+                self.update(tried.trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
+
+    def begin(self, trial_id: str) -> Tried:
+        """Count an attempt, before any process of it exists: one that dies at once, or takes this process with it, has
+        been counted."""
+        tried = self.known[trial_id]
+        attempts = 1 if tried.reached != len(tried.history) else tried.attempts + 1
+        self.begun.add(trial_id)
+        return self.update(trial_id, attempts=attempts, reached=len(tried.history))
+
+    def release(self) -> None:
+        """Somebody ended the session in order: the attempts that it broke off do not count."""
+        for trial_id in sorted(self.begun):
+            self.update(trial_id, attempts=self.known[trial_id].attempts - 1)
+        self.begun.clear()
+
     def start(self, trial_id: str) -> Tried:
-        """It begins, or goes on."""
-        epochs = len(self.known[trial_id].history)
-        if self.reached.get(trial_id) != epochs:  # it came further since its last start
-            self.reached[trial_id], self.starts[trial_id] = epochs, 0
-        self.starts[trial_id] = self.starts.get(trial_id, 0) + 1
+        """Its process is there: it begins, or goes on."""
         return self.update(trial_id, status="running", error="")
 
     def update(self, trial_id: str, seconds: float | None = None, **changes: Any) -> Tried:
@@ -56,6 +84,8 @@ class Trials:
         history = tuple(folder.trial_history(directory / trial_id))
         tried = dataclasses.replace(self.known[trial_id], history=history, **changes)
         self.known[trial_id] = tried
+        if tried.over:
+            self.begun.discard(trial_id)
         try:
             folder.write_tried(directory, tried)
             if self.kind == "trials":
@@ -68,14 +98,26 @@ class Trials:
 
     def interrupted(self, trial_id: str, reason: str) -> Tried:
         """A trial whose process died: it goes on from its last epoch, unless that has happened too often."""
-        if self.starts.get(trial_id, 0) < ATTEMPTS:
-            return self.update(trial_id, status="running", error=reason)
-        return self.update(trial_id, status="failed", error=f"{reason} ({ATTEMPTS} times)")
+        self.begun.discard(trial_id)
+        tried = self.update(trial_id, status="running", error=reason)
+        if not self._spent(tried):
+            return tried
+        return self.update(trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
+
+    def short_of_memory(self, trial_id: str, reason: str) -> Tried:
+        """A trial that did not fit the memory: it goes on from its last epoch with half of the batch, once."""
+        self.begun.discard(trial_id)
+        if self.known[trial_id].halved:
+            return self.update(trial_id, status="failed", error=f"{reason} (half of batch_seconds was tried)")
+        return self.update(trial_id, status="running", error=reason, halved=True, attempts=0)
 
     def hours(self) -> float:
         """Hours of all sessions of this search."""
         sessions = [*_earlier_sessions(self.results_dir, self.session["started"]), {"seconds": self._own_seconds()}]
         return sum(float(session["seconds"]) for session in sessions) / 3600
+
+    def _spent(self, tried: Tried) -> bool:
+        return tried.attempts >= ATTEMPTS and tried.reached == len(tried.history)
 
     def _own_seconds(self) -> float:
         return time.monotonic() - self.started

@@ -115,11 +115,11 @@ def test_trials_write_what_they_learn_and_give_up_after_some_deaths(tmp_path: Pa
     )
     again.add("002", {})
     for attempt in range(1, ATTEMPTS + 1):
-        again.start("002")
+        again.begin("002")
         assert again.interrupted("002", "its process died").over == (attempt == ATTEMPTS)
     assert again.known["002"].error == f"its process died ({ATTEMPTS} times)"
     folder.append_history(tmp_path / "trials" / "002", record(1, 0.4, 0.4))
     again.update("002", status="running")
-    again.start("002")
+    again.begin("002")
     assert not again.interrupted("002", "its process died").over, "an epoch in between makes it count anew"
     assert len(json.loads((tmp_path / "sessions.json").read_text())) >= 1
