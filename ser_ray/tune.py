@@ -13,13 +13,15 @@ if __name__ == "__main__":
 
     sys.exit(command(["tune", *sys.argv[1:]]))
 
+import importlib
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import ray.data
 from ray import tune
@@ -41,6 +43,9 @@ from ser_ray.speech import shards
 from ser_ray.train import audit_task, open_results, run_trial
 from ser_ray.watch import Watch
 
+TRAINABLE: Final = "SER_RAY_TRAINABLE"
+"""Where this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same
+arguments: for tests of what happens around training."""
 TUNE_STATE = ".tune"
 """Where Tune keeps its own notes while it runs. They are never read: a search continues from its trials' folders."""
 
@@ -253,7 +258,7 @@ def _run(
     watch = Watch(space, trials, at_once, console)
     trainable = tune.with_resources(
         tune.with_parameters(
-            run_trial,
+            _trainable(),
             space=config.to_dict(space),
             shard_dirs=[str(shard_dir) for shard_dir in shard_dirs],
             directory=str(trials.results_dir / trials.kind),
@@ -288,6 +293,12 @@ def _run(
     # Tune returns quietly from a Ctrl-C, with trials half done.
     if any(not tried.over for tried in trials):
         raise KeyboardInterrupt
+
+
+def _trainable() -> Callable[..., None]:
+    """`run_trial`, or what is named in its place."""
+    module, _, function = os.environ.get(TRAINABLE, "").partition(":")
+    return getattr(importlib.import_module(module), function) if module else run_trial
 
 
 def _resources(space: SearchSpace) -> dict[str, float]:

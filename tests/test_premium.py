@@ -79,8 +79,8 @@ def test_the_runs_differ_in_the_protocol_alone(tmp_path, tiny_corpus):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_premium_of_a_small_corpus(tmp_path, tiny_corpus, ray_cluster, capsys):
-    space = write_space(tmp_path, tiny_corpus)
+def test_the_premium_of_a_small_corpus(tmp_path, tiny_corpus, tiny_cache, ray_cluster, capsys):
+    space = write_space(tmp_path, tiny_corpus, tiny_cache)
     command = ["premium", str(space), "experiment.name=gap", "experiment.epochs=1"]
     assert main(command) == 0
     answer = json.loads((results_of(space, "gap") / "premium.json").read_text())

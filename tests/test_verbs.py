@@ -50,8 +50,10 @@ SPACE = {
 }
 
 
-def write_space(directory: Path, corpus: Path) -> Path:
-    """The search space as a file, with results and cache beside it."""
+def write_space(directory: Path, corpus: Path, prepared: Path | None = None) -> Path:
+    """The search space as a file, with results and cache beside it; the cache may be a copy of a ``prepared`` one."""
+    if prepared is not None:
+        shutil.copytree(prepared, directory / "cache", dirs_exist_ok=True)
     content = json.loads(json.dumps(SPACE))
     content["experiment"]["corpora"] = {"ravdess": str(corpus)}
     content["storage"] = {"results": str(directory / "results"), "cache": str(directory / "cache")}
@@ -61,8 +63,8 @@ def write_space(directory: Path, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def space(tiny_corpus, tmp_path_factory) -> Path:
-    return write_space(tmp_path_factory.mktemp("verbs"), tiny_corpus)
+def space(tiny_corpus, tiny_cache, tmp_path_factory) -> Path:
+    return write_space(tmp_path_factory.mktemp("verbs"), tiny_corpus, tiny_cache)
 
 
 def results_of(space: Path, name: str) -> Path:
