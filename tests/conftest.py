@@ -115,6 +115,14 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("untrained")
 
 
+@pytest.fixture
+def nothing_is_trained(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of this test, on the session's Ray, are of `stub_trainable`."""
+    import stub_trainable
+
+    monkeypatch.setenv("SER_RAY_TRAINABLE", stub_trainable.TRAINABLE)
+
+
 @pytest.fixture(scope="session")
 def backbones_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that holds one tiny backbone of every variant, by its name."""

@@ -35,7 +35,8 @@ def stub(untrained) -> dict[str, str]:
 
 def start_tune(space: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", *overrides]
+    settings = [f"experiment.name={name}", "storage.prefix_gb=0", *overrides]
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), *settings]
     return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
