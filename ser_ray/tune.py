@@ -13,14 +13,16 @@ if __name__ == "__main__":
 
     sys.exit(command(["tune", *sys.argv[1:]]))
 
+import importlib
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import ray.data
 from ray import tune
@@ -45,6 +47,9 @@ from ser_ray.search.trials import Trials
 from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
 from ser_ray.watch import Watch
 
+TRAINABLE: Final = "SER_RAY_TRAINABLE"
+"""Where this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same
+arguments: for tests of what happens around training."""
 TUNE_STATE = ".tune"
 """Where Tune keeps its own notes while it runs. They are never read: a search continues from its trials' folders."""
 
@@ -289,7 +294,8 @@ def _run(
     at_once = planned.allocation.trials_at_once
     watch = Watch(planned.space, trials, at_once, console)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, plan=planned, kind=trials.kind, speech=speech), _resources(planned.allocation)
+        tune.with_parameters(_trainable(), plan=planned, kind=trials.kind, speech=speech),
+        _resources(planned.allocation),
     )
     state = trials.results_dir / TUNE_STATE
     shutil.rmtree(state, ignore_errors=True)
@@ -339,6 +345,12 @@ def _every_death_heeded() -> Iterator[None]:
         yield
     finally:
         RayActorManager._actor_task_failed = original
+
+
+def _trainable() -> Callable[..., None]:
+    """`run_trial`, or what is named in its place."""
+    module, _, function = os.environ.get(TRAINABLE, "").partition(":")
+    return getattr(importlib.import_module(module), function) if module else run_trial
 
 
 def _resources(allocation: Allocation) -> dict[str, float]:

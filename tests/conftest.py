@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +95,35 @@ def _voice(emotion: str, actor: int, rate: int, rng: np.random.Generator) -> np.
 
 
 @pytest.fixture(scope="session")
+def tiny_cache(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``ser-ray prepare`` makes of the tiny corpus, to be copied to where a test has its cache."""
+    from rich.console import Console
+
+    from ser_ray.config import SearchSpace
+    from ser_ray.prepare import prepare
+
+    directory = tmp_path_factory.mktemp("prepared")
+    experiment = {"name": "tiny", "corpora": {"ravdess": str(tiny_corpus)}, "backbone": "embedded/tiny-whisper"}
+    space = SearchSpace.model_validate({"experiment": experiment, "storage": {"cache": str(directory)}})
+    prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `stub_trainable` keeps its checkpoints, for all searches of the session."""
+    return tmp_path_factory.mktemp("untrained")
+
+
+@pytest.fixture
+def nothing_is_trained(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of this test, on the session's Ray, are of `stub_trainable`."""
+    import stub_trainable
+
+    monkeypatch.setenv("SER_RAY_TRAINABLE", stub_trainable.TRAINABLE)
+
+
+@pytest.fixture(scope="session")
 def backbones_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that holds one tiny backbone of every variant, by its name."""
     from backbone_fixtures import VARIANTS, write_backbone
@@ -104,12 +135,14 @@ def backbones_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """The session's one local Ray."""
+def ray_cluster(untrained: Path) -> Iterator[None]:
+    """The session's one local Ray, whose processes find what `stub_trainable` needs."""
     import ray
+    import stub_trainable
 
     from ser_ray import cluster
 
+    os.environ.update(stub_trainable.settings(untrained))
     cluster.connect()
     yield
     ray.shutdown()

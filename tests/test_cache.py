@@ -34,9 +34,9 @@ FROZEN = "experiment.adapter={method: frozen}"
 
 
 @pytest.fixture
-def path(tiny_corpus, tmp_path, backbones_dir) -> Path:
+def path(tiny_corpus, tiny_cache, tmp_path, backbones_dir) -> Path:
     """A search space over a tiny Whisper."""
-    return write_space(tmp_path, tiny_corpus)
+    return write_space(tmp_path, tiny_corpus, tiny_cache)
 
 
 @pytest.fixture

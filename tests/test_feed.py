@@ -18,9 +18,9 @@ from ser_ray.speech import shards, stream
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_corpus, tmp_path_factory) -> tuple[Task, list[Path], config.SearchSpace]:
+def prepared(tiny_corpus, tiny_cache, tmp_path_factory) -> tuple[Task, list[Path], config.SearchSpace]:
     """The tiny corpus in several shards."""
-    space = config.load(write_space(tmp_path_factory.mktemp("feed"), tiny_corpus))
+    space = config.load(write_space(tmp_path_factory.mktemp("feed"), tiny_corpus, tiny_cache))
     shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
     task = load_task(space.experiment, shard_dirs)
     directory = tmp_path_factory.mktemp("small")

@@ -1,6 +1,7 @@
 """A search that is killed or interrupted, as a process of its own: what continues, and what stays closed.
 
-Beside the session's own Ray: with two clusters on a machine a stopped trial must still give back what it held.
+Beside the session's own Ray: with two clusters on a machine a stopped trial must still give back what it held. Where a
+worker is killed models are trained; the others train nothing, as what they show lies around it.
 """
 
 from __future__ import annotations
@@ -15,29 +16,51 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_verbs import results_of, write_space
+import stub_trainable
+from test_verbs import results_of, train, write_space
 
 from ser_ray.evaluation.folder import trial_history
 
 
 @pytest.fixture(scope="module")
-def space(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
-    return write_space(tmp_path_factory.mktemp("kills"), tiny_corpus)
+def space(tiny_corpus, tiny_cache, tmp_path_factory, ray_cluster) -> Path:
+    return write_space(tmp_path_factory.mktemp("kills"), tiny_corpus, tiny_cache)
 
 
-def start_tune(space: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def stub(untrained) -> dict[str, str]:
+    """Variables with which nothing is trained, and an epoch takes a while."""
+    return stub_trainable.environment(untrained, epoch_s=0.5)
+
+
+def start_tune(space: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
+    settings = [f"experiment.name={name}", "storage.prefix_gb=0", *overrides]
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), *settings]
+    return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_line(driver: subprocess.Popen[str], text: str) -> str:
+    """All that it has said until then."""
+    said = ""
+    for line in driver.stdout:
+        said += line
+        if text in line:
+            break
+    return said
+
+
+def processes(driver: subprocess.Popen[str], word: str) -> list[psutil.Process]:
+    """Those of its Ray with that on their command lines."""
+    started = psutil.Process(driver.pid).children(recursive=True)
+    return [process for process in started if word in " ".join(process.cmdline())]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_search_continues_and_loses_nothing(space):
-    driver = start_tune(space, "killed")
-    for line in driver.stdout:
-        if "1 of 3 trials done" in line:
-            break
+def test_a_killed_search_continues_and_loses_nothing(space, stub):
+    driver = start_tune(space, "killed", **stub)
+    wait_for_line(driver, "1 of 3 trials done")
     driver.kill()
     driver.wait(60)
     results = results_of(space, "killed")
@@ -45,7 +68,7 @@ def test_a_killed_search_continues_and_loses_nothing(space):
     done = [trial_id for trial_id, row in before.items() if row["status"] in ("finished", "stopped")]
     histories = {trial_id: trial_history(results / "trials" / trial_id) for trial_id in done}
 
-    again = start_tune(space, "killed")
+    again = start_tune(space, "killed", **stub)
     text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text
     assert "continuing the search" in text
@@ -62,16 +85,8 @@ def test_a_killed_search_continues_and_loses_nothing(space):
 @pytest.mark.slow
 def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
     driver = start_tune(space, "two", "resources.workers=2", "tune.trials=1", "tune.finalists=1", "experiment.epochs=6")
-    text = ""
-    for line in driver.stdout:
-        text += line
-        if "epoch  1" in line:
-            break
-    workers = [
-        process
-        for process in psutil.Process(driver.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
+    text = wait_for_line(driver, "epoch  1")
+    workers = processes(driver, "RayTrainWorker")
     assert len(workers) == 2, text
     workers[0].kill()
     rest, _ = driver.communicate(timeout=600)
@@ -86,13 +101,33 @@ def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_trial_whose_worker_was_killed_comes_to_the_same_numbers(space):
+    """As one that is trained here, from the same point, and that nobody disturbs."""
+    own = ["experiment.epochs=4", "experiment.patience=4"]
+    point = ["tune.trials=1", "tune.finalists=1", "tune.first=[{adapter.method: full, optimizer.lr: 1.0e-3}]"]
+    driver = start_tune(space, "worker", *own, *point)
+    text = wait_for_line(driver, "epoch  1")
+    (worker,) = processes(driver, "ray::ImplicitFunc.train")
+    worker.kill()
+    unbroken = train(space, "undisturbed", "resources.workers=0", *own)
+    rest, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, text + rest
+    assert "goes on after epoch" in rest
+    lines = (results_of(space, "worker") / "trials" / "001" / "history.jsonl").read_text().splitlines()
+    for ours, theirs in zip(map(json.loads, lines), unbroken, strict=True):
+        assert ours["epoch"] == theirs["epoch"]
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-3)
+        assert ours["lr"] == pytest.approx(theirs["lr"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space, number):
+def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space, stub, number):
     name = f"interrupted-{number.name}"
-    driver = start_tune(space, name)
-    for line in driver.stdout:
-        if "epoch  1" in line:
-            break
+    driver = start_tune(space, name, **stub)
+    wait_for_line(driver, "epoch  1")
     driver.send_signal(number)
     text, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, text

@@ -16,10 +16,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> list[str]:
+def small(tmp_path: Path, tiny_corpus: Path) -> list[str]:
+    """The demo over the tiny corpus."""
     places = [f"storage.results={tmp_path}/results", f"storage.cache={tmp_path}/cache"]
     return [
         *places,
+        f"experiment.corpora={{ravdess: {tiny_corpus}}}",
         "experiment.backbone=embedded/tiny-whisper",
         "experiment.epochs=1",
         "tune.trials=2",

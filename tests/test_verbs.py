@@ -50,8 +50,10 @@ SPACE = {
 }
 
 
-def write_space(directory: Path, corpus: Path) -> Path:
-    """The search space as a file, with results and cache beside it."""
+def write_space(directory: Path, corpus: Path, prepared: Path | None = None) -> Path:
+    """The search space as a file, with results and cache beside it; the cache may be a copy of a ``prepared`` one."""
+    if prepared is not None:
+        shutil.copytree(prepared, directory / "cache", dirs_exist_ok=True)
     content = json.loads(json.dumps(SPACE))
     content["experiment"]["corpora"] = {"ravdess": str(corpus)}
     content["storage"] = {"results": str(directory / "results"), "cache": str(directory / "cache")}
@@ -61,8 +63,8 @@ def write_space(directory: Path, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def space(tiny_corpus, tmp_path_factory) -> Path:
-    return write_space(tmp_path_factory.mktemp("verbs"), tiny_corpus)
+def space(tiny_corpus, tiny_cache, tmp_path_factory) -> Path:
+    return write_space(tmp_path_factory.mktemp("verbs"), tiny_corpus, tiny_cache)
 
 
 def results_of(space: Path, name: str) -> Path:
@@ -74,15 +76,28 @@ def train(space: Path, name: str, *overrides: str) -> list[dict]:
     return trial_history(results_of(space, name) / "trials" / "single")
 
 
+def copy_results(space: Path, name: str, copy: str) -> Path:
+    """The results of a run under another name."""
+    shutil.copytree(results_of(space, name), results_of(space, copy))
+    settings = results_of(space, copy) / "search.yaml"
+    settings.write_text(settings.read_text().replace(f"name: {name}\n", f"name: {copy}\n"))
+    return results_of(space, copy)
+
+
 @pytest.fixture(scope="module")
 def local(space) -> list[dict]:
     """The history of one trial in this process."""
     return train(space, "local", "resources.workers=0")
 
 
+@pytest.fixture(scope="module")
+def worker(space, ray_cluster) -> list[dict]:
+    """That of the same trial on Ray."""
+    return train(space, "worker")
+
+
 @pytest.mark.ray
-def test_local_mode_and_one_worker_take_the_same_steps(space, local, ray_cluster):
-    worker = train(space, "one")
+def test_local_mode_and_one_worker_take_the_same_steps(local, worker):
     assert [r["epoch"] for r in worker] == [r["epoch"] for r in local] == [1, 2]
     for ours, theirs in zip(worker, local, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
@@ -177,7 +192,8 @@ def test_another_configuration_under_the_same_name_is_refused(tuned, space, caps
 
 
 @pytest.mark.ray
-def test_a_random_split_is_stamped_leaky(space, ray_cluster):
+@pytest.mark.usefixtures("nothing_is_trained")
+def test_a_random_split_is_stamped_leaky(space):
     overrides = ["experiment.protocol={scheme: random, folds: 3}", "tune.trials=1", "experiment.epochs=1"]
     assert main(["tune", str(space), "experiment.name=leaky", *overrides]) == 0
     results = results_of(space, "leaky")
@@ -194,11 +210,10 @@ def test_a_second_opening_of_the_test_set_is_counted(tuned):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("nothing_is_trained")
 def test_a_finished_search_is_extended(tuned, space, capsys):
     """In a copy, as other tests look at the search of three trials."""
-    shutil.copytree(tuned, results_of(space, "longer"))
-    settings = results_of(space, "longer") / "search.yaml"
-    settings.write_text(settings.read_text().replace("name: tiny", "name: longer"))
+    copy_results(space, "tiny", "longer")
     before = {row["trial_id"]: row for row in csv.DictReader((tuned / "trials.csv").open())}
     evaluation = results_of(space, "longer") / "evaluation"
     chosen, opened = (json.loads((evaluation / f"{name}.json").read_text()) for name in ("choice", "test_openings"))
@@ -327,12 +342,11 @@ def test_an_interrupted_trial_continues_to_the_same_numbers(space, local, monkey
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_last_epoch_that_is_told_again_is_not_written_again(space, ray_cluster, workers):
+@pytest.mark.parametrize(("workers", "trained"), [(0, "local"), (1, "worker")])
+def test_a_last_epoch_that_is_told_again_is_not_written_again(space, local, worker, workers, trained):
     """Who watched may have died before it heard; the trial is over all the same."""
     name = f"told-{workers}"
-    train(space, name, f"resources.workers={workers}")
-    history = results_of(space, name) / "trials" / "single" / "history.jsonl"
+    history = copy_results(space, trained, name) / "trials" / "single" / "history.jsonl"
     before = history.read_bytes()
     train(space, name, f"resources.workers={workers}")
     assert history.read_bytes() == before

@@ -1,4 +1,8 @@
-"""The real sbatch script on a real Slurm of two nodes, each with an address of its own."""
+"""The real sbatch script on a real Slurm of two nodes, each with an address of its own.
+
+One search trains models. The others train nothing (`stub_trainable`), and their epochs take as long as is needed for
+something to happen meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import network_fixture as network
 import pytest
+import stub_trainable
 from demo_fixture import small_demo
 from slurm_fixture import Slurm, slurm, why_not
 
@@ -88,11 +94,6 @@ def left_behind(job: str) -> list[str]:
     return found
 
 
-def demo(name: str, storage: Path, *more: str) -> list[str]:
-    """The demo, small, found from any directory."""
-    return small_demo(REPOSITORY / "search_spaces" / "demo.yaml", name, storage, *more)
-
-
 def broken_on(node: str, what: str, directory: Path) -> str:
     """A Python that does something else on one node."""
     directory.mkdir(exist_ok=True)
@@ -116,10 +117,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
+@pytest.fixture(scope="module")
+def demo(shared: Path, tiny_corpus: Path) -> Callable[..., list[str]]:
+    """The demo, small, found from any directory: its name and what is other -> arguments."""
+    return partial(_demo, tiny_corpus, shared)
+
+
+def _demo(corpus: Path, storage: Path, name: str, *more: str) -> list[str]:
+    return small_demo(REPOSITORY / "search_spaces" / "demo.yaml", name, corpus, storage, *more)
+
+
+@pytest.fixture(scope="module")
+def stub(untrained: Path) -> Callable[[float], dict[str, str]]:
+    """Seconds an epoch -> the variables of a job that trains nothing."""
+    return partial(stub_trainable.environment, untrained)
+
+
+def test_the_demo_runs_over_both_nodes(nodes, shared, demo, tmp_path):
     """Though Ray starts on one of them at the second try only."""
     python = broken_on("n2", f"! mkdir {tmp_path}/tried 2> /dev/null || exit 3", tmp_path)
-    job = Job(nodes, tmp_path, "", *demo("both", shared), SER_RAY_PYTHON=python)
+    job = Job(nodes, tmp_path, "", *demo("both"), SER_RAY_PYTHON=python)
     assert job.ended() == ("COMPLETED", 0), job.printed()
     assert "Ray: 2 nodes, 4 logical CPUs" in job.printed()
     with (shared / "results" / "both" / "trials.csv").open() as file:
@@ -134,9 +151,9 @@ def test_the_demo_runs_over_both_nodes(nodes, shared, tmp_path):
     assert re.search(r"ssh -L 8265:127.0.0.1:\d+ ", job.printed())
 
 
-def test_two_jobs_at_once_do_not_meet(nodes, shared, tmp_path):
+def test_two_jobs_at_once_do_not_meet(nodes, demo, stub, tmp_path):
     jobs = [
-        Job(nodes, tmp_path / str(n), "", *demo(f"beside-{n}", shared, "tune.trials=2"), SER_RAY_INTERFACE=interface)
+        Job(nodes, tmp_path / str(n), "", *demo(f"beside-{n}", "tune.trials=2"), SER_RAY_INTERFACE=interface, **stub(5))
         for n, interface in enumerate(("", network.INSIDE))
     ]
     for job in jobs:
@@ -160,26 +177,26 @@ def test_bad_yaml_is_exit_code_2_in_every_task_of_an_array(nodes, tmp_path, task
     assert ("not readable as YAML" if task == "1" else "no such file") in printed
 
 
-def test_a_node_that_never_comes_up_is_named_and_ends_the_job(nodes, shared, tmp_path):
+def test_a_node_that_never_comes_up_is_named_and_ends_the_job(nodes, demo, tmp_path):
     python = broken_on("n2", "exec sleep 1000", tmp_path)
-    job = Job(nodes, tmp_path, "", *demo("absent", shared), SER_RAY_PYTHON=python, SER_RAY_WAIT="15")
+    job = Job(nodes, tmp_path, "", *demo("absent"), SER_RAY_PYTHON=python, SER_RAY_WAIT="15")
     assert job.ended() == ("FAILED", 2)
     assert "1 of 2 nodes came up within 15 s" in job.printed()
 
 
-def test_a_node_where_ray_does_not_start_ends_the_job(nodes, shared, tmp_path):
-    job = Job(nodes, tmp_path, "", *demo("failed", shared), SER_RAY_PYTHON=broken_on("n2", "exit 3", tmp_path))
+def test_a_node_where_ray_does_not_start_ends_the_job(nodes, demo, tmp_path):
+    job = Job(nodes, tmp_path, "", *demo("failed"), SER_RAY_PYTHON=broken_on("n2", "exit 3", tmp_path))
     state, code = job.ended()
     assert (state, code != 0) == ("FAILED", True)
     assert "Ray has ended on a node" in job.printed()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, tmp_path, comes_back):
+def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, demo, stub, tmp_path, comes_back):
     name = f"lost-{comes_back}"
-    arguments = demo(name, shared, "experiment.epochs=6", "experiment.patience=6", "tune.scheduler=none")
+    arguments = demo(name, "experiment.epochs=6", "experiment.patience=6", "tune.scheduler=none")
     once = broken_on("n2", f"mkdir {tmp_path}/started 2> /dev/null || exit 3", tmp_path)
-    job = Job(nodes, tmp_path, "", *arguments, SER_RAY_PYTHON=sys.executable if comes_back else once)
+    job = Job(nodes, tmp_path, "", *arguments, SER_RAY_PYTHON=sys.executable if comes_back else once, **stub(6))
     nodes.wait(lambda: len(epochs(shared / "results" / name)) >= 2, "histories of two trials", 300)
     time.sleep(max(0.0, 70 - job.seconds()))  # Ray that ends earlier has failed to start
     temp = f"/tmp/ray-{job.id}.".encode()
@@ -196,10 +213,9 @@ def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, tmp_path
     assert list(found.values()) == [list(range(1, 7))] * 4, "none lost, none twice"
 
 
-def test_a_requeued_job_goes_on(nodes, shared, tmp_path):
-    job = Job(
-        nodes, tmp_path, "", *demo("again", shared, "experiment.epochs=6", "experiment.patience=6", "tune.trials=2")
-    )
+def test_a_requeued_job_goes_on(nodes, shared, demo, stub, tmp_path):
+    arguments = demo("again", "experiment.epochs=6", "experiment.patience=6", "tune.trials=2")
+    job = Job(nodes, tmp_path, "", *arguments, **stub(1))
     job.wait_for("epoch  1")
     nodes("scontrol", "requeue", job.id)
     job.wait("PENDING")
@@ -213,8 +229,8 @@ def test_a_requeued_job_goes_on(nodes, shared, tmp_path):
     assert all(own == list(range(1, len(own) + 1)) for own in after.values()), after
 
 
-def test_the_time_limit_saves_and_queues_again(nodes, shared, tmp_path):
-    job = Job(nodes, tmp_path, "--time=2 --signal=B:USR1@60", *demo("limit", shared, "tune.trials=8"))
+def test_the_time_limit_saves_and_queues_again(nodes, shared, demo, stub, tmp_path):
+    job = Job(nodes, tmp_path, "--time=2 --signal=B:USR1@60", *demo("limit", "tune.trials=8"), **stub(8))
     job.wait_for("queued again", 180)
     job.wait("PENDING")
     assert "interrupted; the same command continues" in job.printed()
@@ -225,8 +241,8 @@ def test_the_time_limit_saves_and_queues_again(nodes, shared, tmp_path):
     assert all(own == list(range(1, len(own) + 1)) for own in found.values()), found
 
 
-def test_a_cancelled_job_leaves_nothing_and_can_go_on(nodes, shared, tmp_path):
-    job = Job(nodes, tmp_path, "", *demo("cancelled", shared))
+def test_a_cancelled_job_leaves_nothing_and_can_go_on(nodes, demo, stub, tmp_path):
+    job = Job(nodes, tmp_path, "", *demo("cancelled"), **stub(5))
     job.wait_for("starts:")
     nodes("scancel", job.id)
     assert job.ended()[0] == "CANCELLED"

@@ -1,4 +1,7 @@
-"""up.sh and down.sh over two hosts that are network namespaces, jobs submitted to them, and a host that is lost."""
+"""up.sh and down.sh over two hosts that are network namespaces, jobs submitted to them, and a host that is lost.
+
+Searches train nothing (`stub_trainable`); what trains models is the trial that two hosts share.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import network_fixture as network
 import pytest
+import stub_trainable
 from demo_fixture import small_demo
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -35,6 +39,7 @@ class Standing:
 
     home: Path
     env: dict[str, str]
+    corpus: Path
 
     def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run up.sh or down.sh."""
@@ -51,7 +56,7 @@ class Standing:
 
     def demo(self, name: str, *more: str) -> list[str]:
         """The demo, small, out of the job's working directory."""
-        return small_demo("search_spaces/demo.yaml", name, self.home / "shared", *more)
+        return small_demo("search_spaces/demo.yaml", name, self.corpus, self.home / "shared", *more)
 
     def results(self, name: str) -> Path:
         """Where that search is."""
@@ -65,7 +70,7 @@ def processes(temp: str) -> list[int]:
 
 
 @pytest.fixture
-def standing(tmp_path: Path) -> Iterator[Callable[..., Standing]]:
+def standing(tmp_path: Path, tiny_corpus: Path, untrained: Path) -> Iterator[Callable[..., Standing]]:
     """Starts one; ``hide``: a directory that the second host does not see."""
     # Every host has a /tmp/ray-... of its own: where two share one, each clears away the other's working directories.
     into, temp = tmp_path / "into", TEMP
@@ -82,9 +87,9 @@ def standing(tmp_path: Path) -> Iterator[Callable[..., Standing]]:
 
     def start(hide: str = "", **more: str) -> Standing:
         own = {"HOME": str(tmp_path), "SER_RAY_SSH": str(into), "SER_RAY_PYTHON": sys.executable, "HIDE": hide, **more}
-        own |= {"SER_RAY_CPUS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+        own |= {"SER_RAY_CPUS": "2", "OMP_NUM_THREADS": "1"} | stub_trainable.environment(untrained, epoch_s=2)
         kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "XDG_STATE_HOME")}
-        made.append(Standing(tmp_path, {**kept, **own}))
+        made.append(Standing(tmp_path, {**kept, **own}, tiny_corpus))
         done = made[0].script("up.sh", "n1", "n2")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 nodes, 6 logical CPUs" in done.stdout
@@ -120,8 +125,8 @@ def test_the_workers_of_one_trial_are_on_both_hosts_and_take_the_steps_of_one(st
     cluster = standing(GLOO_SOCKET_IFNAME=network.INSIDE)
     alike = ["experiment.augment.gain_db=0", "experiment.head.dropout=0", "experiment.adapter.method=full"]
     alike += ["experiment.optimizer.lr=2e-4", "experiment.epochs=3"]
-    together = ["resources.workers=2", "resources.cpus_per_worker=2", "experiment.batch_seconds=20"]  # of a worker
-    for name, resources in (("apart", together), ("alone", ["experiment.batch_seconds=40"])):
+    together = ["resources.workers=2", "resources.cpus_per_worker=2", "experiment.batch_seconds=5"]  # of a worker
+    for name, resources in (("apart", together), ("alone", ["experiment.batch_seconds=10"])):
         job = cluster.submit(*cluster.demo(name, *alike, *resources), verb="train")
         printed, _ = job.communicate(timeout=900)
         assert job.returncode == 0, printed
