@@ -34,7 +34,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,7 +79,7 @@ TESS_WORDS: Final = tuple(
     ripe road room rose rot rough rush said sail search seize sell shack shall shawl sheep shirt should shout size soap
     soup sour south sub such sure take talk tape team tell thin third thought thumb time tip tire ton tool tough turn
     vine voice void vote wag walk wash week wheat when which whip white wife wire witch yearn yes young youth
-    """.split()
+    """.split()  # noqa: SIM905 (two hundred words)
 )
 """The four lists of Northwestern University Auditory Test No. 6 (Tillman and Carhart, 1966), which TESS speaks."""
 
