@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -34,6 +35,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,8 +126,9 @@ def names(corpus: str) -> list[str]:
     return found
 
 
-def write(directory: Path, share: float = 1.0, processes: int = 1) -> None:
-    """Write the stand-ins below ``directory``, a folder a corpus; files that are there already stay.
+def write(directory: Path, share: float = 1.0, processes: int = 1) -> int:
+    """Write the stand-ins below ``directory``, a folder a corpus; files that are there already stay. Returns how many
+    were written.
 
     ``share``: about so many of a corpus's names, which ones depends on the names alone. A file depends on its name
     alone too.
@@ -145,10 +148,11 @@ def write(directory: Path, share: float = 1.0, processes: int = 1) -> None:
     if processes == 1:
         for job in jobs:
             _write_one(job)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for _ in pool.imap_unordered(_write_one, jobs, chunksize=32):
-            pass
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for _ in pool.imap_unordered(_write_one, jobs, chunksize=32):
+                pass
+    return len(jobs)
 
 
 def speak(corpus: str, name: str) -> np.ndarray:
@@ -278,8 +282,7 @@ class Ran:
 def overrides(corpora: Path, run: Path, backbones: Sequence[str], epochs: int, trials: int) -> list[str]:
     """All that differs from the file: backbones, epochs, trials and paths."""
     return [
-        f"experiment.backbone={backbones[0]}",
-        *([f"search.backbone={{choice: [{', '.join(backbones)}]}}"] if len(backbones) > 1 else []),
+        f"search.backbone={{choice: [{', '.join(backbones)}]}}",
         f"experiment.epochs={epochs}",
         f"tune.trials={trials}",
         *(f"experiment.corpora.{corpus}={corpora / folder}" for corpus, folder in DIRECTORIES.items()),
@@ -334,15 +337,18 @@ def _nothing() -> Iterator[dict[str, str]]:
 
 
 def stages(ran: Ran, run: Path, results: Path) -> dict[str, float]:
-    """Stage -> when it ended: the time of the last file that it wrote."""
+    """Stage -> when it ended: the time of the last file that it wrote, and what the search says of its beginning."""
 
     def last(paths: Iterable[Path]) -> float:
         return max((path.stat().st_mtime for path in paths), default=0.0)
 
+    (session,) = json.loads((results / "sessions.json").read_text(encoding="utf-8"))
+    audited = last([results / "audit.json"])
     ends = {
         "start, prepare": last((run / "cache" / "shards").glob("*/manifest.json")),
-        "audit": last([results / "audit.json"]),
-        "search, with the caches": last((results / "trials").glob("*/history.jsonl")),
+        "audit": audited,
+        "cached features before the first trial": max(audited, datetime.fromisoformat(session["started"]).timestamp()),
+        "search": last((results / "trials").glob("*/history.jsonl")),
         "evaluation": last([results / "evaluation" / "test.json"]),
         "report, end of the command": ran.ended,
     }
@@ -353,7 +359,7 @@ def stages(ran: Ran, run: Path, results: Path) -> dict[str, float]:
 # -- the page
 
 
-def page(ran: Ran, corpora: Path, run: Path, given: Sequence[str], writing: float) -> str:
+def page(ran: Ran, corpora: Path, run: Path, given: Sequence[str], writing: str) -> str:
     """The results page, in Markdown: every figure read from the folder, the clock or the lines that were printed."""
     (results,) = (run / "results").iterdir()
     found = read_results(results)
@@ -380,9 +386,8 @@ def page(ran: Ran, corpora: Path, run: Path, given: Sequence[str], writing: floa
         "## What it does not show\n",
         "The speech is synthetic and its emotions are the rules that made it: the figures say that the three corpora\n"
         "can be learned together and that no speaker of test was heard, nothing about people, about the corpora, or\n"
-        "about the backbones that the file names. Those have some 300 to 600 million weights, these about a million:\n"
-        "minutes and memory are those of everything around the model. Utterances last about a second, the real ones\n"
-        "two to four.\n",
+        "about the backbones that the file names. Those have 20 to 640 million weights, these two million: minutes and\n"
+        "memory are those of everything around the model. Utterances last about a second, real ones two to four.\n",
     ]
     return "\n".join(parts)
 
@@ -393,14 +398,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _stand_ins(corpora: Path, found: Results, writing: float) -> str:
+def _stand_ins(corpora: Path, found: Results, writing: str) -> str:
     hours = {data["corpus"]: data["hours"] for data in found.provenance["data"]}
     rows = ["| corpus | files | kHz | MB | hours, trimmed |", "|---|---|---|---|---|"]
     for corpus, folder in DIRECTORIES.items():
         files = list((corpora / folder).rglob("*.wav"))
         size = sum(path.stat().st_size for path in files) / 1e6
         rows.append(f"| {folder} | {len(files)} | {RATES[corpus] / 1000:g} | {size:.0f} | {hours[corpus]:.2f} |")
-    return "\n".join(rows) + f"\n\nWritten in {writing:.0f} s.\n" if writing else "\n".join(rows) + "\n"
+    return "\n".join(rows) + f"\n\n{writing}\n"
 
 
 def _told(lines: Sequence[str]) -> list[str]:
@@ -471,8 +476,8 @@ def main(given: Sequence[str]) -> None:
         corpora = scratch / f"corpora-{options.share:g}"
         corpora.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        write(corpora, options.share, len(os.sched_getaffinity(0)))
-        writing = time.monotonic() - started
+        count = write(corpora, options.share, len(os.sched_getaffinity(0)))
+        writing = f"{count} of them written by this run, in {time.monotonic() - started:.0f} s."
         run = Path(tempfile.mkdtemp(prefix="run-", dir=scratch))
         arguments = overrides(corpora, run, options.backbones, options.epochs, options.trials) + options.overrides
         declare = not _has_gpu() and not any(text.startswith("resources.") for text in arguments)
