@@ -386,8 +386,8 @@ def page(ran: Ran, corpora: Path, run: Path, given: Sequence[str], writing: str)
         "## What it does not show\n",
         "The speech is synthetic and its emotions are the rules that made it: the figures say that the three corpora\n"
         "can be learned together and that no speaker of test was heard, nothing about people, about the corpora, or\n"
-        "about the backbones that the file names. Those have 20 to 640 million weights, these two million: minutes and\n"
-        "memory are those of everything around the model. Utterances last about a second, real ones two to four.\n",
+        "about the backbones that the file names. Those have 20 to 640 million weights, these two million: minutes\n"
+        "and memory are those of everything around the model. Utterances last about a second, real ones two to four.\n",
     ]
     return "\n".join(parts)
 
