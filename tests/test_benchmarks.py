@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import AutoFeatureExtractor, TrainerState
 
-from ser_ray import corpora
+from ser_ray import config, corpora
 from ser_ray.config import Audio
 from ser_ray.corpora import ravdess
 from ser_ray.corpora.describe import describe, differences
@@ -212,6 +212,15 @@ def test_stand_ins_can_be_learned_from_other_speakers() -> None:
     model.fit(np.stack(features)[is_heard], emotions[is_heard])
     uar = recall_score(emotions[~is_heard], model.predict(np.stack(features)[~is_heard]), average="macro")
     assert 0.35 < uar < 0.95
+
+
+def test_the_rehearsal_overrides_backbone_epochs_trials_and_paths_alone(tmp_path: Path) -> None:
+    own = reference_rehearsal.overrides(tmp_path, tmp_path, reference_rehearsal.BACKBONES, epochs=1, trials=1)
+    space = Path(__file__).parents[1] / reference_rehearsal.SPACE
+    changed = {line.partition(":")[0] for line in config.differences(config.load(space), config.load(space, own))}
+    corpora_paths = {f"experiment.corpora.{corpus}" for corpus in reference_rehearsal.DIRECTORIES}
+    others = {"search.backbone.choice", "experiment.epochs", "tune.trials", "storage.results", "storage.cache"}
+    assert changed == corpora_paths | others
 
 
 @pytest.mark.slow

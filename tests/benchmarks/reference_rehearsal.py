@@ -438,8 +438,8 @@ def _figures(found: Results) -> str:
     statuses = Counter(row["status"] for row in found.trials)
     epochs = sum(int(row["epochs"]) for row in found.trials)
     rows = [
-        f"{len(found.trials)} trials ({', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}), "
-        f"{epochs} epochs; chosen: {found.choice['trial_id']}. {found.test['protocol']['description']}.\n"
+        f"Trials: {len(found.trials)} ({', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}), "
+        f"{epochs} epochs in all; chosen: {found.choice['trial_id']}.\n{found.test['protocol']['description']}.\n"
         f"95 % intervals: bootstrap over {found.test['ci95_unit']}.\n",
         "| | utterances | speakers | UAR | accuracy |",
         "|---|---|---|---|---|",
