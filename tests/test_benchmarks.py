@@ -1,4 +1,4 @@
-"""The scripts that compare with transformers' Trainer do what they say: the same adapters, finite figures."""
+"""The scripts in tests/benchmarks do what they say: the same adapters as ours, finite figures, the published names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,30 @@ from pathlib import Path
 import bitsandbytes
 import numpy as np
 import pytest
+import soundfile
+import soxr
 import torch
 from backbone_fixtures import experiment, noise
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import recall_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import AutoFeatureExtractor, TrainerState
 
+from ser_ray import config, corpora
+from ser_ray.config import Audio
+from ser_ray.corpora import ravdess
+from ser_ray.corpora.describe import describe, differences
 from ser_ray.models.classifier import build
+from ser_ray.models.logmel import LogMel
+from ser_ray.speech.audio import is_silent, load_recording
+from ser_ray.speech.fingerprint import fingerprint, same_takes
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import gpu
+import reference_rehearsal
 import trainer
 
 CPU = torch.device("cpu")
@@ -127,3 +141,104 @@ def test_out_of_memory_is_a_row() -> None:
         gpu.row(("whisper", "full", "Trainer"), [fits, None], 1.0) == "| whisper | full | Trainer | out of memory | | |"
     )
     assert gpu.row(("whisper", "full", "Trainer"), [fits], 2.0) == "| whisper | full | Trainer | 1.0 | 1.00 | 0.5 |"
+
+
+@pytest.mark.parametrize("corpus", reference_rehearsal.DIRECTORIES)
+def test_stand_ins_have_every_published_name(tmp_path: Path, corpus: str) -> None:
+    for name in reference_rehearsal.names(corpus):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    utterances, rejected = corpora.read(corpus, tmp_path)
+    assert rejected == []
+    assert differences(corpus, describe(utterances)) == []
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About three dozen files."""
+    directory = tmp_path_factory.mktemp("stand-ins")
+    reference_rehearsal.write(directory, share=0.003)
+    return directory
+
+
+def test_stand_ins_are_speech_that_is_used(stand_ins: Path) -> None:
+    """At the published rates, by the published people, and no two of them one take."""
+    prints = {}
+    for corpus, folder in reference_rehearsal.DIRECTORIES.items():
+        utterances, rejected = corpora.read(corpus, stand_ins / folder)
+        assert utterances
+        assert rejected == []
+        if corpus == "crema_d":
+            assert {utterance.gender for utterance in utterances} == {"female", "male"}
+        for utterance in utterances:
+            path = stand_ins / folder / utterance.path
+            assert soundfile.info(path).samplerate == reference_rehearsal.RATES[corpus]
+            recording = load_recording(path, Audio())
+            assert recording.flags == ()
+            (waveform,) = recording.windows
+            assert not is_silent(waveform)
+            assert 0.4 < len(waveform) / 16_000 < 3
+            prints[utterance.utterance_id] = fingerprint(waveform)
+    assert same_takes(prints) == []
+
+
+def test_stand_ins_are_continued(stand_ins: Path, tmp_path: Path) -> None:
+    """What was cut off goes on, to the same bytes; what is there stays."""
+    whole = {path.relative_to(stand_ins): path for path in stand_ins.rglob("*.wav")}
+    lost = sorted(whole)[::2]
+    made = {name: (path.stat().st_mtime_ns, path.read_bytes()) for name, path in whole.items()}
+    for name in lost:
+        whole[name].unlink()
+    reference_rehearsal.write(stand_ins, share=0.003)
+    for name, (when, content) in made.items():
+        assert whole[name].read_bytes() == content
+        assert (whole[name].stat().st_mtime_ns == when) == (name not in lost)
+    assert len({content for _, content in made.values()}) == len(made)
+
+
+def test_stand_ins_can_be_learned_from_other_speakers() -> None:
+    """By a linear model on means and deviations of the log-mel spectrum: far above chance, and not perfectly."""
+    names = [name for name in reference_rehearsal.names("ravdess")[::4] if name < "Actor_13"]
+    utterances = [ravdess.parse(Path(name)) for name in names]
+    mel = LogMel(40)
+    features = []
+    for name in names:
+        waveform = soxr.resample(reference_rehearsal.speak("ravdess", name), 48_000, 16_000)
+        frames_MF = mel(torch.from_numpy(waveform[None]), torch.tensor([len(waveform)]))[0][0].numpy()
+        features.append(np.r_[frames_MF.mean(1), frames_MF.std(1), frames_MF.shape[1]])
+    emotions = np.array(["neutral" if u.emotion == "calm" else u.emotion for u in utterances])
+    is_heard = np.array([u.speaker < "ravdess/09" for u in utterances])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    model.fit(np.stack(features)[is_heard], emotions[is_heard])
+    uar = recall_score(emotions[~is_heard], model.predict(np.stack(features)[~is_heard]), average="macro")
+    assert 0.35 < uar < 0.95
+
+
+def test_the_rehearsal_overrides_backbone_epochs_trials_and_paths_alone(tmp_path: Path) -> None:
+    own = reference_rehearsal.overrides(tmp_path, tmp_path, reference_rehearsal.BACKBONES, epochs=1, trials=1)
+    space = Path(__file__).parents[1] / reference_rehearsal.SPACE
+    changed = {line.partition(":")[0] for line in config.differences(config.load(space), config.load(space, own))}
+    corpora_paths = {f"experiment.corpora.{corpus}" for corpus in reference_rehearsal.DIRECTORIES}
+    others = {"search.backbone.choice", "experiment.epochs", "tune.trials", "storage.results", "storage.cache"}
+    assert changed == corpora_paths | others
+
+
+@pytest.mark.slow
+def test_the_rehearsal_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resources = ["resources.gpus_per_worker=0", "resources.cpus_per_worker=1"]
+    options = ["--share", "0.03", "--epochs", "1", "--trials", "1", "--scratch", str(tmp_path)]
+    reference_rehearsal.main([*options, "--", *resources])
+    page = capsys.readouterr().out
+    assert str(tmp_path) not in page.split("## The stand-ins")[1]
+    for told in (
+        "crema_d: ",
+        "ravdess: ",
+        "tess: ",
+        "split: ",
+        "| **together** | **",
+        "1 trials (1 finished), 1 epochs",
+    ):
+        assert told in page
+    assert "| report, end of the command |" in page
+    (report,) = tmp_path.glob("run-*/results/reference/report.html")
+    assert report.stat().st_size > 10_000
