@@ -16,7 +16,6 @@ if __name__ == "__main__":
     sys.exit(command(["evaluate", *sys.argv[1:]]))
 
 import importlib.util
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
-from ser_ray.protocols.folds import count_folds
+from ser_ray.protocols.finals import dev_after, final_runs
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions, UserError
 from ser_ray.speech import shards, stream
@@ -361,13 +360,7 @@ def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
     What the search itself finished is not trained again.
     """
     own = (space.experiment.protocol.fold, space.experiment.seed)
-    asked = space.tune.final_folds
-    count = count_folds(task.index, space.experiment.protocol)
-    folds = [own[0]] if asked is None else list(range(count)) if asked == "all" else list(asked)
-    if unknown := [fold for fold in folds if fold >= count]:
-        raise UserError(f"tune.final_folds: {unknown[0]}, but the protocol has folds 0 to {count - 1}")
-    pairs = list(itertools.product(folds, range(own[1], own[1] + space.tune.final_seeds)))
-    pairs.sort(key=lambda pair: (pair != own, pair))
+    pairs = final_runs(space, task.index)
     found = f"trials/{tried.trial_id}/{folder.checkpoint_name(tried.best['epoch'])}"
     reused = own if tried.status == "finished" or pairs == [own] else None
     return [Run(tried.trial_id, *pair, found if pair == reused else "") for pair in pairs]
@@ -394,7 +387,7 @@ def _where(space: SearchSpace, run: Run) -> dict[str, Any]:
     own = {"protocol.fold": run.fold, "seed": run.seed}
     if not space.tune.rotate_dev:
         return own
-    return own | {"protocol.dev_after": space.experiment.protocol.dev_after + run.seed - space.experiment.seed}
+    return own | {"protocol.dev_after": dev_after(space, run.seed)}
 
 
 def _final_id(run: Run) -> str:

@@ -28,6 +28,8 @@ EMOTIONS: Final = (
 """The canonical emotions. The first seven are the project's; the others occur in some corpora."""
 
 SPLITS: Final = ("train", "dev", "test")
+TIE: Final = "tie"
+"""In place of a perceived emotion: listeners were asked, and no emotion was heard more often than every other."""
 
 
 class UserError(ValueError):
@@ -58,7 +60,7 @@ class Utterance:
     split: str | None = None
     """Where the corpus itself says which split it belongs to."""
     perceived: str | None = None
-    """The emotion that most listeners heard, where they were asked."""
+    """The emotion that most listeners heard, or `TIE`, where they were asked."""
     agreement: float | None = None
     """The share of listeners who heard it."""
     start: float | None = None
