@@ -6,7 +6,7 @@ Everything here is plain data that any other part may import; it imports nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -115,6 +115,16 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """(N,) int64: the most probable label of each utterance."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def over(self, emotions: tuple[str, ...]) -> Predictions:
+        """The same where no other emotion can be said: the probabilities of these, made to sum to 1. All labels are
+        among them."""
+        if emotions == self.emotions:
+            return self
+        columns = [self.emotions.index(emotion) for emotion in emotions]
+        kept = np.maximum(self.probabilities[:, columns], np.finfo(np.float64).tiny)
+        labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
+        return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
 
     def __len__(self) -> int:
         return len(self.utterance_ids)

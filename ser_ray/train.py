@@ -34,6 +34,7 @@ from ser_ray import cache, cluster, config, disk, feed, nodes, prepare
 from ser_ray.assets.heard import heard
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
+from ser_ray.evaluation.results import the_probe
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import UserError
@@ -310,7 +311,9 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
             with _following(trial_dir, show):
                 fit_on_ray(trial)
     row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
-    console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
+    probe = the_probe([row["checkpoint"]])
+    when = f"epoch {row['best_epoch']}{probe and ', ' + probe}"
+    console.print(f"best dev UAR {row['dev_uar']:.3f} in {when}: {directory / row['checkpoint']}")
     return directory
 
 

@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 
 from ser_ray.schema import TIE, UserError, Utterance
 
+SPEECH: Final = "acted"
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
 """XX is unspecified; a published recording spells it X."""

@@ -55,6 +55,13 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str],
     return table.append_column("label", labels).filter(labels.is_valid())
 
 
+def counted_emotions(index: pa.Table, emotions: Sequence[str], fold: Fold) -> tuple[str, ...]:
+    """The emotions that figures are over: all of the experiment's, or where a fold leaves out what train and test have
+    not in common, those that they have; ``index`` holds the utterances of the fold."""
+    present = set(index["emotion"].to_pylist())
+    return tuple(emotion for emotion in emotions if emotion in present or not fold.common_emotions)
+
+
 def unheard(index: pa.Table) -> dict[str, int]:
     """Corpus -> utterances of which no listener's judgement is known, where there are any."""
     unknown = index.filter(pc.is_null(index["perceived"]))["corpus"].to_pylist()
