@@ -22,7 +22,7 @@ from ser_ray.evaluation.folder import COSTS, DEV_FIGURES
 from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import Results, as_number
-from ser_ray.evaluation.verdicts import NAMES, limits_of, p_of, signed, verdicts
+from ser_ray.evaluation.verdicts import NAMES, brief_p, limits_of, signed, verdicts
 from ser_ray.schema import Predictions, UserError
 
 TITLES: Final = NAMES | {
@@ -259,7 +259,7 @@ def _environment() -> jinja2.Environment:
         "signed": signed,
         "limits_of": limits_of,
         "limits": limits,
-        "p_of": p_of,
+        "brief_p": brief_p,
         "named_leader": named_leader,
         "interval_units": interval_units,
     }

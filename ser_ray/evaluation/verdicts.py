@@ -65,8 +65,16 @@ def p_of(gap: Gap) -> str:
     """
     if gap.get("comparisons", 1) < 2:
         return _p(gap["p"])
-    after = _p(gap["p_holm"]).removeprefix("p = ")
-    return f"{_p(gap['p'])}, {after} corrected for {gap['comparisons']} comparisons (Holm)"
+    return f"{_p(gap['p'])}, {_after(gap)} corrected for {gap['comparisons']} comparisons (Holm)"
+
+
+def brief_p(gap: Gap) -> str:
+    """The same for a cell of a table.
+
+    >>> brief_p({"p": 0.0123}), brief_p({"p": 0.0123, "p_holm": 0.0246, "comparisons": 2})
+    ('p = 0.01', 'p = 0.01; Holm 0.02')
+    """
+    return _p(gap["p"]) + (f"; Holm {_after(gap)}" if gap.get("comparisons", 1) > 1 else "")
 
 
 def signed(share: float) -> str:
@@ -90,6 +98,10 @@ def limits_of(gap: Gap) -> str:
 
 def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+
+
+def _after(gap: Gap) -> str:
+    return _p(gap["p_holm"]).removeprefix("p = ")
 
 
 def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:
