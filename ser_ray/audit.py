@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from ser_ray import cluster, config, disk, prepare
 from ser_ray.assets.heard import heard
 from ser_ray.config import SearchSpace
-from ser_ray.protocols.leakage import audit
+from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
 from ser_ray.speech.fingerprint import same_takes_in
@@ -34,14 +34,16 @@ STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
 
 def run(space: SearchSpace, console: Console) -> dict[str, Any]:
-    """Audit the fold of a space's experiment, show it and write it; returns what `leakage.audit` does."""
+    """Audit every fold that a space trains, show and write it; returns what `leakage.audit` does."""
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
     with console.status("fingerprints of the audio"):
         known = heard(space.backbones(), space.experiment.corpora)
-        result = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs), known)
+        result = audit_search(space, task, same_takes_in(shard_dirs), known)
     console.print(task.fold.description, markup=False)
     console.print(_sizes(result["splits"]))
+    if folds := result.get("folds"):
+        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}", markup=False)
     for finding in result["findings"]:
         line = f"{finding['level']:5}  {finding['what']}: {finding['detail']}"
         console.print(line, style=STYLES[finding["level"]], markup=False)

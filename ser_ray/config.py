@@ -195,8 +195,9 @@ class Experiment(Section):
     """For a corpus in a table: the word that stands in its column emotion, and the emotion that it means. A word that
     is not here must be an emotion already."""
     label: Literal["intended", "perceived"] = "intended"
-    """What was acted, or what listeners heard where a corpus knows it (CREMA-D): by voice alone most
-    listeners heard the intended one for less than half of it."""
+    """What the speaker intended, or what most listeners heard where a corpus knows it (CREMA-D): by voice alone most
+    listeners heard the intended one for less than half of it. An utterance whose listeners were undecided is left out;
+    one that nobody was asked about keeps the intended emotion, which the audit counts."""
     emotions: Words = EMOTIONS[:7]
     """The labels, in order; utterances of other emotions are dropped, unless merged."""
     merge: dict[str, str] = {}

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     sys.exit(command(["evaluate", *sys.argv[1:]]))
 
 import importlib.util
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,14 +35,17 @@ from ser_ray.allocation import Allocation
 from ser_ray.cache import Kept
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.evaluation import baselines, egemaps, folder, published
+from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.folder import Tried
-from ser_ray.evaluation.intervals import paired_gap
+from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.pool import Pool
-from ser_ray.protocols.folds import count_folds
+from ser_ray.protocols.finals import dev_after, final_runs
+from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task, write_fold
 from ser_ray.schema import Predictions, UserError
 from ser_ray.speech import order, stream
@@ -188,7 +190,8 @@ def evaluate(
         chosen = record.choose(finalists)
         answer = record.known(chosen) if reuse else None
         if answer is None:
-            console.print(f"chosen by dev: trial {chosen}; opening the test set")
+            probe = the_probe([run.checkpoint for run in runs[chosen]])
+            console.print(f"chosen by dev: trial {chosen}{probe and ', ' + probe}; opening the test set")
             _record_opening(directory, chosen, argv)
             jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
             test = _score(scorers, jobs, "test", console)
@@ -206,7 +209,8 @@ def evaluate(
             answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
         else:
             console.print(f"chosen by dev: trial {chosen}, whose test figures are known")
-    _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_figures(chosen), answer)
+    metric = space.tune.metric.removeprefix("dev_")
+    _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_figures(chosen), answer, metric)
     # Last: it says that all else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": _budget(space)})
     return answer
@@ -224,7 +228,8 @@ def main(arguments: list[str]) -> int:
         cluster.connect()
         answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", *arguments])
     low, high = answer["ci95"]["uar"]
-    console.print(f"test UAR {answer['uar']:.3f} [{low:.3f}, {high:.3f}]; next: ser-ray report {directory}")
+    limits = f"[{low:.3f}, {high:.3f}] over {answer['ci95_unit']}"
+    console.print(f"test UAR {answer['uar']:.3f} {limits}; next: ser-ray report {directory}")
     return 0
 
 
@@ -292,14 +297,23 @@ class _Record:
         answer["baselines"] = _simple_baselines(self.task, pooled)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
         own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
-        gaps = {name: _gap(own, predictions) for name, predictions in others.items()}
-        answer["against"] = {name: gap for name, gap in gaps.items() if gap}
+        found = {name: _gap(own, predictions) for name, predictions in others.items()}
+        gaps = {name: gap for name, gap in found.items() if gap}
+        answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
+        answer |= self._seen_by_the_choice(pooled)
         experiment = self.space.experiment
         answer["published"] = published.matching(
-            experiment.corpora, config.to_dict(experiment.protocol), experiment.emotions, answer["leaky"]
+            experiment.corpora, config.to_dict(experiment.protocol), pooled.emotions, answer["leaky"]
         )
         write_predictions(pooled, "test", self.directory / "evaluation" / "predictions.parquet")
         return answer
+
+    def _seen_by_the_choice(self, test: Predictions) -> dict[str, int]:
+        """How many utterances are tested, and how many of them were dev in another run: those chose, too."""
+        dev = set(self.task.labels("dev"))  # of the search itself
+        dev |= {i for parts in self.dev.values() for part in parts for i in part.utterance_ids}
+        tested = set(test.utterance_ids)
+        return {"tested": len(tested), "tested_in_dev": len(tested & dev)}
 
     def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
         """Figures of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
@@ -340,13 +354,7 @@ def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
     What the search itself finished is not trained again.
     """
     own = (space.experiment.protocol.fold, space.experiment.seed)
-    asked = space.tune.final_folds
-    count = count_folds(task.index, space.experiment.protocol)
-    folds = [own[0]] if asked is None else list(range(count)) if asked == "all" else list(asked)
-    if unknown := [fold for fold in folds if fold >= count]:
-        raise UserError(f"tune.final_folds: {unknown[0]}, but the protocol has folds 0 to {count - 1}")
-    pairs = list(itertools.product(folds, range(own[1], own[1] + space.tune.final_seeds)))
-    pairs.sort(key=lambda pair: (pair != own, pair))
+    pairs = final_runs(space, task.index)
     found = f"trials/{tried.trial_id}/{folder.checkpoint_name(tried.best['epoch'])}"
     reused = own if tried.status == "finished" or pairs == [own] else None
     return [Run(tried.trial_id, *pair, found if pair == reused else "") for pair in pairs]
@@ -373,7 +381,7 @@ def _where(space: SearchSpace, run: Run) -> dict[str, Any]:
     own = {"protocol.fold": run.fold, "seed": run.seed}
     if not space.tune.rotate_dev:
         return own
-    return own | {"protocol.dev_after": space.experiment.protocol.dev_after + run.seed - space.experiment.seed}
+    return own | {"protocol.dev_after": dev_after(space, run.seed)}
 
 
 def _final_id(run: Run) -> str:
@@ -437,7 +445,7 @@ def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -
     rows = task.rows(split).sort_by("utterance_id")
     ids = rows["utterance_id"].to_pylist()
     assert len(ids) == len(probabilities), (len(ids), len(probabilities))
-    return Predictions(
+    found = Predictions(
         task.emotions,
         tuple(ids),
         tuple(rows["corpus"].to_pylist()),
@@ -445,6 +453,7 @@ def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -
         rows["label"].to_numpy(),
         np.stack([probabilities[i] for i in ids]),
     )
+    return found.over(counted_emotions(task.index, task.emotions, task.fold))
 
 
 def _pooled(parts: Sequence[Predictions]) -> Predictions:
@@ -482,8 +491,7 @@ def _gap(one: Predictions, other: Predictions) -> dict[str, Any] | None:
     if len(set(one.speakers)) < 2:
         return None
     assert one.utterance_ids == other.utterance_ids, "both of the same utterances"
-    gaps = paired_gap(one.labels, one.predicted, other.predicted, one.speakers, len(one.emotions))
-    return {name: {"difference": gap.difference, "ci95": [gap.low, gap.high], "p": gap.p} for name, gap in gaps.items()}
+    return gap_records(one.labels, one.predicted, other.predicted, one.speakers, len(one.emotions))
 
 
 def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -491,12 +499,12 @@ def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _brief(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: figures[name] for name in (*HEADLINE, "ci95")}
+    return {name: figures[name] for name in (*HEADLINE, "ci95", "ci95_unit")}
 
 
 def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:
-    train = task.rows("train")["label"].to_numpy()
-    num_emotions = len(task.emotions)
+    train = np.array([test.emotions.index(task.emotions[label]) for label in task.rows("train")["label"].to_pylist()])
+    num_emotions = len(test.emotions)
     return {
         "chance": baselines.chance(num_emotions),
         "majority": baselines.majority(train, test.labels, num_emotions),
@@ -511,34 +519,12 @@ def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
 
 
-def _install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any]) -> None:
+def _install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
     """Copy the chosen checkpoint to ``best/`` with a model card; without the state to resume from."""
     aside, best = directory / ".best.partial", directory / "best"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns("training", ".*"))
-    (aside / "README.md").write_text(_model_card(config.load_experiment(aside / "experiment.yaml"), dev, test), "utf-8")
+    card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
+    (aside / "README.md").write_text(card, "utf-8")
     shutil.rmtree(best, ignore_errors=True)
     aside.rename(best)
-
-
-def _model_card(experiment: config.Experiment, dev: dict[str, Any], test: dict[str, Any]) -> str:
-    def row(split: str, figures: dict[str, Any]) -> str:
-        cells = (f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in shown)
-        return f"| {split} ({figures['n']}) | {' | '.join(cells)} |"
-
-    shown = ("accuracy", "uar", "macro_f1", "kappa")
-    leaky = "**LEAKY: speakers or audio are shared between splits; these figures are inflated.**\n\n"
-    return (
-        f"# {experiment.name}\n\n"
-        f"Speech emotion classifier: {experiment.backbone}, {experiment.adapter.method}; "
-        f"emotions: {', '.join(experiment.emotions)}.\n"
-        f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
-        f"{leaky if test['leaky'] else ''}"
-        "| split (utterances) | accuracy | UAR | macro F1 | kappa |\n|---|---|---|---|---|\n"
-        f"{row('dev', dev)}\n{row('test', test)}\n\n"
-        f"95 % intervals: bootstrap over {test['ci95_unit']}. Dev chose this checkpoint; test chose nothing.\n\n"
-        "Input: mono audio at 16 kHz, silence trimmed as experiment.yaml says. "
-        "Use: `ser-ray predict THIS_DIRECTORY AUDIO...`\n\n"
-        "Acted speech, a few speakers: expect less on other speakers, languages, microphones and on spontaneous "
-        "emotion. Do not use it to judge people.\n"
-    )

@@ -26,7 +26,8 @@ from rich.table import Table
 from ser_ray import cluster, config, disk
 from ser_ray.config import Protocol, SearchSpace
 from ser_ray.evaluate import evaluate
-from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
+from ser_ray.evaluation.gaps import corrected, gap_records
+from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, headline
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import Predictions, UserError
@@ -92,7 +93,8 @@ def pool(parts: list[Predictions]) -> Predictions:
 
 
 def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
-    """Figures of every scheme, and their gap to the speaker-disjoint one, pooled and per corpus, with 95 % intervals.
+    """Figures of every scheme, and their gap to the speaker-disjoint one, pooled and per corpus, with 95 % intervals;
+    p is corrected over all of them (``p_holm``).
 
     Raises UserError where a corpus has one speaker, who can be in one split only.
     """
@@ -114,10 +116,14 @@ def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
             answer["schemes"][scheme][group] = {"n": len(labels)} | {
                 name: {"value": float(figures[name]), "ci95": list(limits[name])} for name in FIGURES
             }
-            gaps = paired_gap(labels, guesses, base, speakers, emotions)
-            answer["gaps"][scheme][group] = {
-                name: {"value": gaps[name].difference, "ci95": [gaps[name].low, gaps[name].high], "p": gaps[name].p}
-                for name in FIGURES
+            answer["gaps"][scheme][group] = gap_records(labels, guesses, base, speakers, emotions)
+    groups = [(scheme, group) for scheme in predictions if scheme != DISJOINT for group in answer["gaps"][scheme]]
+    for (scheme, group), gaps in zip(groups, corrected(answer["gaps"][s][g] for s, g in groups), strict=True):
+        answer["gaps"][scheme][group] = gaps
+    for by_group in answer["gaps"].values():
+        for group, gaps in by_group.items():
+            by_group[group] = {
+                name: {"value": gap.pop("difference")} | gap for name, gap in gaps.items() if name in FIGURES
             }
     return answer
 
@@ -150,4 +156,4 @@ def _table(answer: dict[str, Any]) -> Table:
 
 
 def _limits(figure: dict[str, Any], sign: str = "") -> str:
-    return ", ".join(f"{limit:{sign}.3f}" for limit in figure["ci95"])
+    return ", ".join(f"{limit:{sign}.3f}" for limit in figure["ci95"] or ()) or "cannot be tested"

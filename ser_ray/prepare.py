@@ -293,9 +293,11 @@ def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 
 def _line(manifest: Mapping[str, Any], target: Path) -> str:
     differs = differences(manifest["corpus"], manifest)
+    ties = manifest.get("ties", 0)  # written since ties are told apart; a corpus without listeners has none
     return (
         f"{manifest['corpus']}: {manifest['utterances']} utterances, {manifest['speakers']} speakers, "
         f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
+        + (f"\n{manifest['corpus']}: {ties} ties of its listeners, which label: perceived leaves out" if ties else "")
         + (f"\n{manifest['corpus']} is not as published: {', '.join(differs)}" if differs else "")
     )
 

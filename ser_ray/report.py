@@ -30,13 +30,17 @@ from rich.table import Table
 
 from ser_ray.disk import write_bytes, write_text
 from ser_ray.evaluation import comparison
+from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.figures import to_png
 from ser_ray.evaluation.folder import COSTS, read_tried
+from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.page import (
     TITLES,
     comparison_page,
     interval,
+    interval_units,
+    named_leader,
     search_page,
     search_parts,
     show,
@@ -44,7 +48,7 @@ from ser_ray.evaluation.page import (
     trial_counts,
 )
 from ser_ray.evaluation.results import Results, read_results
-from ser_ray.evaluation.verdicts import limits_of, signed, verdicts
+from ser_ray.evaluation.verdicts import limits_of, p_of, signed, verdicts
 from ser_ray.schema import UserError
 
 FILES = {
@@ -92,8 +96,8 @@ def print_summary(results_dir: Path, console: Console) -> None:
     console.print(f"[bold]{escape(results.space.experiment.name)}[/]: {escape(trial_counts(results))}")
     if results.trials:
         console.print(_trials_table(results))
-    if leader := results.leader:
-        console.print(f"\n[bold]{'chosen' if results.choice else 'best so far'}[/]: {escape(leader['trial_id'])}")
+    if results.leader:
+        console.print(f"\n[bold]{'chosen' if results.choice else 'best so far'}[/]: {escape(named_leader(results))}")
         for key, value in results.chosen_config.items():
             console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
     if results.figures:
@@ -102,6 +106,8 @@ def print_summary(results_dir: Path, console: Console) -> None:
         console.print(escape(sentence))
     if not results.test:
         console.print("[yellow]no test figures yet[/]: the search was interrupted, or is still running")
+    if results.test:
+        console.print(escape(what_chose(results.test, results.metric)))
     if results.openings:
         times = len(results.openings)
         console.print(
@@ -116,11 +122,13 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
     """Print the test figures of several searches with intervals, what differs, and the gaps between them."""
     searches = [read_results(results_dir) for results_dir in results_dirs]
     names = comparison.labels(searches)
-    table = Table("", *("test " + TITLES[name] for name in ("uar", "accuracy")), "time", "", box=SIMPLE_HEAD)
+    titles = ("test " + TITLES[name] for name in ("uar", "accuracy"))
+    table = Table("", *titles, "95 % over", "time", "", box=SIMPLE_HEAD)
     for name, results in zip(names, searches, strict=True):
         cells = [f"{show(key, results.answer.get(key))} {interval(results.test, key)}" for key in ("uar", "accuracy")]
         stamp = "[bold red]LEAKY[/]" if results.leaky else ""
-        table.add_row(escape(name), *map(escape, cells), show("seconds", comparison.costs(results)["seconds"]), stamp)
+        unit, seconds = results.test.get("ci95_unit") or "-", show("seconds", comparison.costs(results)["seconds"])
+        table.add_row(escape(name), *map(escape, cells), unit, seconds, stamp)
     console.print(table)
     differing = Table("", box=SIMPLE_HEAD)
     for name in names:
@@ -132,7 +140,9 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
     for gap in comparison.gaps(searches):
         said = f"no gap: {gap.why_not}"
         if gap.figures:
-            said = f"{signed(gap.figures['uar']['difference'])} points UAR {limits_of(gap.figures['uar'])}"
+            uar = gap.figures["uar"]
+            tested = f", {p_of(uar)}" if limits(uar) else ""
+            said = f"{signed(uar['difference'])} points UAR {limits_of(uar)}{tested}"
         console.print(escape(f"{gap.one} less {gap.other}: {said}"))
 
 
@@ -190,14 +200,16 @@ def _trials_table(results: Results) -> Table:
 
 
 def _figures_table(results: Results) -> Table:
+    units = interval_units(results.figures)
     if len(results.figures) > 4:  # with intervals beside one another they would not fit a terminal
-        table = Table("", *(TITLES[name] for name in HEADLINE), box=SIMPLE_HEAD, pad_edge=False)
+        table = Table("", *(TITLES[name] for name in HEADLINE), "95 % over", box=SIMPLE_HEAD, pad_edge=False)
         for title, row in results.figures.items():
             cells = [f"{show(name, row.get(name))}\n{interval(row, name)}".strip() for name in HEADLINE]
-            table.add_row(escape(title), *map(escape, cells))
+            table.add_row(escape(title), *map(escape, cells), units[title])
         return table
     table = Table("", *map(escape, results.figures), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     for name in HEADLINE:
         cells = [f"{show(name, row.get(name))} {interval(row, name)}".strip() for row in results.figures.values()]
         table.add_row(TITLES[name], *map(escape, cells))
+    table.add_row("95 % over", *(unit or "-" for unit in units.values()))
     return table

@@ -6,7 +6,7 @@ Everything here is plain data that any other part may import; it imports nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -28,6 +28,8 @@ EMOTIONS: Final = (
 """The canonical emotions. The first seven are the project's; the others occur in some corpora."""
 
 SPLITS: Final = ("train", "dev", "test")
+TIE: Final = "tie"
+"""In place of a perceived emotion: listeners were asked, and no emotion was heard more often than every other."""
 
 
 class UserError(ValueError):
@@ -66,7 +68,7 @@ class Utterance:
     split: str | None = None
     """Where the corpus itself says which split it belongs to."""
     perceived: str | None = None
-    """The emotion that most listeners heard, where they were asked."""
+    """The emotion that most listeners heard, or `TIE`, where they were asked."""
     agreement: float | None = None
     """The share of listeners who heard it."""
     start: float | None = None
@@ -121,6 +123,16 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """(N,) int64: the most probable label of each utterance."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def over(self, emotions: tuple[str, ...]) -> Predictions:
+        """The same where no other emotion can be said: the probabilities of these, made to sum to 1. All labels are
+        among them."""
+        if emotions == self.emotions:
+            return self
+        columns = [self.emotions.index(emotion) for emotion in emotions]
+        kept = np.maximum(self.probabilities[:, columns], np.finfo(np.float64).tiny)
+        labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
+        return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
 
     def __len__(self) -> int:
         return len(self.utterance_ids)

@@ -33,8 +33,9 @@ from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
 from ser_ray.assets.heard import heard
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
+from ser_ray.evaluation.results import the_probe
 from ser_ray.plan import RunPlan
-from ser_ray.protocols.leakage import audit
+from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import MemoryShortageError, UserError
 from ser_ray.search.trials import Trials
@@ -224,14 +225,19 @@ def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
 
 
 def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
-    """The audit of a split, its findings shown. Raises UserError for one that makes training pointless."""
+    """The audit of every fold that the space trains, its findings shown.
+
+    Raises UserError for a finding that makes training pointless.
+    """
     with console.status("audit: fingerprints of the audio"):
         known = heard(space.backbones(), space.experiment.corpora)
-        findings = audit(task.index, task.fold, task.emotions, same_takes_in(shard_dirs), known)
+        findings = audit_search(space, task, same_takes_in(shard_dirs), known)
     sizes = (
         f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
     )
     console.print(f"split: {task.fold.description}: {', '.join(sizes)}")
+    if folds := findings.get("folds"):
+        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}")
     for finding in findings["findings"]:
         style = "dim" if finding["level"] == "note" else "bold red"
         console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
@@ -313,7 +319,9 @@ def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, a
     with nullcontext() if here else cache.made_first(planned, console):
         _train_single(trials, space.experiment, attempt, console)
     row = folder.trial_row(trials.update("single", time.monotonic() - started, status="finished"))
-    console.print(f"best dev UAR {row['dev_uar']:.3f} in epoch {row['best_epoch']}: {directory / row['checkpoint']}")
+    probe = the_probe([row["checkpoint"]])
+    when = f"epoch {row['best_epoch']}{probe and ', ' + probe}"
+    console.print(f"best dev UAR {row['dev_uar']:.3f} in {when}: {directory / row['checkpoint']}")
 
 
 def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[RunPlan, Task]:

@@ -84,7 +84,7 @@ def leaks(result: dict) -> dict[str, str]:
 def test_a_clean_corpus_has_no_leak(clean, tmp_path, capsys):
     result = audited(write_space(tmp_path, clean))
     assert not result["leaky"]
-    assert [f["what"] for f in result["findings"]] == ["few speakers in test"]
+    assert [f["what"] for f in result["findings"]] == ["few speakers in dev", "few speakers in test"]
     assert result["splits"]["test"]["emotions"] == dict.fromkeys(EMOTIONS.values(), 6)
     out = capsys.readouterr().out
     assert "no leak found" in out
@@ -132,6 +132,25 @@ def test_a_planted_copy_is_the_one_leak(corpus, tmp_path, capsys, copy, what, si
     assert leaks(result) == {what: f"1: ravdess/03-01-05-01-01-01-02 {sign} ravdess/03-01-05-01-01-01-07"}
     assert result["leaky"]
     assert "LEAKY" in capsys.readouterr().out
+
+
+def test_a_copy_that_only_a_final_fold_splits_is_a_leak_of_the_search(corpus, tmp_path, capsys):
+    """Actors 7 and 10 are both trained on in fold 0; fold 2 tests the first and fold 3 the second."""
+    shutil.copy(corpus / name(7, "05", 1), corpus / name(10, "05", 1))
+    space = write_space(tmp_path, corpus)
+    assert not audited(space)["leaky"]
+    assert "audited:" not in capsys.readouterr().out
+    result = audited(space, "tune.final_folds=all")
+    assert result["leaky"]
+    assert list(result["folds"]) == ["fold 0", "fold 1", "fold 2", "fold 3"]
+    leak = next(finding for finding in result["findings"] if finding["level"] == "leak")
+    detail = "1: ravdess/03-01-05-01-01-01-07 = ravdess/03-01-05-01-01-01-10"
+    assert leak["folds"] == dict.fromkeys(["fold 1", "fold 2", "fold 3"], detail)
+    assert not [finding for finding in result["findings"] if "few speakers" in finding["what"]], "12 in all folds"
+    out = capsys.readouterr().out
+    assert f"leak   identical audio across splits: fold 1 / fold 2 / fold 3: {detail}" in out
+    assert "audited: 4 folds that are trained, fold 0, fold 1, fold 2, fold 3" in out
+    assert "LEAKY" in out
 
 
 def test_one_take_under_two_emotions_of_one_speaker_is_no_leak_but_said(corpus, tmp_path):

@@ -16,6 +16,7 @@ from rich.console import Console
 from ser_ray import prepare as verb
 from ser_ray.config import Audio, SearchSpace
 from ser_ray.prepare import main, prepare
+from ser_ray.protocols.folds import labelled
 from ser_ray.schema import UserError, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
@@ -382,3 +383,24 @@ def test_the_synthetic_corpus_is_made_first(tmp_path, monkeypatch):
     assert first == second
     manifest = shards.read_manifest(first[0])
     assert (manifest["utterances"], manifest["speakers"], len(manifest["emotions"])) == (14, 2, 7)
+
+
+def test_the_ties_of_listeners_are_counted_and_left_out_of_what_they_heard(tmp_path, capsys):
+    """CREMA-D's names and tables: of six clips one is a tie, one is heard otherwise, one is in no table."""
+    rng = np.random.default_rng(0)
+    clips = [f"10{actor:02d}_IEO_{emotion}_LO" for actor in (1, 2, 3) for emotion in ("ANG", "SAD")]
+    for clip in clips:
+        path = tmp_path / "crema" / "AudioWAV" / f"{clip}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(16_000), 16_000)
+    votes = dict(zip(clips, ("A:D", "S", "A", "S", "A"), strict=False))
+    lines = ['"","FileName","VoiceVote"', *(f'"{n}","{clip}","{vote}"' for n, (clip, vote) in enumerate(votes.items()))]
+    (tmp_path / "crema" / "processedResults").mkdir()
+    (tmp_path / "crema" / "processedResults" / "summaryTable.csv").write_text("\n".join(lines) + "\n")
+    (target,) = prepare(space(tmp_path / "cache", tmp_path / "crema", "crema_d"), use_ray=False)
+    assert shards.read_manifest(target)["ties"] == 1
+    assert "crema_d: 1 ties of its listeners, which label: perceived leaves out" in capsys.readouterr().err
+    index = shards.read_index([target])
+    heard = labelled(index, ("angry", "sad"), {}, "perceived")
+    assert set(index["utterance_id"].to_pylist()) - set(heard["utterance_id"].to_pylist()) == {f"crema_d/{clips[0]}"}
+    assert labelled(index, ("angry", "sad"), {}).num_rows == 6

@@ -262,6 +262,86 @@ def test_summary_in_the_terminal(finished):
     assert str(finished / "report.html") in said
 
 
+def _rewrite(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_winner_of_epoch_0_is_called_the_probe(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+    assert "the probe" not in printed(folder)
+    epochs = {"second": ["epoch_000"] * 3, "1e10": ["epoch_003"] * 3}
+
+    def at(choice):
+        for finalist in choice["finalists"]:
+            for run, epoch in zip(finalist["runs"], epochs[finalist["trial_id"]], strict=True):
+                run["checkpoint"] = f"finals/{finalist['trial_id']}/{epoch}"
+
+    _rewrite(folder / "evaluation/choice.json", at)
+    said, page = printed(folder), Page(build(folder)).text
+    assert "chosen: second, the probe\n" in said
+    assert "Chosen: second, the probe (epoch 0: logistic regression on the frozen backbone" in page
+    assert "On test the probe beats the frozen backbone + linear" in page
+    assert "adapter.method" not in said, "of what was not trained nothing is said"
+    assert "optimizer.lr:" not in said
+    assert "backbone: openai/whisper-base" in said
+    epochs["second"][1:] = ["epoch_002", "epoch_002"]
+    _rewrite(folder / "evaluation/choice.json", at)
+    assert "chosen: second, the probe in 1 of 3 runs\n" in printed(folder)
+    assert "adapter.method: lora" in printed(folder)
+
+
+def test_before_the_choice_the_best_trial_may_be_the_probe(tmp_path):
+    folder = write_search(tmp_path / "search")
+    table = (folder / "trials.csv").read_text().splitlines()
+    rows = list(csv.DictReader(table))
+    for row in rows:
+        row["checkpoint"] = f"trials/{row['trial_id']}/epoch_{0 if row['trial_id'] == '1e10' else 3:03}"
+    with (folder / "trials.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert "best so far: 1e10, the probe\n" in printed(folder)
+
+
+def test_every_interval_names_its_unit(complete, tmp_path):
+    """Dev of one speaker is over utterances, while test is over speakers."""
+    folder = shutil.copytree(complete, tmp_path / "search")
+    _rewrite(folder / "evaluation/dev.json", lambda dev: dev.update(ci95_unit="utterances"))
+    rows = {line.split("  ")[0].strip(): line for line in printed(folder).splitlines() if "speakers" in line}
+    assert "test, runs pooled" in rows
+    page = Page(build(folder)).text
+    table = page[page.index("Figures and what they must beat") :]
+    assert " dev 95 % over utterances 0.693 [" in table
+    assert " test, runs pooled 95 % over speakers 0." in table
+    assert "chance 0.143" in table
+    (folder / "evaluation/test.json").unlink()
+    narrow = next(line for line in printed(folder).splitlines() if "95 % over" in line)
+    assert narrow.split()[3:] == ["utterances"]
+
+
+def test_what_chose_what_is_said_where_folds_rotate(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+    _rewrite(folder / "evaluation/test.json", lambda test: test.update(tested=140, tested_in_dev=140))
+    expected = "140 of the 140 tested utterances were dev in another run"
+    assert expected in Page(build(folder)).text
+    assert expected in " ".join(printed(folder).split())
+
+
+def test_corrected_and_raw_p_are_on_the_page_and_in_the_terminal(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+
+    def against(test):
+        gap = {"difference": 0.041, "ci95": [0.01, 0.072], "p": 0.03, "p_holm": 0.06, "comparisons": 2}
+        test["against"] = {"frozen backbone + linear": {"uar": gap}, "x": {"uar": gap | {"ci95": None, "p": None}}}
+
+    _rewrite(folder / "evaluation/test.json", against)
+    for text in (Page(build(folder)).text, " ".join(printed(folder).split())):
+        assert "does not beat the frozen backbone + linear: +4.1 points UAR [+1.0, +7.2], p = 0.03, 0.06 corr" in text
+        assert "cannot be compared with x: +4.1 points UAR for every speaker alike" in text
+
+
 def test_command_writes_the_page_and_prints_where(tmp_path, capsys):
     folder = write_results(tmp_path / "search")
     assert main([str(folder)]) == 0

@@ -2,7 +2,8 @@
 
 Every corpus module has ``parse(path) -> Utterance``, which raises ValueError with the reason where a name is not one
 of the corpus's; where the corpus brings tables, ``annotate(directory, utterances)`` adds what they say; ``PUBLISHED``
-has its published counts. To add a corpus, write such a file and name it in `MODULES`, or describe it in a `table`.
+has its published counts; ``SPEECH`` says whether it is acted or synthetic. To add a corpus, write such a file and name
+it in `MODULES`, or describe it in a `table`.
 """
 
 from __future__ import annotations

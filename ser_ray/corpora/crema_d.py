@@ -2,7 +2,8 @@
 
 91 actors (48 men, 43 women), American English, 12 sentences, 6 emotions (no surprise), one sentence in three
 intensities: 7442 utterances. Emotions are the intended ones; what listeners heard by voice alone is read from the
-corpus's own tables where they lie beside the audio.
+corpus's own tables where they lie beside the audio. Where two emotions or more were heard equally often (644
+utterances), there is no emotion that most heard: these are marked as ties, and ``label: perceived`` leaves them out.
 
 Cao, Cooper, Keutmann, Gur, Nenkova and Verma (2014), IEEE Transactions on Affective Computing 5(4), 377-390,
 https://doi.org/10.1109/TAFFC.2014.2336244
@@ -17,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ser_ray.schema import UserError, Utterance
+from ser_ray.schema import TIE, UserError, Utterance
 
+SPEECH: Final = "acted"
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
 """XX is unspecified; a published recording spells it X."""
@@ -76,7 +78,7 @@ def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance
 
     ``VideoDemographics.csv`` has the actors' sex; ``tabulatedVotes.csv`` the votes on every clip, of which the rows
     whose name begins with 1 are those by voice alone; ``summaryTable.csv``, where the former is absent, the winners
-    without the agreement. A tie leaves the perceived emotion open.
+    without the agreement. Several winners are a tie (`schema.TIE`).
 
     Raises UserError, with file and line, for a table that is not what it should be or contradicts itself.
     """
@@ -103,7 +105,7 @@ def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance
 # -- below: how it is done
 
 T = TypeVar("T")
-Heard = tuple[str | None, float | None]
+Heard = tuple[str, float | None]
 
 _COLUMNS: Final = {
     "VideoDemographics.csv": ("ActorID", "Sex"),
@@ -137,11 +139,11 @@ def _note(known: dict[str, T], key: str, value: T, where: str) -> None:
         raise UserError(f"{where}: {key} occurs before, and otherwise; take the file from the corpus's home again")
 
 
-def _winner(votes: str, where: str) -> str | None:
+def _winner(votes: str, where: str) -> str:
     letters = votes.split(":")
     if unknown := [letter for letter in letters if letter not in VOTES]:
         raise UserError(f"{where}: vote {unknown[0]!r} is none of {', '.join(VOTES)}")
-    return VOTES[letters[0]] if len(letters) == 1 else None
+    return VOTES[letters[0]] if len(letters) == 1 else TIE
 
 
 def _share(text: str, where: str) -> float:

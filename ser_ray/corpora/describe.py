@@ -27,6 +27,15 @@ def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | N
     return counts
 
 
+def speech_of(corpus: str) -> str:
+    """acted, or synthetic, as the corpus says of itself; empty where that is not known, as of a table.
+
+    >>> speech_of("ravdess"), speech_of("synthetic"), speech_of("mine")
+    ('acted', 'synthetic', '')
+    """
+    return str(import_module(MODULES[corpus]).SPEECH) if corpus in MODULES else ""
+
+
 def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
     """In words, where counts as `describe` gives them differ from the published ones; nothing where there are none.
 

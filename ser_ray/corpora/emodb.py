@@ -16,6 +16,7 @@ from typing import Final
 
 from ser_ray.schema import Utterance
 
+SPEECH: Final = "acted"
 EMOTIONS: Final = {
     "W": "angry",  # Wut, Aerger
     "L": "boredom",  # Langeweile

@@ -16,6 +16,7 @@ from typing import Final
 from ser_ray.corpora.ravdess import parse_channel
 from ser_ray.schema import Utterance
 
+SPEECH: Final = "acted"
 SUNG: Final = {"neutral": 92} | dict.fromkeys(("calm", "happy", "sad", "angry", "fear"), 184)
 PUBLISHED: Final = {"utterances": 1012, "speakers": 23, "emotions": SUNG}
 """The home page."""

@@ -15,6 +15,7 @@ from typing import Final
 
 from ser_ray.schema import Utterance
 
+SPEECH: Final = "acted"
 EMOTIONS: Final = {
     "a": "angry",
     "d": "disgust",

@@ -35,6 +35,7 @@ import soundfile
 from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
 from ser_ray.schema import EMOTIONS, UserError, Utterance
 
+SPEECH: Final = "synthetic"
 SPEAKERS: Final = 24
 """Enough for four speaker-disjoint folds of six."""
 VERSION: Final = 2

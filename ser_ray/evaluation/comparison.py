@@ -6,14 +6,14 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ser_ray.config import to_dict
-from ser_ray.evaluation.intervals import paired_gap
+from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.results import Results, as_number
 from ser_ray.schema import Predictions
 
@@ -26,7 +26,7 @@ class Gap:
     one: str
     other: str
     figures: Mapping[str, Mapping[str, Any]]
-    """Headline figure -> difference and ci95."""
+    """Headline figure -> a record of `ser_ray.evaluation.gaps`."""
     why_not: str = ""
 
 
@@ -72,11 +72,15 @@ def costs(results: Results) -> dict[str, float | None]:
 
 
 def gaps(searches: Sequence[Results]) -> list[Gap]:
-    """Every pair of searches, the first less the second."""
+    """Every pair of searches, the first less the second; corrected for the number of pairs that are tested."""
     named = list(zip(labels(searches), searches, strict=True))
-    return [
+    found = [
         gap(one, other, first.predictions.get("test"), second.predictions.get("test"))
         for (one, first), (other, second) in itertools.combinations(named, 2)
+    ]
+    return [
+        replace(pair, figures=figures)
+        for pair, figures in zip(found, corrected(pair.figures for pair in found), strict=True)
     ]
 
 
@@ -96,12 +100,7 @@ def gap(one: str, other: str, first: Predictions | None, second: Predictions | N
     if len(set(speakers)) < 2:
         return Gap(one, other, {}, "one test speaker says nothing about others")
     said = first.predicted[here], second.predicted[there]
-    found = paired_gap(truth, *said, speakers, len(first.emotions))
-    return Gap(
-        one,
-        other,
-        {name: {"difference": gap.difference, "ci95": [gap.low, gap.high], "p": gap.p} for name, gap in found.items()},
-    )
+    return Gap(one, other, gap_records(truth, *said, speakers, len(first.emotions)))
 
 
 # -- below: how it is done

@@ -25,11 +25,17 @@ from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 
 LOWEST: Final = {"kappa": -1.0}
 """What a figure can be at least, where that is not 0."""
+ROUNDING: Final = 1e-9
+"""A standard error below this is none: sums of shares differ by some 1e-16, an utterance in a million makes 1e-6."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A figure of one model less that of another, its 95 % interval, and the two-sided p-value of there being none."""
+    """A figure of one model less that of another, its 95 % interval, and the two-sided p-value of there being none.
+
+    Where every speaker has the same gap there is no spread to judge it by: it cannot be tested, and the interval and p
+    are NaN.
+    """
 
     difference: float
     low: float
@@ -145,8 +151,9 @@ def _gap(name: str, difference: float, drawn: np.ndarray, units: int) -> Gap:
     """On the plain scale, on which the gap of two figures is even."""
     error, most = _standard_error(drawn, units), 1 - LOWEST.get(name, 0.0)
     half = stdtrit(units - 1, 0.975) * error
-    # Without an error every speaker has the same gap.
-    p = 2 * float(stdtr(units - 1, -abs(difference) / error)) if error else float(difference == 0)
+    if error < ROUNDING:
+        return Gap(difference, np.nan, np.nan, np.nan)
+    p = 2 * float(stdtr(units - 1, -abs(difference) / error))
     return Gap(difference, float(max(difference - half, -most)), float(min(difference + half, most)), p)
 
 

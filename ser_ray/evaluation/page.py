@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from ser_ray.config import to_dict
 from ser_ray.evaluation import comparison, figures, mistakes, trial_figures
 from ser_ray.evaluation.calibration import reliability
+from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, DEV_FIGURES
+from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import Results, as_number
-from ser_ray.evaluation.verdicts import NAMES, limits_of, signed, verdicts
+from ser_ray.evaluation.verdicts import NAMES, brief_p, limits_of, signed, verdicts
 from ser_ray.schema import Predictions, UserError
 
 TITLES: Final = NAMES | {
@@ -71,6 +73,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
             detail_of=split,
             drawn={name: part.svg for name, part in parts.items()},
             verdicts=verdicts(results),
+            chose=what_chose(results.test, results.metric) if results.test else "",
             published=results.test.get("published", ()),
             columns=trial_columns(results),
             counts=trial_counts(results),
@@ -120,7 +123,7 @@ def comparison_page(searches: Sequence[Results]) -> str:
     """The page of several searches side by side."""
     named = dict(zip(comparison.labels(searches), searches, strict=True))
     searched = dict.fromkeys(key for r in searches for key in r.space.search)
-    winners = [{"trial_id": r.leader["trial_id"], **r.leaders_config(searched)} if r.leader else {} for r in searches]
+    winners = [{"trial_id": named_leader(r), **r.leaders_config(searched)} if r.leader else {} for r in searches]
     histories = {name: r.histories.get(r.leader.get("trial_id", ""), []) for name, r in named.items()}
     tested = {
         name: (r.answer["uar"], r.test.get("ci95", {}).get("uar")) for name, r in named.items() if "uar" in r.answer
@@ -174,6 +177,17 @@ def interval(summary: Mapping[str, Any], name: str) -> str:
     """The 95 % interval of a figure, or nothing where there is none."""
     limits = (summary.get("ci95") or {}).get(name)
     return f"[{limits[0]:.3f}, {limits[1]:.3f}]" if limits else ""
+
+
+def named_leader(results: Results) -> str:
+    """The leader's id, and where nothing of the backbone was trained for it, that it is the probe."""
+    trial_id: str = results.leader["trial_id"]
+    return f"{trial_id}, {results.probe}" if results.probe else trial_id
+
+
+def interval_units(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of every row of figures what its intervals are over: speakers, utterances, or nothing where it has none."""
+    return {title: row.get("ci95_unit", "") if row.get("ci95") else "" for title, row in rows.items()}
 
 
 def trial_columns(results: Results) -> list[str]:
@@ -244,6 +258,10 @@ def _environment() -> jinja2.Environment:
         "plain": figures.plain,
         "signed": signed,
         "limits_of": limits_of,
+        "limits": limits,
+        "brief_p": brief_p,
+        "named_leader": named_leader,
+        "interval_units": interval_units,
     }
     environment.filters["plain"] = figures.plain
     return environment

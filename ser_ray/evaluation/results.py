@@ -6,7 +6,7 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,8 @@ from ser_ray.config import Adapter, SearchSpace, load, to_dict
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import Predictions, UserError
 
+THE_PROBE: Final = "the probe"
+"""What a model is called whose best epoch is 0: `Head.init` probe, before anything of the backbone was trained."""
 _LORA_ONLY: Final = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
 
 
@@ -51,13 +53,22 @@ class Results:
         return next((row for row in self.trials if as_number(row.get(self.space.tune.metric)) is not None), {})
 
     @property
+    def probe(self) -> str:
+        """`the_probe` of the leader: of the runs that it is judged by, or of its one trial."""
+        rows = [row for row in self.choice.get("finalists", ()) if row["trial_id"] == self.choice.get("trial_id")]
+        runs = [run for row in rows for run in row.get("runs", ())] or self.runs
+        checkpoints = [run["checkpoint"] for run in runs if run.get("checkpoint")]
+        return the_probe(checkpoints or [self.leader.get("checkpoint", "")])
+
+    @property
     def leaky(self) -> bool:
         """Whether anything here says that train and another split share speakers or recordings."""
         return any(part.get("leaky", False) for part in (self.audit, self.dev, self.test))
 
     @property
     def chosen_config(self) -> dict[str, Any]:
-        """The leader's backbone, adapter and searched keys, dotted; of an adapter without LoRA no rank or the like."""
+        """The leader's backbone, adapter and searched keys, dotted; of an adapter without LoRA no rank or the like, of
+        the probe nothing of what was not trained."""
         return self.leaders_config(self.space.search)
 
     def leaders_config(self, searched: Iterable[str]) -> dict[str, Any]:
@@ -69,7 +80,12 @@ class Results:
         }
         values |= {key: self.leader[key] for key in keys if key in self.space.search and self.leader.get(key)}
         without = _LORA_ONLY if values["adapter.method"] in ("frozen", "full") else ()
-        return {key: value for key, value in values.items() if key not in without and value is not None}
+        untrained = ("adapter.", "optimizer.") if self.probe == THE_PROBE else ()
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in without and not key.startswith(untrained) and value is not None
+        }
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -116,6 +132,17 @@ def read_results(results_dir: Path) -> Results:
         histories={path.parent.name: read_history(path) for path in histories},
         predictions=read_predictions(predictions) if predictions.is_file() else {},
     )
+
+
+def the_probe(checkpoints: Sequence[str]) -> str:
+    """``the probe`` where all checkpoints are of epoch 0, in how many runs where some are, else nothing.
+
+    >>> the_probe(["trials/001/epoch_000"]), the_probe(["a/epoch_000", "b/epoch_004"]), the_probe(["b/epoch_010"])
+    ('the probe', 'the probe in 1 of 2 runs', '')
+    """
+    untrained = sum(Path(checkpoint).name == "epoch_000" for checkpoint in checkpoints)
+    some = f"{THE_PROBE} in {untrained} of {len(checkpoints)} runs" if untrained else ""
+    return THE_PROBE if untrained and untrained == len(checkpoints) else some
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

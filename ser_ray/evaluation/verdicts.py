@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
-from ser_ray.evaluation.results import Results
+from ser_ray.evaluation.gaps import Gap, limits, wins
+from ser_ray.evaluation.results import THE_PROBE, Results
 
 NAMES: Final = {
     "accuracy": "accuracy",
@@ -15,27 +16,24 @@ NAMES: Final = {
     "kappa": "kappa",
 }
 
-Gap = Mapping[str, Any]
-"""difference, ci95 and, where it was tested, p (two-sided)."""
-
 
 def verdicts(results: Results) -> list[str]:
     """Sentences on the winner: against baselines on test, the runner-up on dev, and what others published."""
-    found = []
+    found, it = [], THE_PROBE if results.probe == THE_PROBE else "it"
     for name, gaps in results.test.get("against", {}).items():
         if metric := _metric(gaps, results.metric):
-            found.append(f"On test it {comparison(_with_article(name), gaps[metric], metric)}.")
+            found.append(f"On test {it} {comparison(_with_article(name), gaps[metric], metric)}.")
     runner_up = results.choice.get("against") or {}
     if metric := _metric(runner_up.get("gap", {}), results.metric):
         name = f"the runner-up, trial {runner_up['trial_id']}"
-        found.append(f"On dev it {comparison(name, runner_up['gap'][metric], metric)}.")
+        found.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
     found.append(_averaged(results))
     found.append(_beside_published(results))
     return [sentence for sentence in found if sentence]
 
 
 def comparison(name: str, gap: Gap, metric: str) -> str:
-    """Whether one beats the other, which the interval decides: it must leave out 0.
+    """Whether one beats the other: the interval must leave out 0, after the correction for several comparisons too.
 
     >>> comparison("the runner-up", {"difference": 0.041, "ci95": [0.01, 0.072]}, "uar")
     'beats the runner-up by 4.1 points UAR [1.0, 7.2]'
@@ -43,14 +41,40 @@ def comparison(name: str, gap: Gap, metric: str) -> str:
     'does not beat the runner-up: +0.3 points UAR [-1.3, +0.7], p = 0.30'
     >>> comparison("chance", {"difference": -0.02, "ci95": [-0.03, -0.01]}, "kappa")
     'is worse than chance: -2.0 points kappa [-3.0, -1.0]'
+    >>> comparison("chance", {"difference": 0.1, "ci95": None, "p": None}, "uar")
+    'cannot be compared with chance: +10.0 points UAR for every speaker alike, which cannot be tested'
     """
-    low, high = gap["ci95"]
-    tested = f", {_p(gap['p'])}" if gap.get("p") is not None else ""
-    if low > 0:
-        limits = f"[{100 * low:.1f}, {100 * high:.1f}]"
-        return f"beats {name} by {100 * gap['difference']:.1f} points {NAMES[metric]} {limits}{tested}"
-    verb = "is worse than" if high < 0 else "does not beat"
+    interval = limits(gap)
+    if interval is None:
+        alike = f"{signed(gap['difference'])} points {NAMES[metric]} for every speaker alike, which cannot be tested"
+        return f"cannot be compared with {name}: {alike}"
+    tested = f", {p_of(gap)}" if gap.get("p") is not None else ""
+    if wins(gap) > 0:
+        low, high = interval
+        plain = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        return f"beats {name} by {100 * gap['difference']:.1f} points {NAMES[metric]} {plain}{tested}"
+    verb = "is worse than" if wins(gap) < 0 else "does not beat"
     return f"{verb} {name}: {signed(gap['difference'])} points {NAMES[metric]} {limits_of(gap)}{tested}"
+
+
+def p_of(gap: Gap) -> str:
+    """The p-value of a gap, and where several comparisons were made the corrected one.
+
+    >>> p_of({"p": 0.0123}), p_of({"p": 0.0123, "p_holm": 0.0246, "comparisons": 2})
+    ('p = 0.01', 'p = 0.01, 0.02 corrected for 2 comparisons (Holm)')
+    """
+    if gap.get("comparisons", 1) < 2:
+        return _p(gap["p"])
+    return f"{_p(gap['p'])}, {_after(gap)} corrected for {gap['comparisons']} comparisons (Holm)"
+
+
+def brief_p(gap: Gap) -> str:
+    """The same for a cell of a table.
+
+    >>> brief_p({"p": 0.0123}), brief_p({"p": 0.0123, "p_holm": 0.0246, "comparisons": 2})
+    ('p = 0.01', 'p = 0.01; Holm 0.02')
+    """
+    return _p(gap["p"]) + (f"; Holm {_after(gap)}" if gap.get("comparisons", 1) > 1 else "")
 
 
 def signed(share: float) -> str:
@@ -64,9 +88,9 @@ def signed(share: float) -> str:
 
 
 def limits_of(gap: Gap) -> str:
-    """The interval of a difference, in points."""
-    low, high = gap["ci95"]
-    return f"[{signed(low)}, {signed(high)}]"
+    """The interval of a difference, in points; or that there is none."""
+    interval = limits(gap)
+    return f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "cannot be tested"
 
 
 # -- below: how it is done
@@ -74,6 +98,10 @@ def limits_of(gap: Gap) -> str:
 
 def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+
+
+def _after(gap: Gap) -> str:
+    return _p(gap["p_holm"]).removeprefix("p = ")
 
 
 def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:

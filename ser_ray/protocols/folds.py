@@ -34,7 +34,8 @@ EMOBOX_RAVDESS: Final = (
 def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str], label: str = "intended") -> pa.Table:
     """The utterances that an experiment uses: emotions merged, others dropped, and an int64 column ``label``.
 
-    With ``label`` "perceived" the column ``perceived`` replaces the emotion wherever it is known.
+    With ``label`` "perceived" the column ``perceived`` replaces the emotion wherever it is known; where listeners did
+    not agree (`schema.TIE`) the utterance is left out. `unheard` counts those that keep the intended emotion.
 
     Raises UserError where nothing is left. An emotion that is absent is a finding of `leakage.audit`.
 
@@ -52,6 +53,19 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str],
         )
     table = index.set_column(index.column_names.index("emotion"), "emotion", pa.array(merged))
     return table.append_column("label", labels).filter(labels.is_valid())
+
+
+def counted_emotions(index: pa.Table, emotions: Sequence[str], fold: Fold) -> tuple[str, ...]:
+    """The emotions that figures are over: all of the experiment's, or where a fold leaves out what train and test have
+    not in common, those that they have; ``index`` holds the utterances of the fold."""
+    present = set(index["emotion"].to_pylist())
+    return tuple(emotion for emotion in emotions if emotion in present or not fold.common_emotions)
+
+
+def unheard(index: pa.Table) -> dict[str, int]:
+    """Corpus -> utterances of which no listener's judgement is known, where there are any."""
+    unknown = index.filter(pc.is_null(index["perceived"]))["corpus"].to_pylist()
+    return {corpus: unknown.count(corpus) for corpus in sorted(set(unknown))}
 
 
 def make_fold(index: pa.Table, protocol: Protocol) -> Fold:

@@ -1,4 +1,4 @@
-"""The audit of a fold: what is on two sides of a split, or on none, before a GPU is used.
+"""The audit of every fold that is trained: what is on two sides of a split, or on none, before a GPU is used.
 
 Levels: ``error`` the experiment cannot mean anything; ``leak`` its figures are too high, and everything made from it is
 stamped LEAKY; ``note`` worth knowing. Where the audio is the same is found by its digest, or told by
@@ -14,13 +14,23 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from ser_ray.config import SearchSpace
+from ser_ray.protocols.finals import more_dev, trained_folds
+from ser_ray.protocols.folds import unheard
+from ser_ray.protocols.task import Task
 from ser_ray.schema import SPLITS, Fold
 from ser_ray.speech.fingerprint import SameTake
 
 Rows = Sequence[Mapping[str, Any]]
+Finding = dict[str, Any]
+"""level, what, detail; of several folds also folds."""
+
+NO_NOTES: Final[Mapping[str, str]] = {}
+TOLD: Final = 3
+"""Folds, or details, that a line for people names."""
 
 FEW_SPEAKERS: Final = 5
-"""In test: with fewer, an interval over speakers is so wide that few differences can be told from chance."""
+"""In dev and test: with fewer, an interval over speakers is so wide that few differences can be told from chance."""
 SHIFT: Final = 0.2
 """Total variation between the emotions of two splits from which it is noted: a fifth of one split is otherwise."""
 ONE_LENGTH: Final = 0.25
@@ -30,37 +40,111 @@ MANY: Final = 20
 """Utterances a corpus has to have before its lengths are judged."""
 
 
-def audit(
-    index: pa.Table, fold: Fold, emotions: Sequence[str], takes: Iterable[SameTake] = (), heard: Iterable[str] = ()
+def audit_search(
+    space: SearchSpace, task: Task, takes: Iterable[SameTake] = (), heard: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What a reader of results has to know about the data of a fold; JSON types only.
+    """`audit` of every fold that a search trains, the finals' too. Raises UserError where one cannot be made."""
+    notes = {}
+    if space.experiment.label == "perceived" and (counts := unheard(task.index)):
+        detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
+        notes["no listener's label"] = f"{detail}: the intended emotion stands"
+    folds, remedy = trained_folds(space, task.index), more_dev(space, task.index)
+    return audit(task.index, folds, task.emotions, takes, heard, notes, remedy)
 
-    ``index`` is the labelled index that the fold was made from, ``takes`` what `fingerprint.same_takes_in` found; pairs
-    that the index does not hold are passed over; ``heard``: a line for every backbone that was pre-trained on what is
-    tested here. The result holds ``leaky``, ``findings`` (level, what, detail) with
-    the gravest first, and ``splits`` (utterances, speakers, minutes and a count per emotion of each).
+
+def audit(
+    index: pa.Table,
+    folds: Mapping[str, Fold],
+    emotions: Sequence[str],
+    takes: Iterable[SameTake] = (),
+    heard: Iterable[str] = (),
+    notes: Mapping[str, str] = NO_NOTES,
+    remedy: str = "tune.final_folds: all",
+) -> dict[str, Any]:
+    """What a reader of results has to know about the data of the folds that are trained; JSON types only.
+
+    Args:
+        index: the labelled index that the folds were made from.
+        folds: a name, such as ``fold 0``, and the fold; the experiment's own first.
+        emotions: of the experiment.
+        takes: what `fingerprint.same_takes_in` found; pairs that the index does not hold are passed over.
+        heard: a line for every backbone that was pre-trained on what is tested here.
+        notes: what else is worth knowing: what it is, and the detail.
+        remedy: what to set where few speakers are in dev.
+
+    Returns:
+        ``leaky`` (whether any fold leaks); ``findings`` (level, what, detail), the gravest first; ``splits``
+        (utterances, speakers, minutes and a count per emotion) of the first fold. With several folds also ``folds``
+        (name -> description), and in a finding that is not of the data as a whole ``folds`` (name -> detail): those in
+        which it holds.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
-    rows = [row | {"split": fold.splits[row["utterance_id"]]} for row in index.select(columns).to_pylist()]
-    splits = {split: _describe([row for row in rows if row["split"] == split], emotions) for split in SPLITS}
+    rows, takes = index.select(columns).to_pylist(), list(takes)
+    split_rows = {
+        name: [row | {"split": fold.splits[row["utterance_id"]]} for row in rows] for name, fold in folds.items()
+    }
+    by_fold = {name: _audit_fold(split_rows[name], fold, emotions, takes) for name, fold in folds.items()}
     findings = [
-        *_absent_emotions(splits, fold.common_emotions),
-        *_scheme(fold),
         *(_finding("leak", "a backbone was pre-trained on this", line) for line in heard),
-        *_shared_speakers(rows),
-        *_same_audio(_identical(rows), "identical audio", " = "),
-        *_same_audio(_alike(rows, takes), "the same take", " ~ "),
-        *_few_speakers(splits["test"]["speakers"]),
+        *_merged(by_fold),
+        *_few_speakers(split_rows.values(), remedy),
         *_few_voices(rows),
-        *_shifted_emotions(splits),
         *_one_length(rows),
+        *(_finding("note", what, detail) for what, detail in notes.items()),
     ]
     findings.sort(key=lambda finding: ("error", "leak", "note").index(finding["level"]))
+    several = {"folds": {name: fold.description for name, fold in folds.items()}} if len(folds) > 1 else {}
     return {
         "leaky": any(finding["level"] == "leak" for finding in findings),
         "findings": findings,
-        "splits": splits,
-    }
+        "splits": _splits(next(iter(split_rows.values())), emotions),
+    } | several
+
+
+# -- below: how it is done
+
+
+def _audit_fold(rows: Rows, fold: Fold, emotions: Sequence[str], takes: Sequence[SameTake]) -> list[Finding]:
+    splits = _splits(rows, emotions)
+    return [
+        *_absent_emotions(splits, fold.common_emotions),
+        *_scheme(fold),
+        *_shared_speakers(rows),
+        *_same_audio(_identical(rows), "identical audio", " = "),
+        *_same_audio(_alike(rows, takes), "the same take", " ~ "),
+        *_shifted_emotions(splits),
+    ]
+
+
+def _merged(by_fold: Mapping[str, Sequence[Finding]]) -> Iterable[Finding]:
+    """The findings of all folds, each once, with the folds that it holds in."""
+    details: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for name, findings in by_fold.items():
+        for finding in findings:
+            details[finding["level"], finding["what"]][name] = finding["detail"]
+    for (level, what), held in details.items():
+        several = {"folds": held} if len(by_fold) > 1 else {}
+        yield _finding(level, what, _in_folds(held, len(by_fold))) | several
+
+
+def _in_folds(held: Mapping[str, str], folds: int) -> str:
+    """One line: the detail, and which folds it is of unless it is the same in all of them."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, detail in held.items():
+        names[detail].append(name)
+    if len(names) == 1 and len(held) == folds:
+        return next(iter(names))
+    told = [f"{_some_folds(where)}: {detail}" for detail, where in names.items()]
+    more = f"; and otherwise in {len(told) - TOLD} more (audit.json)" if len(told) > TOLD else ""
+    return "; ".join(told[:TOLD]) + more
+
+
+def _some_folds(names: Sequence[str]) -> str:
+    return " / ".join(names) if len(names) <= TOLD else f"{names[0]} and {len(names) - 1} more"
+
+
+def _splits(rows: Rows, emotions: Sequence[str]) -> dict[str, Any]:
+    return {split: _describe([row for row in rows if row["split"] == split], emotions) for split in SPLITS}
 
 
 def _describe(rows: Rows, emotions: Sequence[str]) -> dict[str, Any]:
@@ -73,11 +157,11 @@ def _describe(rows: Rows, emotions: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _scheme(fold: Fold) -> list[dict[str, str]]:
+def _scheme(fold: Fold) -> list[Finding]:
     return [_finding("leak", "the protocol shares speakers by design", fold.description)] if fold.leaky else []
 
 
-def _absent_emotions(splits: Mapping[str, Mapping[str, Any]], by_design: bool) -> Iterable[dict[str, str]]:
+def _absent_emotions(splits: Mapping[str, Mapping[str, Any]], by_design: bool) -> Iterable[Finding]:
     emotions = splits["train"]["emotions"] if by_design else ()
     nowhere = [emotion for emotion in emotions if not any(part["emotions"][emotion] for part in splits.values())]
     if nowhere:
@@ -91,7 +175,7 @@ def _absent_emotions(splits: Mapping[str, Mapping[str, Any]], by_design: bool) -
             yield _finding(level, f"emotion absent from {split}", f"{', '.join(absent)} {consequence}")
 
 
-def _shared_speakers(rows: Rows) -> Iterable[dict[str, str]]:
+def _shared_speakers(rows: Rows) -> Iterable[Finding]:
     speakers = {split: {row["speaker"] for row in rows if row["split"] == split} for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         if shared := sorted(speakers[one] & speakers[other]):
@@ -113,7 +197,7 @@ def _alike(rows: Rows, takes: Iterable[SameTake]) -> list[Rows]:
     return [[one, other] for one, other in pairs if one["audio_sha256"] != other["audio_sha256"]]
 
 
-def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[dict[str, str]]:
+def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Finding]:
     kinds = (
         ("leak", "across splits", "split", True),
         ("note", "within a split", "split", False),
@@ -127,15 +211,22 @@ def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[dict[s
             yield _finding(level, f"{what} {where}", _some(names))
 
 
-def _few_speakers(speakers: int) -> Iterable[dict[str, str]]:
-    if speakers == 1:
-        detail = "intervals are over its utterances, and say nothing about other speakers"
-        yield _finding("note", "one speaker in test", detail)
-    elif speakers < FEW_SPEAKERS:
-        yield _finding("note", "few speakers in test", f"{speakers}: intervals over speakers will be wide")
+def _few_speakers(folds: Iterable[Rows], remedy: str) -> Iterable[Finding]:
+    """Of all folds together: the finals' figures are over all of them."""
+    speakers: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for rows in folds:
+        for row in rows:
+            speakers[row["split"]].add(row["speaker"])
+    over = {1: "over utterances, and say nothing about other speakers"}
+    for split in SPLITS[1:]:
+        if (number := len(speakers[split])) < FEW_SPEAKERS:
+            what = f"{'one speaker' if number == 1 else 'few speakers'} in {split}"
+            detail = f"{number}: its intervals are {over.get(number, 'over speakers, and wide')}"
+            chooses = f"; the trials are compared on so few voices: {remedy} takes more"
+            yield _finding("note", what, detail + (chooses if split == "dev" else ""))
 
 
-def _few_voices(rows: Rows) -> Iterable[dict[str, str]]:
+def _few_voices(rows: Rows) -> Iterable[Finding]:
     voices = defaultdict(set)
     for row in rows:
         voices[row["corpus"]].add(row["speaker"])
@@ -147,7 +238,7 @@ def _few_voices(rows: Rows) -> Iterable[dict[str, str]]:
             yield _finding("note", f"too few speakers in {corpus}", detail)
 
 
-def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, str]]:
+def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[Finding]:
     """Total variation: half the sum of the differences between two distributions."""
     train = _shares(splits["train"])
     for split in SPLITS[1:]:
@@ -162,7 +253,7 @@ def _shares(split: Mapping[str, Any]) -> dict[str, float]:
     return {emotion: n / max(split["utterances"], 1) for emotion, n in split["emotions"].items()}
 
 
-def _one_length(rows: Rows) -> Iterable[dict[str, str]]:
+def _one_length(rows: Rows) -> Iterable[Finding]:
     durations = defaultdict(list)
     for row in rows:
         durations[row["corpus"]].append(row["duration"])
@@ -173,7 +264,7 @@ def _one_length(rows: Rows) -> Iterable[dict[str, str]]:
             yield _finding("note", f"{corpus} looks cut or padded to one length", detail)
 
 
-def _finding(level: str, what: str, detail: str) -> dict[str, str]:
+def _finding(level: str, what: str, detail: str) -> Finding:
     return {"level": level, "what": what, "detail": detail}
 
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import ser_ray
 from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
-from ser_ray.schema import Rejected, UserError
+from ser_ray.schema import TIE, Rejected, UserError
 from ser_ray.speech.order import PIECE
 
 FORMAT: Final = 3
@@ -79,7 +79,8 @@ def write_manifest(
     """Describe the shards and thereby declare the directory whole; returns the manifest.
 
     ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data, equal digest, however
-    the rows are spread over files. ``flagged`` recordings are used, but worth a look.
+    the rows are spread over files. ``flagged`` recordings are used, but worth a look. ``ties`` counts those whose
+    listeners did not agree on one emotion.
     """
     index = _together(_read(directory / name) for name in shards).sort_by("utterance_id")
     manifest = {
@@ -89,6 +90,7 @@ def write_manifest(
         "speakers": len(index["speaker"].unique()),
         "hours": sum(index["duration"].to_pylist()) / 3600,
         "emotions": dict(Counter(index["emotion"].to_pylist())),
+        "ties": index["perceived"].to_pylist().count(TIE),
         "rejected": _findings(rejected),
         "flagged": _findings(flagged),
         "content_sha256": hashlib.sha256(json.dumps(index.to_pylist(), sort_keys=True).encode()).hexdigest(),

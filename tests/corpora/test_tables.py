@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.corpora.table import read
-from ser_ray.schema import EMOTIONS, UserError
+from ser_ray.schema import EMOTIONS, TIE, UserError
 
 CLIPS = ("1001_IEO_FEA_LO", "1001_IEO_FEA_MD", "1002_DFA_ANG_XX")
 
@@ -53,7 +53,7 @@ def test_crema_d_reads_the_votes_by_voice(crema, place, directory):
         f'"3","{CLIPS[2]}","A:D","37.2:58.6","A"',
     )
     root = crema / directory if place == "processedResults" or not directory else crema
-    assert heard(root) == [("male", "neutral", None), ("male", "fear", None), ("female", None, None)]
+    assert heard(root) == [("male", "neutral", None), ("male", "fear", None), ("female", TIE, None)]
     write(
         crema / place / "tabulatedVotes.csv",
         '"","A","fileName","numResponses","agreement","emoVote"',
@@ -62,6 +62,16 @@ def test_crema_d_reads_the_votes_by_voice(crema, place, directory):
         f'"300001",0,"{CLIPS[0]}",10,0.8,"F"',
     )
     assert heard(root)[:2] == [("male", "neutral", 0.4), ("male", "fear", None)]
+
+
+def test_crema_ds_ties_by_the_votes_themselves_are_ties(crema):
+    write(
+        crema / "processedResults/tabulatedVotes.csv",
+        '"","A","fileName","numResponses","agreement","emoVote"',
+        f'"100001",5,"{CLIPS[0]}",10,0.5,"A:F"',
+        f'"100002",8,"{CLIPS[1]}",10,0.8,"A"',
+    )
+    assert heard(crema) == [(None, TIE, 0.5), (None, "angry", 0.8), (None, None, None)]
 
 
 def test_crema_d_finds_the_votes_on_the_misspelt_recording(crema):

@@ -12,6 +12,7 @@ from ser_ray.evaluation.comparison import differing, gap, gaps, labels
 from ser_ray.evaluation.intervals import paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 from ser_ray.evaluation.results import read_results
+from ser_ray.evaluation.summary import write_predictions
 from ser_ray.report import main
 from ser_ray.schema import UserError
 
@@ -91,13 +92,36 @@ def test_the_page_and_the_terminal(three, tmp_path, capsys):
     assert "3 searches side by side" in page.text
     assert "microsoft/wavlm-base" in page.text
     assert "LEAKY" not in page.text
-    assert "ravdess-whisper other 0.0 [0.0, 0.0]" in page.text  # the same predictions
+    assert "ravdess-whisper other 0.0 cannot be tested 0.0 cannot be tested" in page.text  # the same predictions
     assert "no gap: running has no test predictions yet" in page.text
     assert page.read_aloud() == {"test figures with intervals", "learning curves of the winners"}
     said = capsys.readouterr().out
-    assert "ravdess-whisper less other: 0.0 points UAR [0.0, 0.0]" in said
+    assert "ravdess-whisper less other: 0.0 points UAR cannot be tested" in said
     assert str(tmp_path / "comparison.html") in said
     assert not (three[0] / "report.html").exists()
+
+
+def test_several_pairs_are_corrected_on_the_page_and_in_the_terminal(tmp_path, capsys):
+    folders = []
+    for number, name in enumerate(("a", "b", "c")):
+        folders.append(_rename(write_everything(tmp_path / name), name=name))
+        first = predictions(seed=1)
+        changed = np.random.default_rng(number).choice(len(first), 10 * number, replace=False)
+        probabilities = first.probabilities.copy()
+        probabilities[changed] = np.roll(probabilities[changed], 1, axis=1)
+        (folders[-1] / "evaluation/predictions.parquet").unlink()
+        said = dataclasses.replace(first, probabilities=probabilities)
+        write_predictions(said, "test", folders[-1] / "evaluation/predictions.parquet")
+    pairs = gaps([read_results(folder) for folder in folders])
+    raw = [pair.figures["uar"]["p"] for pair in pairs]
+    by_hand = [3 * min(raw), 2 * sorted(raw)[1], max(raw)]
+    expected = np.maximum.accumulate(by_hand)
+    assert sorted(pair.figures["uar"]["p_holm"] for pair in pairs) == pytest.approx(sorted(expected))
+    assert main([str(folder) for folder in folders]) == 0
+    assert capsys.readouterr().out.count("corrected for 3 comparisons (Holm)") == 3
+    page = Page(tmp_path / "comparison.html")
+    assert page.text.count("; Holm ") == 3 * len(HEADLINE)
+    assert "p, corrected for the number of pairs (Holm, figure by figure)" in page.text
 
 
 def test_leaky_ones_are_stamped_and_names_escaped(tmp_path):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray.config import Protocol
-from ser_ray.protocols.folds import EMOBOX_RAVDESS, labelled, make_fold
-from ser_ray.schema import SPLITS, Fold, UserError
+from ser_ray.protocols.folds import EMOBOX_RAVDESS, labelled, make_fold, unheard
+from ser_ray.schema import SPLITS, TIE, Fold, UserError
 
 EMOTIONS = ("angry", "happy", "neutral", "sad")
 
@@ -438,3 +438,13 @@ def test_perceived_emotions_replace_intended_ones_where_they_are_known():
     assert found["emotion"].to_pylist() == ["neutral", "sad", "happy"]
     assert found["label"].to_pylist() == [1, 2, 0]
     assert labelled(table, ("happy", "sad"), {})["emotion"].to_pylist() == ["sad", "sad", "happy"]
+
+
+def test_where_listeners_were_undecided_nothing_is_put_in_the_place_of_their_label():
+    table = index([("a", "1", emotion, None) for emotion in ("sad", "sad", "happy")] + [("b", "1", "sad", None)])
+    table = table.append_column("perceived", pa.array([TIE, "happy", None, None]))
+    found = labelled(table, ("happy", "sad"), {}, "perceived")
+    assert found["utterance_id"].to_pylist() == ["a/0001", "a/0002", "b/0003"]
+    assert found["emotion"].to_pylist() == ["happy", "happy", "sad"]
+    assert unheard(found) == {"a": 1, "b": 1}
+    assert labelled(table, ("happy", "sad"), {})["emotion"].to_pylist() == ["sad", "sad", "happy", "sad"]

@@ -79,7 +79,7 @@ def test_what_a_fold_leaves_out_is_not_in_the_task(shard_dirs):
     }
     assert task.counts("test") == (0, 4, 4)
     assert sorted(task.durations("test")) == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert audit(task.index, task.fold, task.emotions)["splits"]["test"]["utterances"] == 8
+    assert audit(task.index, {"fold 0": task.fold}, task.emotions)["splits"]["test"]["utterances"] == 8
 
 
 def test_the_official_split_comes_from_the_shards(shard_dirs):

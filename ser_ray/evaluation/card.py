@@ -1,0 +1,89 @@
+"""The model card of ``best/``: what the model is, what chose it, how good it is, and what not to expect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ser_ray.config import Experiment
+from ser_ray.corpora.describe import speech_of
+from ser_ray.evaluation.results import the_probe
+from ser_ray.evaluation.verdicts import NAMES
+
+FIGURES: Final = ("accuracy", "uar", "macro_f1", "kappa")
+
+
+def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
+    """Markdown, from the experiment of the checkpoint and the evaluation records; ``metric``: trials' own, ``uar``."""
+    leaky = "**LEAKY: speakers or audio are shared between splits; these figures are inflated.**\n\n"
+    titles = [NAMES[name] for name in FIGURES]
+    return (
+        f"# {experiment.name}\n\n"
+        f"Speech emotion classifier: {_model(experiment, test)}; emotions: {', '.join(experiment.emotions)}.\n"
+        f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
+        f"{leaky if test['leaky'] else ''}"
+        f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
+        f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
+        f"95 % intervals: bootstrap over what the last column says. {what_chose(test, metric)}\n\n"
+        "Input: mono audio at 16 kHz, silence trimmed as experiment.yaml says. "
+        "Use: `ser-ray predict THIS_DIRECTORY AUDIO...`\n\n"
+        f"{_speech(list(experiment.corpora))} Expect less on other speakers, languages and microphones. "
+        "Do not use it to judge people.\n"
+    )
+
+
+def what_chose(test: Mapping[str, Any], metric: str) -> str:
+    """Sentences on what chose the model, and whether what is tested had a part in it; ``test`` as test.json has it."""
+    runs = test.get("runs", ())
+    if len(runs) < 2:
+        return "Dev chose this checkpoint; test chose nothing."
+    folds, seeds = (sorted({run[key] for run in runs}) for key in ("fold", "seed"))
+    own = runs[0]
+    chosen = (
+        f"The mean dev {NAMES[metric]} of {len(runs)} runs ({_numbered('fold', folds)}; {_numbered('seed', seeds)}) "
+        f"chose this configuration; best/ is one of them, fold {own['fold']}, seed {own['seed']}, and the figures are "
+        "of all."
+    )
+    shared = test.get("tested_in_dev")
+    if shared is None:  # an older record
+        return chosen
+    if shared == 0:
+        return f"{chosen} Test chose nothing."
+    return (
+        f"{chosen} {shared} of the {test['tested']} tested utterances were dev in another run, and so had a part in "
+        "the choice of the configuration; within a run test chose nothing."
+    )
+
+
+# -- below: how it is done
+
+
+def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
+    checkpoints = [run["checkpoint"] for run in test.get("runs", ())]
+    among = the_probe(checkpoints)
+    others = f" ({among})" if len(checkpoints) > 1 and among else ""
+    if not the_probe(checkpoints[:1]):
+        return f"{experiment.backbone}, {experiment.adapter.method}{others}"
+    return (
+        f"{experiment.backbone}, frozen, with the probe: logistic regression on its hidden states{others}; no epoch of "
+        f"{experiment.adapter.method} was better on dev"
+    )
+
+
+def _row(split: str, figures: Mapping[str, Any]) -> str:
+    cells = [f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in FIGURES]
+    return f"| {split} ({figures['n']}) | {' | '.join(cells)} | {figures['ci95_unit']} |"
+
+
+def _speech(corpora: list[str]) -> str:
+    words = {
+        "acted": "Acted speech ({}): expect less on spontaneous emotion.",
+        "synthetic": "Synthetic speech ({}): it says nothing about people.",
+        "": "Whether the speech of {} is acted or spontaneous is not known here.",
+    }
+    named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}
+    return " ".join(words[kind].format(names) for kind, names in named.items() if names)
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
+    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
