@@ -75,7 +75,8 @@ def test_with_ray_as_without(tiny_corpus, tmp_path):
     without = prepare_here(tmp_path / "plain", tiny_corpus)
     assert with_ray.name == without.name
     assert shards.read_manifest(with_ray) == shards.read_manifest(without)
-    assert shards.read_index([with_ray]).equals(shards.read_index([without]))
+    one, other = (shards.read_index([target]).drop_columns("shard") for target in (with_ray, without))
+    assert one.equals(other)
     for one, other in zip(shards.read_tables([with_ray]), shards.read_tables([without]), strict=True):
         assert one.equals(other)
 
