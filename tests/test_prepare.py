@@ -204,7 +204,8 @@ def test_another_fingerprint_without_another_chunk_decodes_nothing(corpus, tmp_p
     assert second != first
     assert not decoded
     assert [entry["path"] for entry in shards.read_manifest(second)["rejected"]] == ["Actor_01/unknown-name.wav"]
-    assert shards.read_index([first]).equals(shards.read_index([second]))
+    one, other = (shards.read_index([target]).drop_columns("shard") for target in (first, second))
+    assert one.equals(other)
 
 
 def test_a_cache_without_links_is_copied_to(corpus, tmp_path, decoded, monkeypatch):
