@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from ser_ray.config import Experiment, to_dict
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import SAMPLING_RATE
+from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
+from ser_ray.training import loop
 
 VARIANTS = (
     "wav2vec2-group",
@@ -133,6 +135,24 @@ def tone_batches(
             )
         )
     return batches
+
+
+def data_of(
+    epochs: Callable[[int], Sequence[Batch]], dev: Sequence[Batch], accumulate: int = 1, rank: int = 0, size: int = 1
+) -> loop.Data:
+    """What one of ``size`` processes is fitted to, of epochs that are given as the batches of all processes."""
+
+    def train(epoch: int) -> list[Batch]:
+        every = epochs(epoch)
+        own = range(rank, len(every), size)
+        if epoch:
+            own = [b for step in order.steps(len(every), accumulate, rank, size) for b in step.read]
+        return [every[number] for number in own]
+
+    def counts(epoch: int) -> np.ndarray:
+        return np.stack([np.bincount(batch.labels_B.numpy(), minlength=3) for batch in epochs(epoch)])
+
+    return loop.Data(train, lambda: dev[rank::size], counts)
 
 
 def logits(model: EmotionClassifier, batch: Batch) -> torch.Tensor:

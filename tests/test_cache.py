@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backbone_fixtures import write_backbone
@@ -88,13 +89,25 @@ def test_what_is_kept_is_what_the_model_computes_of_one_utterance(load, adapter)
     tables = list(shards.read_tables(prepare(space, use_ray=False, console=Console(file=io.StringIO()))))
     assert sum(table.num_rows for table in tables) == len(found)
     for table in tables:
-        labelled = shards.select(table.slice(0, 5), dict.fromkeys(found, 0))
+        labelled = table.slice(0, 5).append_column("label", pa.array([0] * min(5, table.num_rows)))
         for row in range(labelled.num_rows):
-            (batch,) = stream.batches([labelled.slice(row, 1)], 60.0, seed=None)
+            (batch,) = stream.batches(labelled, [np.array([row])])
             (expected,) = prefix.compute(kept.prefix, backbone, batch)
             own = found[batch.utterance_ids[0]]
             assert own.shape == expected.shape
             np.testing.assert_allclose(own.astype(np.float32), expected.astype(np.float32), rtol=2e-2, atol=2e-2)
+
+
+def test_rows_are_where_they_are_in_the_speech(load):
+    """So that one fold says where either is."""
+    space = load(LORA)
+    kept, _ = keep(space)
+    assert kept is not None
+    shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    sources = [path for directory in shard_dirs for path in shards.shard_paths(directory)]
+    assert [path.name for path in kept.paths] == [path.name for path in sources]
+    for source, target in zip(sources, kept.paths, strict=True):
+        assert shards.read_ids(source) == shards.read_ids(target)
 
 
 @pytest.mark.ray

@@ -1,40 +1,55 @@
-"""What workers are fed: every row once, dealt evenly, and the same batches however they are read."""
+"""What workers are fed: the batches of the plain files, resident and streamed, shared without rest by the workers."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from collections.abc import Iterator
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from test_verbs import write_space
 
 from ser_ray import config, feed
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.speech import shards, stream
+from ser_ray.speech import order, shards, stream
+from ser_ray.speech.kept import Prefix
+from ser_ray.training import loop
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_corpus, tiny_cache, tmp_path_factory) -> tuple[Task, list[Path], config.SearchSpace]:
+def prepared(tiny_corpus, tiny_cache, tmp_path_factory) -> tuple[Task, config.SearchSpace]:
     """The tiny corpus in several shards."""
-    space = config.load(write_space(tmp_path_factory.mktemp("feed"), tiny_corpus, tiny_cache))
+    path = write_space(tmp_path_factory.mktemp("feed"), tiny_corpus, tiny_cache)
+    space = config.load(path, ["experiment.batch_seconds=5"])
     shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
-    task = load_task(space.experiment, shard_dirs)
     directory = tmp_path_factory.mktemp("small")
-    paths = []
+    names = []
     for table in shards.read_tables(shard_dirs):
         for start in range(0, table.num_rows, 7):
-            paths.append(directory / f"{len(paths)}.parquet")
-            shards.write_shard(table.slice(start, 7), paths[-1])
-    return task, paths, space
+            names.append(f"{len(names)}.parquet")
+            shards.write_shard(table.slice(start, 7), directory / names[-1])
+    shards.write_manifest(directory, "ravdess", names, [], space.experiment.audio)
+    return load_task(space.experiment, [directory]), space
 
 
-def plain(task: Task, paths: list[Path], split: str, seed: int | None) -> list[stream.Batch]:
-    tables = (shards.select(table, task.labels(split)) for table in shards.read_paths(paths))
-    return list(stream.batches(tables, 5.0, seed=seed))
+@pytest.fixture
+def small_windows(monkeypatch) -> None:
+    """Several windows and several reads of each, of a few utterances."""
+    monkeypatch.setattr(order, "WINDOW", 12)
+    monkeypatch.setattr(feed, "PIECE", 5)
+
+
+def files(task: Task, split: str) -> stream.Files:
+    return stream.Files(task.rows(split))
+
+
+def data(
+    space: config.SearchSpace, train: stream.Source, dev: stream.Source, rank: int = 0, size: int = 1
+) -> loop.Data:
+    return feed.data(space.experiment, train, dev, stream.SPEECH, rank, size)
 
 
 def same(one: list[stream.Batch], other: list[stream.Batch]) -> bool:
@@ -43,121 +58,146 @@ def same(one: list[stream.Batch], other: list[stream.Batch]) -> bool:
     )
 
 
+def ids(batches: Iterator[stream.Batch]) -> list[str]:
+    return [i for batch in batches for i in batch.utterance_ids]
+
+
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_cluster", "small_windows")
 @pytest.mark.parametrize("resident", [True, False])
-def test_ray_feeds_the_batches_of_the_plain_files(prepared, resident):
-    task, paths, _ = prepared
-    datasets = feed.load_datasets(task, paths, "audio", 1, resident)
-    for name, split in (("train_0", "train"), ("dev", "dev")):
-        read = feed.Tables(datasets[name].iterator(), resident)
-        for seed in (0, 1):
-            batches = list(stream.batches(read(), 5.0, seed=seed))
-            assert same(batches, plain(task, paths, split, seed))
-        read.close()
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_rows_come_in_the_order_of_the_files(prepared):
-    """So that windows hold the same utterances however many tasks read."""
-    task, paths, _ = prepared
-    labels = task.labels("train")
-    expected = [i for path in paths for i in shards.read_ids(path) if i in labels]
-    for _ in range(2):
-        dataset = feed.load_datasets(task, paths, "audio", 1, False)["train_0"]
-        read = feed.Tables(dataset.iterator(), False)
-        assert [i for table in read() for i in table["utterance_id"].to_pylist()] == expected
-        read.close()
-
-
-def test_resident_tables_are_asked_for_once_and_streamed_ones_one_epoch_ahead():
-    class Source:
-        asked = 0
-
-        def iter_batches(self, **settings):
-            Source.asked += 1
-            return iter(["a", "b"])
-
-    for resident, times in ((True, 1), (False, 4)):
-        Source.asked = 0
-        read = feed.Tables(Source(), resident)
-        assert [list(read()) for _ in range(3)] == [["a", "b"]] * 3
-        assert Source.asked == times
-        begun = list(read.begun)
-        read.close()
-        assert not any(ahead._thread.is_alive() for ahead in begun)
-        assert len(begun) == (0 if resident else 1)
-
-
-@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=60), workers=st.integers(1, 5))
-def test_every_row_is_dealt_once_and_evenly(sizes, workers):
-    ids = {Path(f"{n}.parquet"): [f"{n}-{k}" for k in range(size)] for n, size in enumerate(sizes)}
-    labels = {i: 0 for rows in ids.values() for i in rows}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "read_ids", ids.__getitem__)
-        parts = feed._dealt(list(ids), labels, workers)
-        assert parts == feed._dealt(list(ids), labels, workers)
-    assert len(parts) == workers
-    dealt = [i for _, own in parts for i in own]
-    assert sorted(dealt) == sorted(labels)
-    for paths, own in parts:
-        assert set(own) <= {i for path in paths for i in ids[path]}
-    counts = [len(own) for _, own in parts]
-    whole_shards = workers > 1 and len(ids) >= feed.SHARDS_PER_WORKER * workers
-    assert max(counts) - min(counts) <= (max(sizes) if whole_shards else 1)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_two_workers_are_fed_all_of_train_and_dev_twice(prepared):
-    task, paths, _ = prepared
-    datasets = feed.load_datasets(task, paths, "audio", 2, True)
-    parts = [
-        [
-            i
-            for table in feed.Tables(datasets[f"train_{rank}"].iterator(), True)()
-            for i in table["utterance_id"].to_pylist()
+@pytest.mark.parametrize("size", [1, 2])
+def test_ray_feeds_the_batches_of_the_plain_files(prepared, resident, size):
+    task, space = prepared
+    loaded = feed.load_resident(task, ["train", "dev"] if resident else [], "audio")
+    for rank in range(size):
+        sources = [
+            feed.held(task.rows(split), loaded[split].iterator())
+            if resident
+            else feed.Streamed(task.rows(split), "audio")
+            for split in ("train", "dev")
         ]
-        for rank in range(2)
-    ]
-    assert sorted(parts[0] + parts[1]) == sorted(task.labels("train"))
-    assert datasets["dev"].count() == len(task.labels("dev"))
+        found = data(space, *sources, rank, size)
+        expected = data(space, files(task, "train"), files(task, "dev"), rank, size)
+        for epoch in (0, 1, 2):
+            assert same(list(found.train(epoch)), list(expected.train(epoch)))
+            assert same(list(found.dev()), list(expected.dev()))
+        if not resident:
+            begun = [ahead for source in sources for ahead in source.begun]
+            assert len(begun) == 1, "an epoch of dev is begun that may be wanted, and none of train, which was the last"
+            for source in sources:
+                source.close()
+            assert not any(ahead._thread.is_alive() for ahead in begun)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_resident_or_streamed_is_a_choice_or_by_size(prepared, tmp_path):
-    _, paths, space = prepared
+@pytest.mark.usefixtures("small_windows")
+def test_only_the_rows_of_a_workers_own_batches_are_asked_for(prepared):
+    task, _ = prepared
+    rows = task.rows("train")
+    asked = []
+    for rank in range(2):
+        windows = feed._only(order.epoch(rows, 5.0, (0, 1)), range(rank, 10_000, 2))
+        asked.append([i for t in feed.Streamed(rows, "audio")._asked(windows) for i in t["utterance_id"].to_pylist()])
+    assert sorted(asked[0] + asked[1]) == sorted(rows["utterance_id"].to_pylist())
+    assert min(map(len, asked)) > 0
 
-    def stays(data: str, paths: list[Path]) -> bool:
-        resources = space.resources.model_copy(update={"data": data})
-        return feed.stays_resident(space.model_copy(update={"resources": resources}), paths)
 
-    large = tmp_path / "large"
-    with large.open("wb") as file:
-        file.truncate(2**41)  # a hole, 2 TiB
-    assert stays("auto", paths)
-    assert not stays("auto", [large])
-    assert stays("resident", [large])
-    assert not stays("streamed", paths)
+def test_the_next_epoch_is_begun_when_this_one_is_read(prepared):
+    """Before its last window is used."""
+    task, _ = prepared
+    rows, begun = task.rows("train"), []
+
+    class Plain(feed.Streamed):
+        def _tables(self, windows) -> Iterator[pa.Table]:
+            begun.append(windows)
+            for asked in self._asked(windows):
+                yield feed._read(asked, "audio", None)
+
+    windows, following = (order.epoch(rows, 5.0, (0, epoch)) for epoch in (1, 2))
+    source = Plain(rows, "audio")
+    read = source.read(windows, lambda: following)
+    next(read)
+    (ahead,) = source.begun
+    assert list(read) == []
+    table, packed = next(source.read(following))
+    assert source.begun == []
+    assert sorted(table["utterance_id"].to_pylist()) == sorted(rows["utterance_id"].to_pylist())
+    assert [list(batch) for batch in packed] == [list(batch) for batch in following[0]]
+    ahead.close()
+    assert [id(one) for one in begun] == [id(windows), id(following)]
 
 
 def test_epochs_differ_and_come_again_for_the_same_seed(prepared):
-    task, paths, space = prepared
-
-    def tables(split: str):
-        return lambda: (shards.select(t, task.labels(split)) for t in shards.read_paths(paths))
-
-    data = feed.data(space.experiment, task, tables("train"), tables("dev"), stream.SPEECH)
-    one, again, two = list(data.train(1)), list(data.train(1)), list(data.train(2))
+    task, space = prepared
+    found = data(space, files(task, "train"), files(task, "dev"))
+    one, again, two = list(found.train(1)), list(found.train(1)), list(found.train(2))
     assert same(one, again)
     assert not same(one, two)
-    assert sorted(i for b in two for i in b.utterance_ids) == sorted(task.labels("train"))
-    assert data.train_counts == task.counts("train")
-    parts = [
-        feed.data(space.experiment, task, tables("train"), tables("dev"), stream.SPEECH, rank, 2).dev()
-        for rank in (0, 1)
-    ]
-    dealt = [i for part in parts for batch in part for i in batch.utterance_ids]
-    assert sorted(dealt) == sorted(task.labels("dev"))
+    assert sorted(ids(two)) == sorted(task.labels("train"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 40])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_workers_share_train_and_dev_without_rest(prepared, size, accumulate):
+    """However many: the last step may have no batch for some, who then run the last one beside its owner."""
+    task, space = prepared
+    optimizer = space.experiment.optimizer.model_copy(update={"accumulate": accumulate})
+    own = space.model_copy(update={"experiment": space.experiment.model_copy(update={"optimizer": optimizer})})
+    parts = [data(own, files(task, "train"), files(task, "dev"), rank, size) for rank in range(size)]
+    everyone = sorted(task.labels("train"))
+    assert sorted(i for part in parts for i in ids(part.dev())) == sorted(task.labels("dev"))
+    assert sorted(i for part in parts for i in ids(part.train(0))) == everyone
+    counts_BK = parts[0].counts(1)
+    assert all(np.array_equal(part.counts(1), counts_BK) for part in parts)
+    assert counts_BK.sum(0).tolist() == list(task.counts("train"))
+    counted = []
+    for rank, part in enumerate(parts):
+        batches = iter(part.train(1))
+        for step in order.steps(len(counts_BK), accumulate, rank, size):
+            for number in step.read:
+                batch = next(batches)
+                assert np.bincount(batch.labels_B, minlength=4).tolist() == counts_BK[number].tolist()
+                counted += batch.utterance_ids if step.own else []
+        assert next(batches, None) is None
+    assert sorted(counted) == everyone
+
+
+def sized(monkeypatch, train: int, dev: int) -> Task:
+    """A task of which only the sizes matter: hours of speech in a row."""
+    seconds = [train * 3600.0, dev * 3600.0, 10 * 3600.0]
+    index = pa.table(
+        {
+            "utterance_id": ["a", "b", "c"],
+            "split": ["train", "dev", "test"],
+            "duration": seconds,
+            "num_samples": pa.array([int(s * 16_000) for s in seconds], pa.int64()),
+        }
+    )
+    monkeypatch.setattr(feed.ray, "cluster_resources", lambda: {"object_store_memory": 10e9})  # 3e9 for data: 26 hours
+    return Task(("sad",), index, "", False, False)
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "expected"), [(20, 5, ("train", "dev")), (200, 5, ("dev",)), (200, 50, ()), (24, 5, ("dev",))]
+)
+def test_resident_is_what_fits(prepared, monkeypatch, train, dev, expected):
+    _, space = prepared
+    stays = sized(monkeypatch, train, dev)
+    assert feed.resident_splits(space, stays, None) == expected
+
+
+def test_resident_or_streamed_is_a_choice_too(prepared, monkeypatch):
+    _, space = prepared
+    stays = sized(monkeypatch, 200, 50)
+    for choice, expected in (("resident", ("train", "dev")), ("streamed", ())):
+        resources = space.resources.model_copy(update={"data": choice})
+        assert feed.resident_splits(space.model_copy(update={"resources": resources}), stays, None) == expected
+
+
+def test_what_a_frozen_prefix_kept_has_a_size_of_its_own(prepared, monkeypatch):
+    _, space = prepared
+    stays = sized(monkeypatch, 200, 50)
+    frames = Prefix("b", "i", False, "fp32", 1, 1, 32, None)
+    moments = Prefix("b", "i", False, "fp32", 1, 1, 32, "mean")
+    assert feed.resident_splits(space, stays, frames) == ("train", "dev")  # 250 h x 3600 x 50 x 64 bytes: 2.9e9
+    assert feed.resident_splits(space, sized(monkeypatch, 300, 50), frames) == ("dev",)
+    assert feed.resident_splits(space, sized(monkeypatch, 30_000, 50), moments) == ("train", "dev")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ser_ray.training import loop
+from ser_ray.training import step
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +31,9 @@ def small(tmp_path: Path, tiny_corpus: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_training_under_a_debugger_stops_in_the_loop(small):
-    code = loop.train_step.__code__
+    code = step.add_gradients.__code__
     body = next(line for _, _, line in code.co_lines() if line and line > code.co_firstlineno)
-    stop = [f"b {loop.__file__}:{body}", "c", "p 'stopped with', sorted(locals())", "w", "q"]
+    stop = [f"b {step.__file__}:{body}", "c", "p 'stopped with', sorted(locals())", "w", "q"]
     commands = [word for one in stop for word in ("-c", one)]
     arguments = ["search_spaces/demo.yaml", *small, "resources.workers=0"]
     command = [sys.executable, "-m", "pdb", *commands, "-m", "ser_ray.train", *arguments]

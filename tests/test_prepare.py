@@ -76,7 +76,8 @@ def test_with_ray_as_without(tiny_corpus, tmp_path):
     without = prepare_here(tmp_path / "plain", tiny_corpus)
     assert with_ray.name == without.name
     assert shards.read_manifest(with_ray) == shards.read_manifest(without)
-    assert shards.read_index([with_ray]).equals(shards.read_index([without]))
+    one, other = (shards.read_index([target]).drop_columns("shard") for target in (with_ray, without))
+    assert one.equals(other)
     for one, other in zip(shards.read_tables([with_ray]), shards.read_tables([without]), strict=True):
         assert one.equals(other)
 
@@ -204,7 +205,8 @@ def test_another_fingerprint_without_another_chunk_decodes_nothing(corpus, tmp_p
     assert second != first
     assert not decoded
     assert [entry["path"] for entry in shards.read_manifest(second)["rejected"]] == ["Actor_01/unknown-name.wav"]
-    assert shards.read_index([first]).equals(shards.read_index([second]))
+    one, other = (shards.read_index([target]).drop_columns("shard") for target in (first, second))
+    assert one.equals(other)
 
 
 def test_a_cache_without_links_is_copied_to(corpus, tmp_path, decoded, monkeypatch):

@@ -11,6 +11,7 @@ thread a training, as many at once as there are cores: 20 minutes on two for eit
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,12 +24,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 import torch
 from embedded import of_logmel  # beside this file
 from rich.console import Console
 
-from ser_ray import config, prepare
+from ser_ray import config, feed, prepare
 from ser_ray.disk import write_json
 from ser_ray.evaluation.baselines import linear_svm
 from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
@@ -36,9 +36,8 @@ from ser_ray.evaluation.metrics import confusion, uar
 from ser_ray.models import backbones, checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.models.pooling import masked_statistics
-from ser_ray.protocols.task import Task, load_task
-from ser_ray.schema import SAMPLING_RATE
-from ser_ray.speech import shards, stream
+from ser_ray.protocols.task import load_task
+from ser_ray.speech import stream
 from ser_ray.training import loop
 
 SPACE: Final = Path(__file__).resolve().parents[2] / "search_spaces" / "demo.yaml"
@@ -64,18 +63,10 @@ def fit(backbone: str, method: str, rate: float, fold: int, seed: int, out: str)
     space = config.load(SPACE, overrides)
     torch.set_num_threads(1)
     torch.manual_seed(FOLDS * seed + fold)
-    task = load_task(space.experiment, shard_dirs := prepare.prepare(space, use_ray=False, console=Console(quiet=True)))
-    tables = {split: _table(task, shard_dirs, split) for split in ("train", "dev", "test")}
-    seconds = space.experiment.batch_seconds
-    durations = (np.array(tables["train"]["num_samples"].to_pylist()) / SAMPLING_RATE).tolist()
-    counts = np.bincount(tables["train"]["label"].to_pylist(), minlength=len(space.experiment.emotions)).tolist()
+    task = load_task(space.experiment, prepare.prepare(space, use_ray=False, console=Console(quiet=True)))
+    held = {split: stream.Files(task.rows(split)).hold() for split in ("train", "dev", "test")}
     model = build(space.experiment)
-    data = loop.Data(
-        lambda epoch: stream.batches([tables["train"]], seconds, seed=1000 * seed + epoch),
-        lambda: stream.batches([tables["dev"]], seconds, seed=None),
-        stream.expected_batches(durations, seconds),
-        tuple(counts),
-    )
+    data = feed.data(space.experiment, held["train"], held["dev"], stream.SPEECH)
     records: list[loop.Record] = []
     best = Path(out).with_suffix(".best")
 
@@ -88,7 +79,8 @@ def fit(backbone: str, method: str, rate: float, fold: int, seed: int, out: str)
     loop.fit(model, data, keep)
     guesses: dict[str, int] = {}
     chosen = checkpoint.load(best)
-    for batch, logits_BK in loop.predict_batches(chosen, stream.batches([tables["test"]], seconds, seed=None)):
+    test = stream.short_to_long(held["test"].rows, space.experiment.batch_seconds)
+    for batch, logits_BK in loop.predict_batches(chosen, test):
         guesses |= dict(zip(batch.utterance_ids, logits_BK.argmax(-1).tolist(), strict=True))
     adapted = [path for name in ("adapter", "backbone") for path in (best / name).glob("*.safetensors")]
     told = {
@@ -101,17 +93,13 @@ def fit(backbone: str, method: str, rate: float, fold: int, seed: int, out: str)
     write_json(Path(out), told | _told(guesses, task.labels("test"), len(space.experiment.emotions)))
 
 
-def _table(task: Task, shard_dirs: list[Path], split: str) -> pa.Table:
-    selected = [shards.select(table, task.labels(split)) for table in shards.read_tables(shard_dirs)]
-    return pa.concat_tables(table.select(["utterance_id", "num_samples", "audio", "label"]) for table in selected)
-
-
 def logmel(fold: int) -> dict[str, Any]:
     """No backbone: a linear SVM on mean and deviation of the log-mel spectrum."""
     space = config.load(SPACE, [f"experiment.protocol.fold={fold}"])
-    task = load_task(space.experiment, shard_dirs := prepare.prepare(space, use_ray=False, console=Console(quiet=True)))
+    task = load_task(space.experiment, prepare.prepare(space, use_ray=False, console=Console(quiet=True)))
     found: dict[str, np.ndarray] = {}
-    for batch in stream.batches([_table(task, shard_dirs, s) for s in ("train", "test")], 40, seed=None):
+    every = [stream.short_to_long(stream.Files(task.rows(s)).hold().rows, 40) for s in ("train", "test")]
+    for batch in itertools.chain(*every):
         (spectrum_BFM,), mask_BF = of_logmel(batch.inputs, batch.lengths_B)
         found |= dict(zip(batch.utterance_ids, masked_statistics(spectrum_BFM, mask_BF).numpy(), strict=True))
     train, test = task.labels("train"), task.labels("test")

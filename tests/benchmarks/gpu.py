@@ -19,9 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -33,6 +33,7 @@ import trainer
 import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from ser_ray import feed
 from ser_ray.config import Experiment
 from ser_ray.models.classifier import build
 from ser_ray.models.precision import compute_dtype
@@ -136,6 +137,9 @@ def as_table(utterances: list[trainer.Utterance]) -> pa.Table:
             "num_samples": pa.array([len(waveform) for waveform, _ in utterances], pa.int32()),
             "audio": pa.array([to_int16(waveform).tobytes() for waveform, _ in utterances], pa.large_binary()),
             "label": pa.array([label for _, label in utterances], pa.int64()),
+            "corpus": ["synthetic"] * len(utterances),
+            "shard": pa.array(["synthetic"] * len(utterances)).dictionary_encode(),
+            "row": pa.array(range(len(utterances)), pa.int32()),
         }
     )
 
@@ -146,24 +150,21 @@ def ours(experiment: Experiment, utterances: list[trainer.Utterance], device: to
     starts: list[float] = []
     seconds: list[float] = []
     records: list[loop.Record] = []
-    durations = [len(waveform) / SAMPLING_RATE for waveform, _ in utterances]
-    steps = stream.expected_batches(durations, experiment.batch_seconds)
-    counts = np.bincount([label for _, label in utterances], minlength=len(EMOTIONS))
+    own = feed.data(experiment, stream.Held(table), stream.Held(table.slice(0, 1)), stream.SPEECH)
     with ExitStack() as counting:
 
-        def train(epoch: int) -> Iterator[stream.Batch]:
+        def train(epoch: int) -> Iterable[stream.Batch]:
             if epoch == 1:
                 counting.enter_context(counter)
             starts.append(trainer.now(device))
-            source = stream.batches([table], experiment.batch_seconds, seed=epoch)
-            return stream.Ahead(batch.pin() if device.type == "cuda" else batch for batch in source)
+            return own.train(epoch)
 
-        def dev() -> Iterator[stream.Batch]:
+        def dev() -> Iterable[stream.Batch]:
             seconds.append(trainer.now(device) - starts[-1])
             counting.close()
-            return stream.batches([table.slice(0, 1)], experiment.batch_seconds, seed=None)
+            return own.dev()
 
-        data = loop.Data(train, dev, steps, tuple(counts.tolist()))
+        data = replace(own, train=train, dev=dev)
         loop.fit(build(experiment, device), data, lambda record, save: records.append(record))
     assert all(np.isfinite(record["train_loss"]) for record in records)
     rate = (len(seconds) - 1) * len(utterances) / sum(seconds[1:])

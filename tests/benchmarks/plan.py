@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +28,9 @@ from ray.tune.schedulers import TrialScheduler
 from ser_ray import cluster, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.protocols.task import load_task
+from ser_ray.protocols.task import Task, load_task
 from ser_ray.search.trials import Trials
-from ser_ray.speech import fingerprint, shards, stream
+from ser_ray.speech import fingerprint, order, shards, stream
 
 PLANNED = 5_000
 """Hours."""
@@ -75,9 +75,15 @@ def index(utterances: int, directory: Path) -> None:
 
 
 def task(utterances: int, directory: Path) -> None:
-    """What every process of a trial does first: the index, the fold, the labels of a split."""
+    """What the driver does first: the index and the fold, written for every process of a trial."""
     found = load_task(space().experiment, [directory])
-    assert len(found.labels("train")) > utterances / 2
+    found.write(directory / "fold")
+    assert found.rows("train").num_rows > utterances / 2
+
+
+def fold(directory: Path) -> None:
+    """What every process of a trial does first: it reads the fold and puts an epoch in order."""
+    order.epoch(Task.read(directory / "fold").rows("train"), 120, (0, 1))
 
 
 def prints(utterances: int, source: Path) -> dict[str, np.ndarray]:
@@ -127,27 +133,31 @@ def part(name: str, size: int, source: Path, scratch: Path) -> dict[str, float]:
         cluster.connect()
     if name == "task" and not directory.is_dir():
         index(size, directory)
+    tables = audio(source) if name == "read" else None
     data = prints(size, source) if name == "audit" else None
     before, started = peak(), time.perf_counter()
     said: dict[str, float] = {}
     if name == "task":
         task(size, directory)
+    elif name == "fold":
+        fold(scratch / f"task-{size}")
     elif name == "audit":
         fingerprint.same_takes(data or {})
-    elif name == "read":
-        tables = [shards.select(t, dict.fromkeys(shards.read_ids(path), 0)) for path, t in stored(source)]
-        started = time.perf_counter()
-        for _ in stream.batches(tables * size, 120, seed=0):
-            pass
+    elif tables is not None:
+        for number in range(size):
+            for packed in order.epoch(tables, 120, (0, number)):
+                for _ in stream.batches(tables, packed):
+                    pass
     else:
         said = control(size, directory)
     return said | {"seconds": time.perf_counter() - started, "gib": peak() - before}
 
 
-def stored(source: Path) -> Iterator[tuple[Path, pa.Table]]:
-    """The shards of a directory."""
-    paths = shards.shard_paths(source)
-    return zip(paths, shards.read_paths(paths), strict=True)
+def audio(source: Path) -> pa.Table:
+    """The speech of a directory, in memory."""
+    rows = shards.read_index([source])
+    rows = rows.append_column("label", pa.array([0] * rows.num_rows, pa.int64()))
+    return stream.Files(rows).hold().rows
 
 
 def peak() -> float:
@@ -176,7 +186,8 @@ def page(measure: Callable[[str, int], dict[str, float]], hours: float) -> str:
     utterances = int(PLANNED * 3600 / SECONDS)
     rows = []
     for name, sizes, what in (
-        ("task", (50_000, 200_000, 800_000), "a process of a trial reads the index and makes the fold"),
+        ("task", (50_000, 200_000, 800_000), "the driver reads the index and makes the fold, once"),
+        ("fold", (50_000, 200_000, 800_000), "a process of a trial reads the fold and puts an epoch in order"),
         ("audit", (5_000, 20_000, 40_000), "the audit looks for versions of one take"),
     ):
         for size in sizes:

@@ -77,9 +77,10 @@ def train_one(point: dict[str, Any]) -> list[dict[str, Any]]:
         alone = space.model_copy(update={"experiment": experiment, "search": {}})
         planned = cache.plan(alone)
         console = Console(quiet=True)
-        with open_trial(alone, experiment, planned, shard_dirs, Path(directory), console, 0) as trial:
+        trial_dir = Path(directory) / "trials" / "one"
+        with open_trial(alone, experiment, planned, shard_dirs, trial_dir, console, 0) as trial:
             fit_here(trial)
-        return folder.trial_history(Path(directory))
+        return folder.trial_history(trial_dir)
 
 
 def learn_pool(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -44,8 +44,7 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.models import prefix
 from ser_ray.models.classifier import build
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.schema import SAMPLING_RATE
-from ser_ray.speech import kept, shards, stream
+from ser_ray.speech import kept, order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.training import loop
 
@@ -84,10 +83,9 @@ class Bench:
         ]
         return cluster.settle_paths(config.load(SPACE, [*own, *overrides]))
 
-    def task(self, experiment: Experiment) -> tuple[Task, list[Path]]:
-        """The fold, and the prepared speech."""
-        shard_dirs = verb.prepare(self.space(), use_ray=False, console=QUIET)
-        return load_task(experiment, shard_dirs), shard_dirs
+    def task(self, experiment: Experiment) -> Task:
+        """The fold of the prepared speech."""
+        return load_task(experiment, verb.prepare(self.space(), use_ray=False, console=QUIET))
 
 
 # -- Whisper: LoRA in all layers, and in the upper half over a cache, against Trainer
@@ -104,8 +102,8 @@ def whisper(bench: Bench) -> Iterable[Row]:
         "experiment.batch_seconds=20",
     )
     experiment = bench.space(*settings).experiment
-    task, shard_dirs = bench.task(experiment)
-    train, dev = (_rows(task, shard_dirs, split, count) for split, count in (("train", 160), ("dev", 140)))
+    task = bench.task(experiment)
+    train, dev = (_rows(task, split, count) for split, count in (("train", 160), ("dev", 140)))
     first = _fit(experiment, train, dev)
     _fresh()
     theirs = trainer.run(experiment, _waveforms(train), _waveforms(dev), batch_size=8)
@@ -147,8 +145,8 @@ def frozen(bench: Bench) -> Iterable[Row]:
         head = f"experiment.head={{layer_mix: weighted, pooling: {pooling}}}"
         settings = ("experiment.adapter={method: frozen}", head, "experiment.optimizer.head_lr=1e-3")
         experiment = bench.space(*settings, "experiment.epochs=2").experiment
-        task, shard_dirs = bench.task(experiment)
-        train, dev = (_rows(task, shard_dirs, split, None) for split in ("train", "dev"))
+        task = bench.task(experiment)
+        train, dev = (_rows(task, split, None) for split in ("train", "dev"))
         plain = _fit(experiment, train, dev)
         cached = _fit_cached(bench.space(*settings, "experiment.epochs=6").experiment, train, dev, bench.scratch)
         yield Row(
@@ -209,8 +207,8 @@ def wav2vec2(bench: Bench) -> Iterable[Row]:
 def compiled(bench: Bench) -> Iterable[Row]:
     """Whether compiling the blocks pays when every batch has another length: the same loop, 256 utterances."""
     experiment = bench.space("experiment.epochs=2", "experiment.class_weights=none").experiment
-    task, shard_dirs = bench.task(experiment)
-    train, dev = (_rows(task, shard_dirs, split, count) for split, count in (("train", 256), ("dev", 14)))
+    task = bench.task(experiment)
+    train, dev = (_rows(task, split, count) for split, count in (("train", 256), ("dev", 14)))
     plain = _fit(experiment, train, dev)
     compiled = _fit(experiment, train, dev, compile_blocks=True)
     yield Row(
@@ -272,20 +270,27 @@ def streams(bench: Bench) -> Iterable[Row]:
 
     The DataLoader has them in memory. What is streamed begins its next epoch meanwhile, as it does in training.
     """
-    task, shard_dirs = bench.task(bench.space().experiment)
+    task = bench.task(bench.space().experiment)
     cluster.connect()
-    paths = [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]
-    labels = task.labels("train")
     hours = sum(task.durations("train")) / 3600
-    rows = [row for table in shards.read_paths(paths) for row in shards.select(table, labels).to_pylist()]
-    examples = [(row["audio"], row["label"]) for row in rows]
+    rows = task.rows("train")
+    speech = stream.Files(rows).hold().rows.select(["audio", "label"])
+    examples = [(row["audio"], row["label"]) for row in speech.to_pylist()]
+    windows = [order.epoch(rows, 40.0, (0, epoch)) for epoch in range(3)]
 
     def ours(resident: bool) -> float:
-        dataset = feed.load_datasets(task, paths, "audio", 1, resident)["train_0"]
-        tables = feed.Tables(dataset.iterator(), resident)
-        _drain(stream.Ahead(stream.batches(tables(), 40.0, seed=0)))  # asked for once, as in a first epoch
-        seconds = _drain(stream.Ahead(stream.batches(tables(), 40.0, seed=1)))
-        tables.close()
+        streamed = feed.Streamed(rows, "audio")
+        source: stream.Source = streamed
+        if resident:
+            source = feed.held(rows, feed.load_resident(task, ["train"], "audio")["train"].iterator())
+
+        def epoch(number: int) -> float:
+            read = source.read(windows[number], lambda: windows[number + 1])
+            return _drain(stream.Ahead(b for table, packed in read for b in stream.batches(table, packed)))
+
+        epoch(0)  # asked for once, as in a first epoch
+        seconds = epoch(1)
+        streamed.close()
         return seconds
 
     def loader(workers: int) -> float:
@@ -401,19 +406,12 @@ def _fit(
 ) -> Fitted:
     _fresh()
     content = stream.SPEECH if fed is None else stream.Content(kept.COLUMN, fed.read)
-    durations = (np.array(train["num_samples"].to_pylist()) / SAMPLING_RATE).tolist()
-    counts = np.bincount(train["label"].to_pylist(), minlength=len(experiment.emotions)).tolist()
     model = build(experiment)
     model.prefix = fed
     if compile_blocks:
         for layer in model.backbone.layers():
             layer.compile(dynamic=True)
-    data = loop.Data(
-        lambda epoch: stream.Ahead(stream.batches([train], experiment.batch_seconds, seed=epoch, content=content)),
-        lambda: stream.batches([dev], experiment.batch_seconds, seed=None, content=content),
-        stream.expected_batches(durations, experiment.batch_seconds),
-        tuple(counts),
-    )
+    data = feed.data(experiment, stream.Held(train), stream.Held(dev), content)
     records: list[loop.Record] = []
     loop.fit(model, data, lambda record, save: records.append(record))
     guesses: dict[str, int] = {}
@@ -441,8 +439,8 @@ def _fit_cached(experiment: Experiment, train: pa.Table, dev: pa.Table, scratch:
         keeper.keep(source, target)
         making.append(time.perf_counter() - started)
         size += target.stat().st_size
-        labels = dict(zip(table["utterance_id"].to_pylist(), table["label"].to_pylist(), strict=True))
-        parts.append(shards.select(pq.read_table(target), labels))
+        kept_of = pq.read_table(target, columns=["utterance_id", kept.COLUMN])
+        parts.append(stream.joined(table.drop_columns("audio"), [kept_of]))
     fitted = _fit(experiment, parts[0], parts[1], fed)
     total = train.num_rows * experiment.epochs / fitted.rate + making[0]
     rate = train.num_rows * experiment.epochs / total
@@ -450,19 +448,13 @@ def _fit_cached(experiment: Experiment, train: pa.Table, dev: pa.Table, scratch:
     return Fitted(**own)
 
 
-def _rows(task: Task, shard_dirs: list[Path], split: str, count: int | None) -> pa.Table:
-    """``count`` utterances of a split, as many of every emotion as can be."""
-    labels = task.labels(split)
-    by_emotion: dict[int, list[str]] = {}
-    for utterance_id, label in labels.items():
-        by_emotion.setdefault(label, []).append(utterance_id)
-    order = np.random.default_rng(0)
-    mixed = [list(order.permutation(ids)) for ids in by_emotion.values()]
-    chosen = [ids[n] for n in range(max(map(len, mixed))) for ids in mixed if n < len(ids)][:count]
-    selected = {i: labels[i] for i in chosen}
-    tables = (shards.select(table, selected) for table in shards.read_tables(shard_dirs))
-    columns = ["utterance_id", "num_samples", "audio", "label"]
-    return pa.concat_tables([table.select(columns) for table in tables]).combine_chunks()
+def _rows(task: Task, split: str, count: int | None) -> pa.Table:
+    """``count`` utterances of a split, as many of every emotion as can be, with their speech."""
+    rows, rng = task.rows(split), np.random.default_rng(0)
+    label_N = rows["label"].to_numpy()
+    mixed = [rng.permutation(np.flatnonzero(label_N == label)) for label in np.unique(label_N)]
+    chosen = [own[n] for n in range(max(map(len, mixed))) for own in mixed if n < len(own)][:count]
+    return stream.Files(rows.take(np.sort(chosen))).hold().rows.combine_chunks()
 
 
 def _waveforms(table: pa.Table) -> list[trainer.Utterance]:

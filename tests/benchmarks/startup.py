@@ -38,12 +38,13 @@ WATCHED = {
     "ser_ray.cluster": ("connect",),
     "ser_ray.prepare": ("prepare",),
     "ser_ray.cache": ("plan",),
-    "ser_ray.feed": ("load_datasets",),
+    "ser_ray.feed": ("load_resident",),
     "ser_ray.train": ("main", "audit_task", "open_results", "fit_here", "run_trial", "_work"),
     "ser_ray.tune": ("main", "_check_backbones"),
     "ser_ray.watch": ("Watch.on_trial_start",),
     "ser_ray.models.classifier": ("build",),
-    "ser_ray.training.loop": ("fit", "train_step"),
+    "ser_ray.training.loop": ("fit",),
+    "ser_ray.training.step": ("add_gradients",),
 }
 STAGES = {
     "> main": "imports of the command",
@@ -53,13 +54,13 @@ STAGES = {
     "< audit_task": "audit",
     "< open_results": "results folder, provenance",
     "< plan": "frozen prefix planned",
-    "< load_datasets": "speech in the object store",
+    "< load_resident": "speech in the object store",
     "> run_trial": "process of the trial",
     "> _work": "processes of the worker",
     "> build": "imports where training runs",
     "< build": "model",
-    "> train_step": "first batch",
-    "< train_step": "first step",
+    "> add_gradients": "first batch",
+    "< add_gradients": "first step",
 }
 """A note -> what ends with it. What lies between two notes is counted to the later one."""
 COMMANDS = {"train, workers=0": ("train", "resources.workers=0"), "train": ("train",), "tune": ("tune",)}

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from backbone_fixtures import LAYERS, VARIANTS, WIDTH, experiment, noise_batch, tone_batches, write_backbone
+from backbone_fixtures import LAYERS, VARIANTS, WIDTH, data_of, experiment, noise_batch, tone_batches, write_backbone
 from torch import nn
 
 from ser_ray.models import prefix
@@ -132,7 +132,7 @@ def test_after_an_epoch_the_weights_are_those_of_training_on_waveforms(backbones
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         given = [[keep(model, batch) for batch in part] if cached else part for part in (train, dev)]
-        data = loop.Data(lambda epoch, part=given[0]: part, lambda part=given[1]: part, len(train), (12, 12, 12))
+        data = data_of(lambda epoch, part=given[0]: part, given[1])
         loop.fit(model, data, lambda record, save: records.append(record))
         weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     start = {n: p for n, p in build(settings).named_parameters() if p.requires_grad}

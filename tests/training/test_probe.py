@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbone_fixtures import LAYERS, experiment, logits, tone_batches
+from backbone_fixtures import LAYERS, data_of, experiment, logits, tone_batches
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -109,7 +109,7 @@ def test_epoch_zero_is_the_probe(backbones_dir: Path) -> None:
     model = _model(backbones_dir, epochs=1, adapter={"method": "frozen"})
     train, dev = tone_batches(30, 3, seed=1, noisiness=3.0), tone_batches(60, 3, seed=2, noisiness=3.0)
     records: list[loop.Record] = []
-    data = loop.Data(lambda epoch: train, lambda: dev, len(train), (10, 10, 10))
+    data = data_of(lambda epoch: train, dev)
     loop.fit(model, data, lambda record, save: records.append(dict(record)))
     assert [record["epoch"] for record in records] == [0, 1]
     assert records[0]["train_loss"] is None
