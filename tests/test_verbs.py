@@ -129,9 +129,10 @@ def test_two_workers_take_the_step_of_one_large_batch(space, one_batch, data, ra
 
 
 @pytest.mark.ray
-def test_streamed_and_resident_take_the_same_steps(space, ray_cluster):
+def test_streamed_and_resident_take_the_same_steps(space, local, ray_cluster):
+    plain = train(space, "files", "resources.data=streamed", "resources.workers=0")
     resident, streamed = (train(space, f"by-{way}", f"resources.data={way}") for way in ("resident", "streamed"))
-    for one, other in zip(resident, streamed, strict=True):
+    for one, other in [*zip(resident, streamed, strict=True), *zip(local, plain, strict=True)]:
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
         assert one["dev_loss"] == pytest.approx(other["dev_loss"], rel=1e-6)
 
