@@ -32,6 +32,7 @@ from ser_ray.speech.fingerprint import fingerprint, same_takes
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import gpu
+import order
 import reference_rehearsal
 import trainer
 
@@ -129,6 +130,26 @@ def test_gpu_script_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert {tuple(row[:2]) for row in rows} == {(b, m) for b in ("wav2vec2", "whisper") for m in gpu.METHODS}
     for row in rows:
         assert all(math.isfinite(float(figure)) and float(figure) > 0 for figure in row[3:]), row
+
+
+def test_the_order_of_an_epoch_is_told_before_and_now() -> None:
+    table = order.rows(share=0.4)
+    whole = order.tenths(table, [np.arange(table.num_rows)]).mean(axis=0)
+    for epoch in (1, 2):
+        old, new = order.before(table, epoch), order.now(table, epoch)
+        for batches in (old, new):
+            assert sorted(np.concatenate(batches).tolist()) == list(range(table.num_rows))
+        assert np.abs(order.tenths(table, old) - whole).max() > 0.3, "one corpus after the other"
+        assert np.abs(order.tenths(table, new) - whole).max() < 0.1
+    label_N, samples_N = table["label"].to_numpy(), table["num_samples"].to_numpy()
+    before, now = order.shares(table, old, by_batch=True), order.shares(table, new, by_batch=False)
+    assert np.bincount(label_N, now) == pytest.approx(np.full(7, 1 / 7), rel=0.01)
+    assert np.bincount(label_N, before).max() > 1.1 / 7
+    longest = samples_N >= np.quantile(samples_N, 0.9)
+    assert before[longest].mean() > 1.3 * before.mean()
+    page = order.page(table)
+    assert page.count("| 10 | ") == 1
+    assert "times one of the shortest" in page
 
 
 def test_out_of_memory_is_a_row() -> None:

@@ -119,6 +119,68 @@ def test_two_workers_see_all_of_dev_and_learn_the_same_task(space, local, ray_cl
     assert moved[-1]["dev_loss"] == pytest.approx(local[-1]["dev_loss"], rel=0.25)
 
 
+ONE_STEP = ["experiment.epochs=1", "experiment.optimizer.accumulate=1000"]
+
+
+@pytest.fixture(scope="module")
+def one_batch(space) -> list[dict]:
+    """An epoch that is one batch, and one step."""
+    return train(space, "one-batch", "resources.workers=0", *ONE_STEP, "experiment.batch_seconds=1000")
+
+
+def test_many_small_batches_in_one_step_are_the_step_of_one_large_one(space, one_batch):
+    small = train(space, "small", "resources.workers=0", *ONE_STEP, "experiment.batch_seconds=2.5")
+    for name in ("train_loss", "dev_loss"):
+        assert small[-1][name] == pytest.approx(one_batch[-1][name], abs=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("data", ["resident", "streamed"])
+def test_two_workers_take_the_step_of_one_large_batch(space, one_batch, data, ray_cluster):
+    two = ["resources.workers=2", "resources.cpus_per_worker=1", f"resources.data={data}"]
+    shared = train(space, f"two-{data}", *two, *ONE_STEP, "experiment.batch_seconds=2.5")
+    for name in ("train_loss", "dev_loss"):
+        assert shared[-1][name] == pytest.approx(one_batch[-1][name], abs=1e-4)
+
+
+@pytest.mark.ray
+def test_streamed_and_resident_take_the_same_steps(space, local, ray_cluster):
+    plain = train(space, "files", "resources.data=streamed", "resources.workers=0")
+    resident, streamed = (train(space, f"by-{way}", f"resources.data={way}") for way in ("resident", "streamed"))
+    for one, other in [*zip(resident, streamed, strict=True), *zip(local, plain, strict=True)]:
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+        assert one["dev_loss"] == pytest.approx(other["dev_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["balanced", "none"])
+def test_class_weights_count_with_one_utterance_a_batch_too(lopsided, weights):
+    """They once canceled: the mean of a batch of one is its loss, whatever its weight."""
+    overrides = [f"experiment.class_weights={weights}", "resources.workers=0", "experiment.epochs=1"]
+    large, single = (
+        train(lopsided, f"{weights}-{seconds}", *overrides, *ONE_STEP, f"experiment.batch_seconds={seconds}")
+        for seconds in (1000, 0.1)
+    )
+    assert single[-1]["train_loss"] == pytest.approx(large[-1]["train_loss"], abs=1e-4)
+    if weights == "balanced":
+        plain = train(
+            lopsided, "plain", *overrides[1:], "experiment.class_weights=none", "experiment.batch_seconds=0.1"
+        )
+        assert single[-1]["train_loss"] != pytest.approx(plain[-1]["train_loss"], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def lopsided(tiny_corpus, tmp_path_factory) -> Path:
+    """Twice as many angry recordings as others: of the rest one take of two is missing."""
+    directory = tmp_path_factory.mktemp("lopsided")
+    corpus = directory / "ravdess"
+    for path in tiny_corpus.rglob("*.wav"):
+        emotion, statement = path.name.split("-")[2], path.name.split("-")[4]
+        if emotion == "05" or statement == "01":
+            (corpus / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, corpus / path.parent.name / path.name)
+    return write_space(directory, corpus)
+
+
 @pytest.fixture(scope="module")
 def tuned(space, ray_cluster) -> Path:
     """The results folder of a finished search."""

@@ -1,7 +1,7 @@
 """The order of an epoch: which utterances make a batch, and which batch follows which.
 
 It is a function of the seed, the epoch and the utterances alone. How many processes share an epoch, how many tasks read
-it, and whether its data lie in memory or are streamed changes nothing: processes take batches in turns (`steps`).
+it, and whether its data lie in memory or are streamed changes nothing: processes take the batches in turns (`steps`).
 
     piece    at most `PIECE` consecutive rows of one file: what is read at once
     window   consecutive pieces of about `WINDOW` utterances: what is in memory at once
@@ -92,7 +92,7 @@ class Step:
     every: range
     """Of all processes."""
     own: range
-    """Of this one; none where the last step of an epoch has fewer batches than there are processes."""
+    """Of this one; none where a step has fewer batches than there are processes."""
 
     @property
     def read(self) -> Sequence[int]:
@@ -104,17 +104,18 @@ class Step:
 def steps(batches: int, accumulate: int, rank: int = 0, size: int = 1) -> list[Step]:
     """The steps of an epoch of so many batches, as one of ``size`` processes takes them.
 
-    A step is ``accumulate`` batches of each process; the last is what is left. Batch b is that of process b modulo
-    ``size``. All processes know this beforehand, so none has to ask the others whether a batch follows (which would
-    make it wait for its GPU), and nothing of an epoch is left out.
+    A step is up to ``accumulate`` batches of each process. What an epoch has is shared evenly by as few steps as can
+    be, so that no small one is left at its end. All processes know this beforehand: none has to ask the others whether
+    a batch follows, which would make it wait for its GPU, and nothing of an epoch is left out.
 
-    >>> [(list(step.own), list(step.read)) for step in steps(5, accumulate=2, rank=1, size=2)]
-    [([1, 3], [1, 3]), ([], [4])]
+    >>> [(list(step.every), list(step.own)) for step in steps(5, accumulate=2, rank=1, size=2)]
+    [([0, 1], [1]), ([2, 3, 4], [3])]
     """
-    together = accumulate * size
+    count = -(-batches // (accumulate * size))
+    edges = [batches * number // count for number in range(count + 1)] if count else []
     return [
-        Step(range(first, min(first + together, batches)), range(first + rank, min(first + together, batches), size))
-        for first in range(0, batches, together)
+        Step(range(first, last), range(min(first + rank, last), last, size))
+        for first, last in itertools.pairwise(edges)
     ]
 
 

@@ -130,15 +130,15 @@ def _train_epoch(
     torch.manual_seed(hash((experiment.seed, epoch, _rank())) % 2**63)
     model.train()
     counts_BK = data.counts(epoch)
-    held_B = counts_BK @ weights_K.double().cpu().numpy()  # the class weights of every batch, of all processes
+    steps = _steps(experiment, counts_BK)
+    held = float(counts_BK.sum(axis=0) @ weights_K.double().cpu().numpy())  # class weights of train
     arriving = _Arriving(data.train(epoch), device)
     started, seen, own_losses = time.perf_counter(), 0, []
-    for taken in _steps(experiment, counts_BK):
-        held = float(held_B[taken.every].sum())
+    for taken in steps:
         for number in taken.read:
             batch, last = next(arriving), number == taken.read[-1]
             assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
-            share = 1 / held if taken.own else 0.0
+            share = len(steps) / held if taken.own else 0.0
             loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last)
             if taken.own:
                 own_losses.append(loss)
@@ -153,7 +153,7 @@ def _train_epoch(
     seconds = time.perf_counter() - started
     # Of all processes: one that diverges stops all of them.
     every = gather((seen, own_loss))
-    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / float(held_B.sum())
+    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / held
     if not np.isfinite(mean_loss):
         raise UserError(
             f"epoch {epoch}: the training loss is {mean_loss}; lower optimizer.lr ({experiment.optimizer.lr:g})"

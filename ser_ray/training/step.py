@@ -1,9 +1,11 @@
 """One optimiser step, which may be several batches on each of several processes: its loss has one owner, this file.
 
-The loss of a step is the sum of class weight times cross-entropy over the utterances that the step holds, divided by
-the sum of their class weights, over all its batches and all processes. An utterance weighs what its class weighs,
-whatever its length, its neighbours in a batch, and the number of batches: a mean of means over batches that are packed
-by seconds would weigh long utterances more, and with one utterance a batch class weights would cancel.
+The loss of a step is the sum of class weight times cross-entropy over the utterances that it holds, over all its
+batches and all processes, divided by what a step of the epoch holds on average: the sum of the class weights of train
+over the number of steps. So an utterance weighs what its class weighs, whatever its length, its neighbours, and how
+train is cut into batches and steps. Divided by what the step itself holds, it would weigh the more the fewer are
+beside it: batches are packed by seconds, so long utterances would count more than short ones, and in steps of one
+utterance class weights would cancel. Where an epoch is one step, both are the weighted mean over train.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ def add_gradients(
 ) -> torch.Tensor:
     """Forward and backward of one batch; returns its `weighted_loss`, detached. Nothing here waits for a GPU.
 
-    ``share``: one over the class weights that the step holds; 0 for a batch that another process counts, and that this
-    one runs because gradients are summed over all. ``last``: of this process's batches of the step. Processes meet
-    there, once a step, whatever the number of batches each has.
+    ``share``: one over the class weights that a step of the epoch holds on average; 0 for a batch that another process
+    counts, and that this one runs because gradients are summed over all. ``last``: of this process's batches of the
+    step. Processes meet there, once a step, whatever the number of batches each has.
     """
     processes = dist.get_world_size() if isinstance(model, DistributedDataParallel) else 1
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()

@@ -40,7 +40,8 @@ def index_of(speakers: int = 8) -> pa.Table:
 
 
 def task_of(space: SearchSpace, index: pa.Table) -> Task:
-    return Task(space.experiment.emotions, index, make_fold(index, space.experiment.protocol))
+    fold = make_fold(index, space.experiment.protocol)
+    return Task(space.experiment.emotions, index, fold.description, fold.leaky, fold.common_emotions)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,9 @@ def test_little_of_a_batch_is_padding():
 def test_the_processes_share_every_batch_and_meet_in_every_step(batches, accumulate, size):
     of_ranks = [order.steps(batches, accumulate, rank, size) for rank in range(size)]
     assert {len(taken) for taken in of_ranks} == {-(-batches // (accumulate * size))}
+    assert [n for step in of_ranks[0] for n in step.every] == list(range(batches))
+    sizes_of_steps = {len(step.every) for step in of_ranks[0]}
+    assert max(sizes_of_steps, default=0) - min(sizes_of_steps, default=0) <= 1, "no small one at the end"
     for together in zip(*of_ranks, strict=True):
         assert len({step.every for step in together}) == 1
         own = sorted(number for step in together for number in step.own)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from backbone_fixtures import VARIANTS, experiment, logits, noise_batch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.training.loop import make_optimizer, train_step
+from ser_ray.training import step
+from ser_ray.training.loop import make_optimizer
 
 METHODS = ("frozen", "lora", "qlora", "full")
 
@@ -26,9 +26,9 @@ def _take_steps(model: EmotionClassifier, steps: int = 3) -> list[float]:
     for _ in range(steps):
         model.train()
         optimizer.zero_grad()
-        losses.append(
-            float(train_step(model, batch, nn.CrossEntropyLoss(), optimizer, scaler, model.experiment, 1.0, True))
-        )
+        loss = step.add_gradients(model, batch, torch.ones(3), 1 / len(batch), scaler, model.experiment, last=True)
+        step.take(optimizer, scaler, model.experiment, 1.0)
+        losses.append(float(loss))
     return losses
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backbone_fixtures import experiment, tone_batches
-from torch import nn
+from backbone_fixtures import data_of, experiment, tone_batches
 
 from ser_ray.models.classifier import build
-from ser_ray.training import loop
+from ser_ray.training import loop, step
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_host(backbones_dir, variant, method):
     settings = experiment(backbones_dir / variant, adapter={"method": method, "rank": 2})
     model = build(settings, "cuda")
-    optimizer, criterion = loop.make_optimizer(model), nn.CrossEntropyLoss()
+    optimizer, weights_K = loop.make_optimizer(model), torch.tensor([9.0, 1.0, 3.0], device="cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     model.train()
     for number, batch in enumerate(tone_batches(24, 3)):
@@ -26,7 +25,8 @@ def test_a_step_does_not_wait_for_the_host(backbones_dir, variant, method):
         torch.cuda.synchronize()
         if number > 0:  # the first step compiles and chooses kernels
             torch.cuda.set_sync_debug_mode("error")
-        loss = loop.train_step(model, batch, criterion, optimizer, scaler, settings, 1.0, True)
+        loss = step.add_gradients(model, batch, weights_K, 1 / 20, scaler, settings, last=True)
+        step.take(optimizer, scaler, settings, 1.0)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(loss)
@@ -38,7 +38,7 @@ def test_tones_are_learned_on_a_gpu(backbones_dir, method):
         backbones_dir / "whisper", adapter={"method": method, "rank": 4}, optimizer={"lr": 3e-3, "head_lr": 1e-2}
     )
     train, dev = tone_batches(60, 3), tone_batches(30, 3, seed=1)
-    data = loop.Data(lambda epoch: train, lambda: dev, len(train), (20, 20, 20))
+    data = data_of(lambda epoch: train, dev)
     records: list[loop.Record] = []
     loop.fit(build(settings, "cuda"), data, lambda record, save: records.append(record))
     assert records[-1]["best_dev_uar"] > 0.8

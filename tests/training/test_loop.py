@@ -26,7 +26,7 @@ from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
-from ser_ray.training import loop
+from ser_ray.training import loop, step
 
 TRAIN, DEV = tone_batches(24, 3, seed=1), tone_batches(12, 3, seed=2)
 HISTORY = {
@@ -241,6 +241,45 @@ def test_the_losses_are_those_of_plain_loops_over_utterances(tiny: Experiment) -
         labels_N = torch.cat([batch.labels_B for batch in batches])
         expected = nn.functional.cross_entropy(scores_NK, labels_N, weight=torch.tensor(weights_K).float())
         assert record[name] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 100])
+def test_an_utterance_weighs_the_same_in_an_epoch_however_it_is_cut_into_steps(
+    tiny: Experiment, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one batch a step and batches of one utterance too, where class weights once canceled."""
+    described = with_sections(
+        tiny,
+        adapter={"dropout": 0.0},
+        head={"dropout": 0.0},
+        optimizer={"lr": 1e-12, "head_lr": 1e-12, "accumulate": accumulate},
+        epochs=1,
+    )
+    train, model = _ragged(TRAIN), build(described)
+    label_N = torch.cat([batch.labels_B for batch in train])
+    weights_K = torch.tensor(compute_class_weight("balanced", classes=np.arange(3), y=label_N.numpy())).float()
+    for one in (one for batch in train for one in _apart(batch)):
+        loss = nn.functional.cross_entropy(model(one.inputs, one.lengths_B), one.labels_B)
+        (weights_K[one.labels_B[0]] * loss / weights_K[label_N].sum()).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    seen: list[list[torch.Tensor]] = []
+    take = step.take
+
+    def watched(optimizer: torch.optim.Optimizer, *rest: Any) -> None:
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        take(optimizer, *rest)
+
+    monkeypatch.setattr(step, "take", watched)
+    fitted, _ = _run(described, _data(train, DEV, accumulate))
+    assert len(seen) == -(-len(train) // accumulate)
+    in_order = {
+        id(p): n for n, p in enumerate(q for g in loop.make_optimizer(fitted).param_groups for q in g["params"])
+    }
+    found = [
+        sum(grads[in_order[id(p)]] for grads in seen) / len(seen) for p in fitted.parameters() if id(p) in in_order
+    ]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
 
 def _ragged(batches: Sequence[Batch]) -> list[Batch]:

@@ -23,9 +23,9 @@ from ser_ray.training import loop, step
 
 DEV = tone_batches(15, 3, batch=5, seed=2, noisiness=2.0)
 TONES = tone_batches(24, 3, batch=4, seed=1, noisiness=2.0)
-SPLITS = {"ragged": 5, "even": 4, "one batch": 1}
-"""Batches an epoch, of which a step takes two from each process: of five the last is a step for which one process has
-none; of one batch one process has none at all."""
+SPLITS = {"ragged": (5, 2), "uneven": (5, 1), "even": (4, 2), "one batch": (1, 2)}
+"""Batches an epoch, and how many of each process a step takes at most. Of ragged, the two have two and one in the first
+step; of uneven, one has none in the second and in the third; of one batch, one has none at all."""
 WEIGHTS = torch.tensor([9.0, 1.0, 3.0])
 OWN = ([0, 2, 4], [1, 3])
 """Of the batches of one step, those of either process."""
@@ -33,8 +33,8 @@ OWN = ([0, 2, 4], [1, 3])
 
 def _train(name: str) -> list[Batch]:
     """Batches of unequal size."""
-    found = TONES[: SPLITS[name]]
-    return [_first(batch, 1 + 3 * (n % 2)) for n, batch in enumerate(found)] if name == "ragged" else found
+    found = TONES[: SPLITS[name][0]]
+    return found if name == "even" else [_first(batch, 1 + 3 * (n % 2)) for n, batch in enumerate(found)]
 
 
 def _first(batch: Batch, count: int) -> Batch:
@@ -57,8 +57,9 @@ def _still(described: Experiment) -> EmotionClassifier:
 
 
 def _fit(backbone: str, out: Path, name: str, rank: int, init: str, dev: list[Batch]) -> None:
-    model, records = _still(_described(backbone, init)), []
-    data = data_of(lambda epoch: _train(name), dev, 2, rank, 2)
+    accumulate = SPLITS[name][1]
+    model, records = _still(_described(backbone, init, accumulate)), []
+    data = data_of(lambda epoch: _train(name), dev, accumulate, rank, 2)
     loop.fit(model, data, lambda record, save: records.append(dict(record)))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / f"{name}_{rank}.safetensors")
     (out / f"{name}_{rank}.json").write_text(json.dumps(records))
@@ -96,6 +97,7 @@ def _worker(rank: int, backbone: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     _fit(backbone, Path(out), "ragged", rank, "random", DEV)
+    _fit(backbone, Path(out), "uneven", rank, "random", DEV)
     _fit(backbone, Path(out), "even", rank, "probe", DEV[:1])
     _fit(backbone, Path(out), "one batch", rank, "random", DEV)
     _gradients(backbone, Path(out), rank)
@@ -156,15 +158,17 @@ def test_dev_figures_are_those_of_the_whole_dev_set(
 
 
 @pytest.mark.parametrize(
-    ("name", "init", "dev"), [("ragged", "random", DEV), ("even", "probe", DEV[:1]), ("one batch", "random", DEV)]
+    ("name", "init", "dev"),
+    [(name, "probe", DEV[:1]) if name == "even" else (name, "random", DEV) for name in SPLITS],
 )
 def test_two_processes_take_the_steps_of_one(
     ran: Path, backbones_dir: Path, name: str, init: str, dev: list[Batch]
 ) -> None:
-    """Two batches accumulated in each of two, four in one."""
-    described = _described(str(backbones_dir / "whisper"), init, accumulate=4)
+    """Twice as many batches accumulated in one as in each of two."""
+    together = 2 * SPLITS[name][1]
+    described = _described(str(backbones_dir / "whisper"), init, together)
     model, records = _still(described), []
-    loop.fit(model, data_of(lambda epoch: _train(name), dev, 4), lambda record, save: records.append(record))
+    loop.fit(model, data_of(lambda epoch: _train(name), dev, together), lambda record, save: records.append(record))
     weights, told = _results(ran, name, 0)
     for mine, theirs in zip(records, told, strict=True):
         assert mine["dev_loss"] == pytest.approx(theirs["dev_loss"], abs=1e-4)
