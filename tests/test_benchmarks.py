@@ -250,7 +250,7 @@ def test_the_rehearsal_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFix
         "tess: ",
         "split: ",
         "| **together** | **",
-        "1 trials (1 finished), 1 epochs",
+        "Trials: 1 (1 finished), 1 epochs in all",
     ):
         assert told in page
     assert "| report, end of the command |" in page
