@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bitsandbytes
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import soxr
@@ -22,10 +23,11 @@ from transformers import AutoFeatureExtractor, TrainerState
 
 from ser_ray import config, corpora
 from ser_ray.config import Audio
-from ser_ray.corpora import ravdess
+from ser_ray.corpora import crema_d, ravdess, tess
 from ser_ray.corpora.describe import describe, differences
 from ser_ray.models.classifier import build
 from ser_ray.models.logmel import LogMel
+from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.speech.audio import is_silent, load_recording
 from ser_ray.speech.fingerprint import fingerprint, same_takes
 
@@ -174,6 +176,18 @@ def test_stand_ins_have_every_published_name(tmp_path: Path, corpus: str) -> Non
     assert differences(corpus, describe(utterances)) == []
 
 
+def test_the_reference_trains_and_tests_on_every_corpus() -> None:
+    """By the published names; TESS has two speakers, and its fold decides whether one of them is heard in training."""
+    read = {"crema_d": crema_d.parse, "ravdess": ravdess.parse, "tess": tess.parse}
+    utterances = [read[corpus](Path(name)) for corpus in read for name in reference_rehearsal.names(corpus)]
+    keys = ("utterance_id", "corpus", "speaker", "emotion", "gender", "perceived")
+    index = pa.Table.from_pylist([{key: getattr(utterance, key) for key in keys} for utterance in utterances])
+    experiment = config.load(Path(__file__).parents[1] / reference_rehearsal.SPACE).experiment
+    splits = make_fold(labelled(index, experiment.emotions, experiment.merge), experiment.protocol).splits
+    used = {(splits[utterance.utterance_id], utterance.corpus) for utterance in utterances}
+    assert used >= {(split, corpus) for split in ("train", "test") for corpus in read}
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About three dozen files."""
@@ -257,7 +271,7 @@ def test_the_rehearsal_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFix
         "tess: ",
         "split: ",
         "| **together** | **",
-        "1 trials (1 finished), 1 epochs",
+        "Trials: 1 (1 finished), 1 epochs in all",
     ):
         assert told in page
     assert "| report, end of the command |" in page

@@ -46,6 +46,8 @@ import soxr
 
 from ser_ray.corpora import crema_d, ravdess, synthetic, tess
 from ser_ray.evaluation.results import Results, read_results
+from ser_ray.protocols.task import load_task
+from ser_ray.schema import SPLITS
 
 SPACE: Final = Path("search_spaces") / "reference.yaml"
 PERIOD: Final = 5.0
@@ -400,11 +402,17 @@ def _has_gpu() -> bool:
 
 def _stand_ins(corpora: Path, found: Results, writing: str) -> str:
     hours = {data["corpus"]: data["hours"] for data in found.provenance["data"]}
-    rows = ["| corpus | files | kHz | MB | hours, trimmed |", "|---|---|---|---|---|"]
+    task = load_task(found.space.experiment, [Path(data["directory"]) for data in found.provenance["data"]])
+    rows = ["| corpus | files | kHz | MB | hours, trimmed | train | dev | test |", "|---|---|---|---|---|---|---|---|"]
+    ids, corpus_of = task.index["utterance_id"].to_pylist(), task.index["corpus"].to_pylist()
+    counts = Counter((corpus, task.fold.splits[i]) for i, corpus in zip(ids, corpus_of, strict=True))
     for corpus, folder in DIRECTORIES.items():
         files = list((corpora / folder).rglob("*.wav"))
         size = sum(path.stat().st_size for path in files) / 1e6
-        rows.append(f"| {folder} | {len(files)} | {RATES[corpus] / 1000:g} | {size:.0f} | {hours[corpus]:.2f} |")
+        splits = " | ".join(str(counts[corpus, split]) for split in SPLITS)
+        rows.append(
+            f"| {folder} | {len(files)} | {RATES[corpus] / 1000:g} | {size:.0f} | {hours[corpus]:.2f} | {splits} |"
+        )
     return "\n".join(rows) + f"\n\n{writing}\n"
 
 
