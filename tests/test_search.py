@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import cluster, tune
+from ser_ray import cluster, disk, evaluate, tune
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.search.trials import ATTEMPTS, Trials
@@ -229,6 +229,14 @@ def test_every_death_of_an_actor_is_one_for_tune(error):
     assert str(error) in str(heard[0])
     with pytest.raises(RuntimeError, match="unexpected"):
         manager._actor_task_failed(task, error)
+
+
+def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
+    settings = space(SEARCH)
+    longer = settings.model_copy(update={"experiment": settings.experiment.model_copy(update={"epochs": 11})})
+    disk.write_json(tmp_path / "evaluation" / "test.json", {"budget": evaluate._budget(settings)})
+    assert evaluate.is_evaluated(tmp_path, settings)
+    assert not evaluate.is_evaluated(tmp_path, longer)
 
 
 def told(directory: Path, trial_id: str, epoch: int, last: bool) -> folder.Record:
