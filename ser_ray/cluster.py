@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -57,6 +58,11 @@ _ENVIRONMENT = {
 }
 
 
+_DIED = re.compile(
+    r"The (actor|worker) died unexpectedly|The actor is dead|The actor \w+ is unavailable"
+    r"|the node it was running on is dead|local raylet died"
+)
+"""What Ray 2.60 says of a process that was ended from outside."""
 _PACKAGES = ("torch", "torchaudio", "transformers", "peft", "bitsandbytes", "ray", "optuna", "pyarrow", "scikit-learn")
 
 
@@ -166,8 +172,7 @@ def death(text: str) -> str | None:
             "Ray ended its process, as the memory of its machine was nearly full; lower tune.concurrency or "
             "experiment.batch_seconds, or use a machine with more memory"
         )
-    said = ("died unexpectedly", "actor is dead", " is unavailable: ", "it was running on is dead", "raylet died")
-    return "its process died" if any(words in text for words in said) else None
+    return "its process died" if _DIED.search(text) else None
 
 
 def settle_paths(space: SearchSpace) -> SearchSpace:

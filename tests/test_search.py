@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray.tune
 from optuna.trial import TrialState
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import tune
+from ser_ray import cluster, disk, evaluate, tune
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.search.trials import ATTEMPTS, Trials
@@ -217,3 +224,71 @@ def test_every_death_of_an_actor_is_one_for_tune(error):
     assert str(error) in str(heard[0])
     with pytest.raises(RuntimeError, match="unexpected"):
         manager._actor_task_failed(task, error)
+
+
+def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
+    settings = space(SEARCH)
+    longer = settings.model_copy(update={"experiment": settings.experiment.model_copy(update={"epochs": 11})})
+    disk.write_json(tmp_path / "evaluation" / "test.json", {"budget": evaluate._budget(settings)})
+    assert evaluate.is_evaluated(tmp_path, settings)
+    assert not evaluate.is_evaluated(tmp_path, longer)
+
+
+def told(directory: Path, trial_id: str, epoch: int, last: bool) -> folder.Record:
+    """An epoch as a trial leaves it: its line, then what Tune hears."""
+    line = record(epoch, 0.1 * epoch, 0.1 * epoch) | {"last": last}
+    folder.append_history(directory / trial_id, line)
+    return line
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str]]:
+    """Runs a search of two trials of three epochs on Ray, in which the first dies as it is told to, and no other."""
+    monkeypatch.setattr(tune, "_speech", lambda *_: {})
+
+    def search(point: str) -> tuple[Trials, str]:
+        def run_trial(point_of: dict, directory: str, die: str, **_: object) -> None:
+            where, name = Path(directory), point_of["trial_id"]
+            history = folder.trial_history(where / name)
+            begun = len(history)
+
+            def at(place: str, epoch: int) -> None:
+                if name == "001" and die == place and (die == "first" or epoch == begun + 1):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            at("first", 1)
+            if begun == 3:
+                report(history[-1])  # who watched has not heard of it
+            for epoch in range(begun + 1, 4):
+                at("epoch", epoch - 1)
+                (where / name / f".epoch_{epoch:03d}").mkdir(parents=True, exist_ok=True)
+                at("save", epoch - 1)
+                line = told(where, name, epoch, epoch == 3)
+                at("line", epoch)
+                report(line)
+
+        report = ray.tune.report
+        monkeypatch.setattr(tune, "run_trial", lambda config, **rest: run_trial(config, die=point, **rest))
+        text = io.StringIO()
+        settings = space(SEARCH, trials=2, scheduler="none", concurrency=1)
+        task: Any = None
+        tune.search(settings, task, [], tmp_path, Console(file=text, width=500))
+        return Trials(tmp_path, settings.search), text.getvalue()
+
+    return search
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("point", "status", "attempts"),
+    [("first", "failed", ATTEMPTS), ("epoch", "finished", 3), ("save", "finished", 3), ("line", "finished", 4)],
+)
+def test_a_search_ends_wherever_a_process_of_it_dies(dying, point, status, attempts):
+    trials, said = dying(point)
+    assert [tried.status for tried in trials] == [status, "finished"]
+    assert said.count("trial 001  starts") + said.count("trial 001  goes on after") == attempts
+    assert "docs.ray.io" not in said
+    if status == "finished":
+        assert [line["epoch"] for line in trials.known["001"].history] == [1, 2, 3]
+    else:
+        assert trials.known["001"].error == f"its process died ({ATTEMPTS} times)"

@@ -15,7 +15,7 @@ from test_verbs import results_of, write_space
 from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.evaluation.folder import trial_history
-from ser_ray.training import loop
+from ser_ray.models.classifier import EmotionClassifier
 
 LOCAL = ("resources.workers=0", "storage.prefix_gb=0")
 SHORT = {
@@ -34,8 +34,12 @@ def train(space: Path, name: str, *overrides: str) -> int:
     return main(["train", str(space), f"experiment.name={name}", *LOCAL, *overrides])
 
 
+def trial(space: Path, name: str) -> Path:
+    return results_of(space, name) / "trials" / "single"
+
+
 def history(space: Path, name: str) -> list[dict]:
-    return trial_history(results_of(space, name) / "trials" / "single")
+    return trial_history(trial(space, name))
 
 
 def row(space: Path, name: str) -> dict[str, str]:
@@ -44,19 +48,19 @@ def row(space: Path, name: str) -> dict[str, str]:
     return found
 
 
-def fail_in_epoch(monkeypatch: pytest.MonkeyPatch, error: Exception, epoch: int, times: int) -> list[float]:
-    """Training fails as it begins that epoch, so often; returns the rates' place for the seconds of the batches."""
-    real, seconds = loop._train_epoch, list[float]()
+def fail_in_epoch(
+    monkeypatch: pytest.MonkeyPatch, trial: Path, error: Exception, epoch: int, times: int
+) -> list[float]:
+    """The first step of that epoch fails, so often; returns the place for the batch_seconds of every time."""
+    real, seconds = EmotionClassifier.forward, list[float]()
 
-    def failing(model, *rest):
-        experiment = model.experiment
-        now = next(value for value in rest if isinstance(value, int))
-        if now == epoch and len(seconds) < times:
-            seconds.append(experiment.batch_seconds)
+    def failing(model: EmotionClassifier, *inputs: torch.Tensor) -> torch.Tensor:
+        if model.training and len(trial_history(trial)) == epoch - 1 and len(seconds) < times:
+            seconds.append(model.experiment.batch_seconds)
             raise error
-        return real(model, *rest)
+        return real(model, *inputs)
 
-    monkeypatch.setattr(loop, "_train_epoch", failing)
+    monkeypatch.setattr(EmotionClassifier, "forward", failing)
     return seconds
 
 
@@ -68,14 +72,14 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("kind", SHORT)
 def test_a_trial_that_is_short_of_memory_goes_on_with_half_of_the_batch(space, monkeypatch, capsys, kind):
     name = f"short-{kind}"
-    tried_with = fail_in_epoch(monkeypatch, SHORT[kind], epoch=2, times=1)
+    tried_with = fail_in_epoch(monkeypatch, trial(space, name), SHORT[kind], epoch=2, times=1)
     assert train(space, name) == 0
     said = capsys.readouterr().out
     assert "out of memory: lower experiment.batch_seconds (8)" in said
     assert "tried again with half of batch_seconds" in said
     assert [record["epoch"] for record in history(space, name)] == [1, 2]
     assert tried_with == [8]
-    folders = results_of(space, name) / "trials" / "single"
+    folders = trial(space, name)
     lines = (folders / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2], "what was trained is not trained again"
     half = config.load_experiment(folders / "epoch_002" / "experiment.yaml")
@@ -85,7 +89,7 @@ def test_a_trial_that_is_short_of_memory_goes_on_with_half_of_the_batch(space, m
 
 
 def test_memory_that_is_short_again_is_one_line(space, monkeypatch, capsys):
-    tried_with = fail_in_epoch(monkeypatch, SHORT["CUDA"], epoch=1, times=9)
+    tried_with = fail_in_epoch(monkeypatch, trial(space, "never"), SHORT["CUDA"], epoch=1, times=9)
     assert train(space, "never") == 2
     assert "out of memory: lower experiment.batch_seconds (4), set experiment.recompute" in one_line(capsys)
     assert tried_with == [8, 4]
@@ -95,7 +99,7 @@ def test_memory_that_is_short_again_is_one_line(space, monkeypatch, capsys):
 
 
 def test_another_error_is_not_tried_again(space, monkeypatch):
-    tried_with = fail_in_epoch(monkeypatch, RuntimeError("boom"), epoch=1, times=9)
+    tried_with = fail_in_epoch(monkeypatch, trial(space, "boom"), RuntimeError("boom"), epoch=1, times=9)
     with pytest.raises(RuntimeError, match="boom"):
         train(space, "boom")
     assert tried_with == [8]

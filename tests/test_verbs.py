@@ -17,7 +17,7 @@ from backbone_fixtures import write_backbone
 
 from ser_ray import config, disk
 from ser_ray.__main__ import main
-from ser_ray.evaluation.folder import trial_history
+from ser_ray.evaluation.folder import read_tried, trial_history
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
 
@@ -290,6 +290,22 @@ def test_a_finished_search_is_extended(tuned, space, capsys):
     same = now["finalists"][0]["checkpoint"] == chosen["finalists"][0]["checkpoint"]
     assert len(openings) == len(opened) + (not same), "the test set stays closed where the choice is the same"
     assert openings[-1]["trial_id"] == now["trial_id"]
+
+
+@pytest.mark.ray
+def test_a_finished_search_takes_more_epochs(tuned, space, capsys):
+    results = results_of(space, "epochs")
+    shutil.copytree(tuned, results)
+    settings = results / "search.yaml"
+    settings.write_text(settings.read_text().replace("name: tiny", "name: epochs"))
+    before = {tried.trial_id: tried for tried in read_tried(results / "trials")}
+    assert main(["tune", str(space), "experiment.name=epochs", "experiment.epochs=3"]) == 0
+    assert "this search is finished" not in capsys.readouterr().out
+    for tried in read_tried(results / "trials"):
+        old = before[tried.trial_id]
+        assert list(tried.history[: len(old.history)]) == list(old.history), "nothing is trained again"
+        assert len(tried.history) == (3 if old.status == "finished" else len(old.history))
+    assert json.loads((results / "evaluation/test.json").read_text())["budget"]["epochs"] == 3
 
 
 @pytest.mark.ray

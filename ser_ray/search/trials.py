@@ -64,6 +64,7 @@ class Trials:
         tried = self.known[trial_id]
         attempts = 1 if tried.reached != len(tried.history) else tried.attempts + 1
         self.begun.add(trial_id)
+        self.before[trial_id] = tried.seconds  # Tune counts those of an attempt
         return self.update(trial_id, attempts=attempts, reached=len(tried.history))
 
     def release(self) -> None:

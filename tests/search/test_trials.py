@@ -65,6 +65,16 @@ def test_a_trial_that_comes_further_each_time_is_not_given_up(tmp_path, heard):
         assert not session(tmp_path, epochs=99).known["001"].over
 
 
+def test_seconds_are_those_of_all_attempts(tmp_path):
+    trials = session(tmp_path)
+    trials.add("001", {})
+    for _ in range(2):
+        trials.begin("001")
+        trials.update("001", seconds=3.0)
+        trials.interrupted("001", "its process died")
+    assert trials.known["001"].seconds == 6.0
+
+
 def test_a_search_that_somebody_stops_costs_no_attempt(tmp_path):
     session(tmp_path).add("001", {})
     for _ in range(2 * ATTEMPTS):
