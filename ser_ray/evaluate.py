@@ -265,7 +265,7 @@ class _Record:
         against = None
         if len(ranked) > 1:
             gap = _gap(_pooled(self.dev[chosen]), _pooled(self.dev[ranked[1]]))
-            against = gap and {"trial_id": ranked[1], "gap": gap}
+            against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
         why = f"highest dev {metric}{over} of {among}; of equals the one with fewer weights to train"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
         disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_figures(chosen))

@@ -8,7 +8,7 @@ stamped LEAKY; ``note`` worth knowing. Where the audio is the same is found by i
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import combinations
 from typing import Any, Final
 
@@ -80,14 +80,20 @@ def audit(
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
     rows, takes = index.select(columns).to_pylist(), list(takes)
-    split_rows = {
-        name: [row | {"split": fold.splits[row["utterance_id"]]} for row in rows] for name, fold in folds.items()
-    }
-    by_fold = {name: _audit_fold(split_rows[name], fold, emotions, takes) for name, fold in folds.items()}
+    by_fold: dict[str, list[Finding]] = {}
+    own_splits: dict[str, Any] = {}
+    speakers: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for name, fold in folds.items():  # one at a time: there may be a fold for every speaker
+        split_rows = [row | {"split": fold.splits[row["utterance_id"]]} for row in rows]
+        splits = _splits(split_rows, emotions)
+        by_fold[name] = _audit_fold(split_rows, splits, fold, takes)
+        own_splits = own_splits or splits
+        for row in split_rows:
+            speakers[row["split"]].add(row["speaker"])
     findings = [
         *(_finding("leak", "a backbone was pre-trained on this", line) for line in heard),
         *_merged(by_fold),
-        *_few_speakers(split_rows.values(), remedy),
+        *_few_speakers(speakers, remedy),
         *_few_voices(rows),
         *_one_length(rows),
         *(_finding("note", what, detail) for what, detail in notes.items()),
@@ -97,15 +103,16 @@ def audit(
     return {
         "leaky": any(finding["level"] == "leak" for finding in findings),
         "findings": findings,
-        "splits": _splits(next(iter(split_rows.values())), emotions),
+        "splits": own_splits,
     } | several
 
 
 # -- below: how it is done
 
 
-def _audit_fold(rows: Rows, fold: Fold, emotions: Sequence[str], takes: Sequence[SameTake]) -> list[Finding]:
-    splits = _splits(rows, emotions)
+def _audit_fold(
+    rows: Rows, splits: Mapping[str, Mapping[str, Any]], fold: Fold, takes: Sequence[SameTake]
+) -> list[Finding]:
     return [
         *_absent_emotions(splits, fold.common_emotions),
         *_scheme(fold),
@@ -211,12 +218,8 @@ def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Findin
             yield _finding(level, f"{what} {where}", _some(names))
 
 
-def _few_speakers(folds: Iterable[Rows], remedy: str) -> Iterable[Finding]:
+def _few_speakers(speakers: Mapping[str, Set[str]], remedy: str) -> Iterable[Finding]:
     """Of all folds together: the finals' figures are over all of them."""
-    speakers: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for rows in folds:
-        for row in rows:
-            speakers[row["split"]].add(row["speaker"])
     over = {1: "over utterances, and say nothing about other speakers"}
     for split in SPLITS[1:]:
         if (number := len(speakers[split])) < FEW_SPEAKERS:
