@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import cluster, disk, evaluate, tune
+from ser_ray import disk, evaluate, tune
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.search.trials import ATTEMPTS, Trials
