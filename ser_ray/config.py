@@ -180,7 +180,8 @@ class Optimizer(Section):
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     accumulate: int = Field(1, ge=1)
-    """Batches summed into one step: a large batch on a small GPU."""
+    """Up to so many batches of each worker are one step: a large batch on a small GPU. The steps of an epoch share its
+    batches evenly."""
 
 
 class Experiment(Section):
@@ -361,7 +362,7 @@ class Resources(Section):
     """auto: 1 where the cluster has a GPU, else 0; 0.25 puts four trials on one."""
     data: Literal["auto", "resident", "streamed"] = "auto"
     """Between epochs: resident in the object store, or read from the shards again; auto: resident where a trial's data
-    take less than a third of the store."""
+    take less than a third of the store, or else its dev where that does."""
 
 
 class Storage(Section):

@@ -121,6 +121,7 @@ class Streamed:
             concurrency=READERS,
         )
         dataset.context.execution_options.preserve_order = True
+        dataset.context.enable_progress_bars = False
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
     def _asked(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
