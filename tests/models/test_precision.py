@@ -198,7 +198,7 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
                 backbones_dir / variant, adapter=dict(model.experiment.adapter), head=head, precision=setting
             )
             model.head, model.prefix = Head(model.experiment, LAYERS, WIDTH).eval(), None
-            _excite(model.head, 0.3)
+            _excite(model.head, 0.1)
             expected_BK = _logits(model, batch, "fp32")
             found_BK = _logits(model, batch, setting)
             largest = float(expected_BK.abs().max())
