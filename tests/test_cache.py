@@ -289,3 +289,25 @@ def test_a_prefix_tells_its_shape_and_ignores_where_the_backbone_lies():
     np.testing.assert_array_equal(made(moments="statistics").read(pooled.tobytes()), pooled)
     assert made().gigabytes(10.0, 4) == 10 * 50 * 3 * 8 * 2 / 1e9
     assert made(moments="mean").gigabytes(10.0, 4) == 4 * 3 * 8 * 4 / 1e9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("head", ["{pooling: statistics}", "{pooling: mean}", "{layer_mix: last}"])
+def test_in_low_precision_it_is_read_as_the_model_computes_it(load, head, precision):
+    space = load(FROZEN, f"experiment.head={head}", f"experiment.precision={precision}")
+    kept, _ = keep(space)
+    exact, _ = keep(load(FROZEN, f"experiment.head={head}"))
+    assert kept is not None
+    assert exact is not None
+    found, expected = contents(kept), contents(exact)
+    assert found.keys() == expected.keys()
+    for utterance_id, array in found.items():
+        own = expected[utterance_id]
+        assert (array.dtype, array.shape) == (own.dtype, own.shape)
+        np.testing.assert_allclose(array.astype(np.float32), own.astype(np.float32), atol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_frozen_model_with_plain_pooling_trains_in_low_precision(path, precision):
+    chosen = ["search={}", "tune.first=[]", FROZEN, f"experiment.precision={precision}", "experiment.epochs=1"]
+    assert main(["train", str(path), *chosen, "resources.workers=0"]) == 0

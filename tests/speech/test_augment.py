@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ser_ray.config import Augment
+from ser_ray.models.logmel import LogMel
 from ser_ray.speech import augment
 
 RATE = 16_000
@@ -105,3 +108,55 @@ def test_masks_are_drawn_anew_and_from_the_seed():
     assert not torch.equal(one, other)
     torch.manual_seed(0)
     assert torch.equal(augment.mask(features, frames, 0.3, 0.3), one)
+
+
+def chirps(factor: float, samples: int = RATE) -> np.ndarray:
+    """Three tones that swell and fade over a second, played ``factor`` times as fast, from their formula."""
+    time = np.arange(round(samples / factor)) * factor / RATE
+    tones = sum(np.sin(2 * np.pi * pitch * time + pitch) for pitch in (180.0, 900.0, 3_000.0))
+    return (0.2 * tones * np.sin(np.pi * np.clip(time * RATE / samples, 0, 1)) ** 2).astype(np.float32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(0.7, 1.3))
+@example(1 - 0.07)
+@example(1 + 0.07)
+@example(1.123)
+def test_another_speed_is_the_same_sound_in_another_time(factor):
+    found, expected = augment.at_speed(chirps(1.0), factor), chirps(round(factor, 3))
+    assert abs(len(found) - RATE / factor) < 0.001 * RATE / factor + 1
+    assert abs(len(found) - len(expected)) <= 1
+    both = min(len(found), len(expected))
+    np.testing.assert_allclose(found[:both], expected[:both], atol=2e-3)
+    spectra = [np.abs(np.fft.rfft(wave[:both])) for wave in (found, expected)]
+    assert np.abs(spectra[0] - spectra[1]).max() < 1e-3 * spectra[1].max()
+
+
+@settings(max_examples=50, deadline=None)
+@given(share=st.floats(0.001, 0.3))
+@example(0.07)
+def test_no_factor_needs_a_long_filter(share):
+    """A resampler's filter grows with the terms of the reduced ratio: 14 879 : 16 000 took gigabytes."""
+    asked = []
+
+    def resample(waveform, rate, target):
+        asked.append(Fraction(rate) / Fraction(target))
+        return waveform
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment.soxr, "resample", resample)
+        for seed in range(12):
+            augment.vary(tone(0.1), "a/1", Augment(speed=share), seed)
+    assert asked
+    for ratio in asked:
+        assert max(ratio.numerator, ratio.denominator) <= 1300
+        assert min(abs(float(ratio) - 1 - share), abs(float(ratio) - 1 + share)) <= 0.0005 + 1e-9
+
+
+def test_a_slower_take_is_no_longer_than_whisper_takes():
+    waveform = tone(29.0)
+    lengths = {len(augment.vary(waveform, "a/1", Augment(speed=0.1), seed)) for seed in range(12)}
+    assert lengths == {round(29 * RATE / 1.1), 29 * RATE, 30 * RATE}
+    longest = torch.from_numpy(augment.vary(tone(30.0), "a/1", Augment(speed=0.3), 1))
+    features, _ = LogMel(80)(longest[None], torch.tensor([len(longest)]))
+    assert features.shape[-1] <= 3000
