@@ -29,13 +29,13 @@ TESTS = Path(__file__).resolve().parent
 
 def settings(checkpoints: Path, epoch_s: float = 0.0) -> dict[str, str]:
     """Variables that every process of a trial needs."""
-    return {CHECKPOINTS: str(checkpoints), EPOCH_S: str(epoch_s)}
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return {CHECKPOINTS: str(checkpoints), EPOCH_S: str(epoch_s), "PYTHONPATH": path}
 
 
 def environment(checkpoints: Path, epoch_s: float = 0.0) -> dict[str, str]:
     """Variables of a command, and of the Ray that it runs on, whose searches train nothing."""
-    found = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    return settings(checkpoints, epoch_s) | found | {"SER_RAY_TRAINABLE": TRAINABLE}
+    return settings(checkpoints, epoch_s) | {"SER_RAY_TRAINABLE": TRAINABLE}
 
 
 def run_trial(*arguments: Any, **named: Any) -> None:

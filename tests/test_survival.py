@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ def trainable(untrained, request) -> dict[str, str]:
 def start(space: Path, name: str, trainable: dict[str, str]) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | trainable
     log = (space.parent / f"{name}.log").open("ab")
-    cache = f"storage.cache={space.parent / name}-cache"  # each makes its own prefix
+    cache = f"storage.cache={space.parent / name}-cache"
     command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", cache, *SEARCH]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -157,8 +158,12 @@ def lines(results: Path, trial_id: str) -> list[dict]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(tiny_corpus, tmp_path, trainable, request):
+def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(
+    tiny_corpus, tiny_cache, tmp_path, trainable, request
+):
     space = write_space(tmp_path, tiny_corpus)
+    for name in ("unbroken", "broken"):  # each makes its own prefix
+        shutil.copytree(tiny_cache, tmp_path / f"{name}-cache")
     assert start(space, "unbroken", trainable).wait(1200) == 0, (tmp_path / "unbroken.log").read_text()[-3000:]
     killed = disturb(space, "broken", 0, trainable)
     unbroken, broken = results_of(space, "unbroken"), results_of(space, "broken")

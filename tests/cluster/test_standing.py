@@ -56,7 +56,8 @@ class Standing:
 
     def demo(self, name: str, *more: str) -> list[str]:
         """The demo, small, out of the job's working directory."""
-        return small_demo("search_spaces/demo.yaml", name, self.corpus, self.home / "shared", *more)
+        own = ("storage.prefix_gb=0", *more)
+        return small_demo("search_spaces/demo.yaml", name, self.corpus, self.home / "shared", *own)
 
     def results(self, name: str) -> Path:
         """Where that search is."""
