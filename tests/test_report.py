@@ -342,6 +342,15 @@ def test_corrected_and_raw_p_are_on_the_page_and_in_the_terminal(complete, tmp_p
         assert "cannot be compared with x: +4.1 points UAR for every speaker alike" in text
 
 
+def test_the_audit_of_several_folds_says_so(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+    assert "no speaker is in more than one split. " in Page(folder / "report.html").text
+    _rewrite(folder / "audit.json", lambda audit: audit.update(folds={"fold 0": "a", "fold 1": "b"}))
+    page = Page(build(folder)).text
+    assert "no speaker is in more than one split of any of the 2 folds." in page
+    assert "Of 2 folds that are trained: fold 0, fold 1." in page
+
+
 def test_command_writes_the_page_and_prints_where(tmp_path, capsys):
     folder = write_results(tmp_path / "search")
     assert main([str(folder)]) == 0

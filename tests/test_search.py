@@ -245,6 +245,7 @@ def told(directory: Path, trial_id: str, epoch: int, last: bool) -> folder.Recor
 def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str]]:
     """Runs a search of two trials of three epochs on Ray, in which the first dies as it is told to, and no other."""
     monkeypatch.setattr(tune, "_speech", lambda *_: {})
+    monkeypatch.setattr(cluster, "worker", lambda space: cluster.Worker(1, 0))
 
     def search(point: str) -> tuple[Trials, str]:
         def run_trial(point_of: dict, directory: str, die: str, **_: object) -> None:

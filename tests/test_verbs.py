@@ -106,6 +106,7 @@ def test_local_mode_and_one_worker_take_the_same_steps(local, worker):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_see_all_of_dev_and_learn_the_same_task(space, local, ray_cluster):
     """With rates of nearly nothing the dev loss is the untrained model's, to the last digits, however dev is shared."""
     still = ["experiment.optimizer.lr=1e-12", "experiment.optimizer.head_lr=1e-12", "experiment.epochs=1"]
@@ -468,7 +469,7 @@ def test_a_corpus_with_one_speaker_is_refused(space, tiny_corpus, ray_cluster, t
 
 
 @pytest.mark.ray
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["{method: lora, rank: 2, first_layer: 1, dropout: 0.0}", "{method: frozen}"])
 def test_training_on_what_frozen_layers_computed_gives_the_same_figures(space, ray_cluster, adapter, capsys):
     """Beside training on the speech itself; here, on Ray, and again from a checkpoint."""
@@ -493,6 +494,8 @@ def test_training_on_what_frozen_layers_computed_gives_the_same_figures(space, r
         shutil.rmtree(space.parent / "cache" / "prefix", ignore_errors=True)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_an_adapter_that_is_by_passed_stops_the_run_and_names_the_module(space, tmp_path, ray_cluster, capsys):
     directory = write_backbone("wavlm-layer", tmp_path / "wavlm")
     arguments = [f"experiment.backbone={directory}", "experiment.adapter={method: lora, rank: 2, targets: [q_proj]}"]
@@ -529,6 +532,7 @@ def test_a_full_disk_is_one_line(space, small_disk, capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster, capsys):
     assert main(["tune", str(space), "experiment.name=full", f"storage.results={small_disk}"]) == 2
     assert "No space left on device; make room" in one_line(capsys)
