@@ -59,7 +59,7 @@ class Allocation:
 
 def here(cuda: bool, precision: str) -> Allocation:
     """That of a trial in this process, which shares nothing."""
-    return Allocation(0, Worker(1, float(cuda)), 1, 1, Node(1, float(cuda)), cuda=cuda, precision=precision)
+    return Allocation(0, Worker(1.0, float(cuda)), 1, 1, Node(1, float(cuda)), cuda=cuda, precision=precision)
 
 
 def allocate(nodes: Sequence[Node], space: SearchSpace, trials: int) -> Allocation:
@@ -115,7 +115,7 @@ def _worker(nodes: Sequence[Node], wanted: Resources) -> Worker:
     ]
     share = min(shares, default=1.0)
     if share >= 1:
-        return Worker(min(MOST_CPUS, math.floor(share)) if gpus else 1.0, gpus)
+        return Worker(min(MOST_CPUS, float(math.floor(share))) if gpus else 1.0, gpus)
     return Worker(max(0.1, math.floor(share * 10) / 10), gpus)
 
 

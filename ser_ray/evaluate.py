@@ -354,7 +354,7 @@ def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
     What the search itself finished is not trained again.
     """
     own = (space.experiment.protocol.fold, space.experiment.seed)
-    pairs = final_runs(space, task.index)
+    pairs = final_runs(space, task.unsplit)
     found = f"trials/{tried.trial_id}/{folder.checkpoint_name(tried.best['epoch'])}"
     reused = own if tried.status == "finished" or pairs == [own] else None
     return [Run(tried.trial_id, *pair, found if pair == reused else "") for pair in pairs]

@@ -285,8 +285,8 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 
     Raises UserError, also where another process works on that folder.
     """
-    planned, task = make_plan(space.model_copy(update={"search": {}}), console)
-    findings = audit_task(space, task, console, map(Path, planned.shard_dirs))
+    planned, task = make_plan(alone(space), console)
+    findings = audit_task(planned.space, task, console, map(Path, planned.shard_dirs))
     with folder.alone(space.results_dir()):
         directory = open_results(space, planned, findings, argv)
         _train_in(directory, planned, task, console, argv)
@@ -324,6 +324,12 @@ def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, a
     console.print(f"best dev UAR {row['dev_uar']:.3f} in {when}: {directory / row['checkpoint']}")
 
 
+def alone(space: SearchSpace) -> SearchSpace:
+    """The space of its one experiment: nothing is searched, and no other fold or seed is trained."""
+    tune = space.tune.model_copy(update={"trials": 1, "final_folds": None, "final_seeds": 1, "rotate_dev": False})
+    return space.model_copy(update={"search": {}, "tune": tune})
+
+
 def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[RunPlan, Task]:
     """Prepare what is missing and plan ``trials`` of a space over it; returns the plan and the utterances by split.
 
@@ -351,7 +357,7 @@ def main(arguments: list[str]) -> int:
     if space.resources.workers > 0:
         cluster.connect(space)
     if dry_run:
-        show_plan(make_plan(space.model_copy(update={"search": {}}), console)[0], console)
+        show_plan(make_plan(alone(space), console)[0], console)
         return 0
     directory = train(space, console, ["train", *given])
     console.print(f"next: ser-ray evaluate {directory}")

@@ -72,7 +72,7 @@ def guesses(space: SearchSpace, fold: int, split: str, right: float, seed: int =
         said = label if rng.random() < right else int(rng.integers(4))
         probabilities[utterance_id] = (np.eye(4)[said] + 0.1 * rng.random(4)) / 2
         probabilities[utterance_id] /= probabilities[utterance_id].sum()
-    return evaluate._predictions(task, labels, probabilities)
+    return evaluate._predictions(task, split, probabilities)
 
 
 def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[Any, list[Tried]]:

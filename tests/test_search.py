@@ -20,9 +20,11 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import disk, evaluate, tune
+from ser_ray import allocation, disk, evaluate, tune
+from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
+from ser_ray.plan import RunPlan
 from ser_ray.search.trials import ATTEMPTS, Trials
 
 
@@ -219,11 +221,11 @@ def test_every_death_of_an_actor_is_one_for_tune(error):
     actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: heard.append(error))
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
     with tune._every_death_heeded():
-        manager._actor_task_failed(task, error)
+        manager._actor_task_failed(tracked_actor_task=task, exception=error)
     assert [type(error) for error in heard] == [RayActorError]
     assert str(error) in str(heard[0])
     with pytest.raises(RuntimeError, match="unexpected"):
-        manager._actor_task_failed(task, error)
+        manager._actor_task_failed(tracked_actor_task=task, exception=error)
 
 
 def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
@@ -241,15 +243,23 @@ def told(directory: Path, trial_id: str, epoch: int, last: bool) -> folder.Recor
     return line
 
 
+def plan_in(directory: Path, settings: SearchSpace) -> RunPlan:
+    """A plan of trials that read nothing, one at once, whose results folder is ``directory``."""
+    experiment = settings.experiment.model_copy(update={"name": directory.name})
+    storage = settings.storage.model_copy(update={"results": str(directory.parent)})
+    own = settings.model_copy(update={"experiment": experiment, "storage": storage})
+    one = allocation.Allocation(1, allocation.Worker(1.0, 0.0), 1, 1, allocation.Node(2))
+    return RunPlan(own, one, (), {}, {}, "", (), 0.0, 0)
+
+
 @pytest.fixture
 def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str]]:
     """Runs a search of two trials of three epochs on Ray, in which the first dies as it is told to, and no other."""
     monkeypatch.setattr(tune, "_speech", lambda *_: {})
-    monkeypatch.setattr(cluster, "worker", lambda space: cluster.Worker(1, 0))
 
     def search(point: str) -> tuple[Trials, str]:
-        def run_trial(point_of: dict, directory: str, die: str, **_: object) -> None:
-            where, name = Path(directory), point_of["trial_id"]
+        def run_trial(point_of: dict, plan: RunPlan, kind: str, die: str, **_: object) -> None:
+            where, name = plan.directory(kind), point_of["trial_id"]
             history = folder.trial_history(where / name)
             begun = len(history)
 
@@ -271,10 +281,10 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
         report = ray.tune.report
         monkeypatch.setattr(tune, "run_trial", lambda config, **rest: run_trial(config, die=point, **rest))
         text = io.StringIO()
-        settings = space(SEARCH, trials=2, scheduler="none", concurrency=1)
+        planned = plan_in(tmp_path, space(SEARCH, trials=2, scheduler="none", concurrency=1))
         task: Any = None
-        tune.search(settings, task, [], tmp_path, Console(file=text, width=500))
-        return Trials(tmp_path, settings.search), text.getvalue()
+        tune.search(planned, task, Console(file=text, width=500))
+        return Trials(tmp_path, planned.space.search), text.getvalue()
 
     return search
 

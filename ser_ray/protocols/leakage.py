@@ -48,7 +48,7 @@ def audit_search(
     if space.experiment.label == "perceived" and (counts := unheard(task.index)):
         detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
         notes["no listener's label"] = f"{detail}: the intended emotion stands"
-    folds, remedy = trained_folds(space, task.index), more_dev(space, task.index)
+    folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
     return audit(task.index, folds, task.emotions, takes, heard, notes, remedy)
 
 

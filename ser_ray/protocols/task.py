@@ -48,6 +48,12 @@ class Task:
     common_emotions: bool
     """Whether emotions that train or test lack are left out by design."""
 
+    @property
+    def unsplit(self) -> pa.Table:
+        """The index as it was before it was split, for other folds: its column split is what the corpus itself says.
+        Only of a task that was made from the shards."""
+        return self.index.drop_columns("split").rename_columns({"own_split": "split"})
+
     @cached_property
     def fold(self) -> Fold:
         """The split of every utterance by its id."""
@@ -101,7 +107,7 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
     fold = make_fold(index, experiment.protocol)
     splits = pa.array([fold.splits.get(i) for i in index["utterance_id"].to_pylist()], pa.string())
-    index = index.drop_columns("split").append_column("split", splits).filter(splits.is_valid())
+    index = index.rename_columns({"split": "own_split"}).append_column("split", splits).filter(splits.is_valid())
     return Task(experiment.emotions, index.combine_chunks(), fold.description, fold.leaky, fold.common_emotions)
 
 

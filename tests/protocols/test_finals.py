@@ -41,7 +41,9 @@ def index_of(speakers: int = 8) -> pa.Table:
 
 def task_of(space: SearchSpace, index: pa.Table) -> Task:
     fold = make_fold(index, space.experiment.protocol)
-    return Task(space.experiment.emotions, index, fold.description, fold.leaky, fold.common_emotions)
+    splits = pa.array([fold.splits[i] for i in index["utterance_id"].to_pylist()])
+    whole = index.append_column("own_split", pa.nulls(len(index), pa.string())).append_column("split", splits)
+    return Task(space.experiment.emotions, whole, fold.description, fold.leaky, fold.common_emotions)
 
 
 @pytest.mark.parametrize(
