@@ -137,28 +137,32 @@ def by_pool(planned: RunPlan) -> Extract:
 
     def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
         worker, size = planned.allocation.worker, min(planned.allocation.pool, len(work))
-        with Pool(_RemoteExtractor, (wanted, max(1, int(worker.cpus))), size, worker, console) as pool:
+        arguments = (wanted, max(1, int(worker.cpus)), worker.gpus)
+        with Pool(_RemoteExtractor, arguments, size, worker, console) as pool:
             jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(*pair)) for pair in work}
             yield from pool.map(jobs, f"frozen prefix {wanted}")
 
     return extract
 
 
-def by_this_process(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
+def by_this_process(planned: RunPlan) -> Extract:
     """Here, on the device that this process has."""
-    import torch
 
-    extractor = Extractor(wanted, torch.get_num_threads())
-    for pair in work:
-        extractor.extract(*pair)
-        yield pair
+    def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
+        worker = planned.allocation.worker
+        extractor = Extractor(wanted, max(1, int(worker.cpus)), worker.gpus)
+        for pair in work:
+            extractor.extract(*pair)
+            yield pair
+
+    return extract
 
 
 class Extractor:
     """The frozen part in memory, loaded with the first shard, applied to one shard after the other."""
 
-    def __init__(self, wanted: Prefix, threads: int) -> None:
-        self.wanted, self.threads = wanted, threads
+    def __init__(self, wanted: Prefix, threads: int, gpus: float) -> None:
+        self.wanted, self.threads, self.gpus = wanted, threads, gpus
         self.backbone: Any = None
 
     def extract(self, source: Path, target: Path) -> None:
@@ -171,6 +175,7 @@ class Extractor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.backbone is None:
             torch.set_num_threads(self.threads)
+            precision.bound_memory(self.gpus)
             wanted = self.wanted
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
         with pq.ParquetFile(source) as file:

@@ -110,7 +110,10 @@ def _join() -> None:
     try:
         ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
     except ConnectionError:
-        raise UserError(f"{address}: no Ray cluster answers; start it, or unset RAY_ADDRESS") from None
+        raise UserError(
+            f"{address}: no Ray cluster answers us; start it, unset RAY_ADDRESS, or set RAY_AUTH_MODE=token where it "
+            "asks for a token"
+        ) from None
     finally:
         if offered is None:
             del os.environ["RAY_ADDRESS"]

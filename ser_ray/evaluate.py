@@ -43,6 +43,7 @@ from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
+from ser_ray.models.precision import bound_memory
 from ser_ray.pool import Pool
 from ser_ray.protocols.finals import dev_after, final_runs
 from ser_ray.protocols.folds import counted_emotions
@@ -72,8 +73,9 @@ class Run:
 class Scorer:
     """An evaluation actor: predicts a split by a checkpoint, or by a linear probe of a frozen backbone."""
 
-    def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int) -> None:
+    def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
+        bound_memory(gpus)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
 
@@ -176,7 +178,7 @@ def evaluate(
     allocation = allocation or cluster.allocate(space, len(everything), console)
     with Pool(
         ray.remote(Scorer),
-        (shard_dirs, str(directory / "folds"), max(1, int(allocation.worker.cpus))),
+        (shard_dirs, str(directory / "folds"), max(1, int(allocation.worker.cpus)), allocation.worker.gpus),
         min(allocation.pool, len(everything)),
         allocation.worker,
         console,

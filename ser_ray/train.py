@@ -107,7 +107,7 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
     if wanted is None:
         cached: AbstractContextManager[cache.Kept | None] = nullcontext()
     elif allocation.workers <= 1:
-        cached = cache.keep(planned, wanted, console, cache.by_this_process)
+        cached = cache.keep(planned, wanted, console, cache.by_this_process(planned))
     else:
         cached = cache.find(planned.space, wanted, planned.shard_dirs)
     with cached as found:

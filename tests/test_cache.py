@@ -70,7 +70,8 @@ def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.Kept | None, str
     wanted = found.prefix(space.experiment)
     if wanted is None:
         return None, ""
-    with cache.keep(found, wanted, console, cache.by_pool(found) if pool else cache.by_this_process) as kept:
+    extract = cache.by_pool(found) if pool else cache.by_this_process(found)
+    with cache.keep(found, wanted, console, extract) as kept:
         return kept, said.getvalue()
 
 

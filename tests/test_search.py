@@ -236,13 +236,6 @@ def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
     assert not evaluate.is_evaluated(tmp_path, longer)
 
 
-def told(directory: Path, trial_id: str, epoch: int, last: bool) -> folder.Record:
-    """An epoch as a trial leaves it: its line, then what Tune hears."""
-    line = record(epoch, 0.1 * epoch, 0.1 * epoch) | {"last": last}
-    folder.append_history(directory / trial_id, line)
-    return line
-
-
 def plan_in(directory: Path, settings: SearchSpace) -> RunPlan:
     """A plan of trials that read nothing, one at once, whose results folder is ``directory``."""
     experiment = settings.experiment.model_copy(update={"name": directory.name})
@@ -274,11 +267,12 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
                 at("epoch", epoch - 1)
                 (where / name / f".epoch_{epoch:03d}").mkdir(parents=True, exist_ok=True)
                 at("save", epoch - 1)
-                line = told(where, name, epoch, epoch == 3)
+                folder.append_history(where / name, lines[epoch - 1])
                 at("line", epoch)
-                report(line)
+                report(lines[epoch - 1])
 
-        report = ray.tune.report
+        # By value into the process of a trial, which cannot import this file.
+        report, lines = ray.tune.report, [record(n, 0.1 * n, 0.1 * n) | {"last": n == 3} for n in (1, 2, 3)]
         monkeypatch.setattr(tune, "run_trial", lambda config, **rest: run_trial(config, die=point, **rest))
         text = io.StringIO()
         planned = plan_in(tmp_path, space(SEARCH, trials=2, scheduler="none", concurrency=1))

@@ -77,7 +77,8 @@ def fit(
     if resume_from is not None:
         checkpoint.load_weights(model, resume_from)
         counters = checkpoint.load_training_state(resume_from, optimizer)
-        scaler.load_state_dict(counters["scaler"])
+        if counters["scaler"]:  # empty where the run was in another precision until now, such as on a CPU
+            scaler.load_state_dict(counters["scaler"])
     elif experiment.head.init == "probe":
         start_from_probe(model, data.train(0), data.dev(), gather)
     trained = step.distribute(model)
