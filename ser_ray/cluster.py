@@ -186,7 +186,7 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
     """
     storage = space.storage
     if _submitted_job():
-        for key in storage.model_fields_set:
+        for key in storage.model_fields_set & {"results", "cache"}:
             _refuse_relative(f"storage.{key}", getattr(storage, key))
         for corpus, directory in space.experiment.corpora.items():
             _refuse_relative(f"experiment.corpora.{corpus}", directory)

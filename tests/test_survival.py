@@ -91,14 +91,18 @@ def wait_for_victims(
     name: str,
     driver: subprocess.Popen[bytes],
     rng: random.Random,
-    sessions: int,
+    searches: int,
     killed: collections.Counter[str],
     at_last_kill: int,
 ) -> None:
-    """Until the trials of this session have begun, and a while more; or a rare victim is there, or the search over."""
-    log = space.parent / f"{name}.log"
-    while driver.poll() is None and log.read_text().count("searching ") < sessions:
-        time.sleep(0.2)
+    """Until the trials of this session have begun, and a while more; or a rare victim is there, or the search over.
+
+    ``searches``: those that the log told of before this session.
+    """
+    while driver.poll() is None and begun(space, name) == searches:
+        if rare(victims(driver.pid), killed):
+            return
+        time.sleep(0.1)
     more, pause = trained(space, name) + rng.choice(EPOCHS), rng.uniform(*PAUSE_S)
     more = max(more, at_last_kill + 1)  # a trial that dies often without an epoch between is given up, as it should be
     reached = None
@@ -110,6 +114,11 @@ def wait_for_victims(
         time.sleep(0.1)
 
 
+def begun(space: Path, name: str) -> int:
+    """Sessions that came as far as the trials."""
+    return (space.parent / f"{name}.log").read_text().count("searching ")
+
+
 def trained(space: Path, name: str) -> int:
     """Epochs in all, also those that were trained again."""
     histories = (results_of(space, name) / "trials").glob("*/history.jsonl")
@@ -119,9 +128,9 @@ def trained(space: Path, name: str) -> int:
 def disturb(space: Path, name: str, seed: int, trainable: dict[str, str]) -> collections.Counter[str]:
     """Run the search to its end, killing until `KILLS` is reached; returns how often which kind."""
     rng, killed, at_last_kill = random.Random(seed), collections.Counter[str](), -1
-    driver, sessions = start(space, name, trainable), 1
+    driver, sessions, searches = start(space, name, trainable), 1, 0
     while True:
-        wait_for_victims(space, name, driver, rng, sessions, killed, at_last_kill)
+        wait_for_victims(space, name, driver, rng, searches, killed, at_last_kill)
         if driver.poll() is None:
             found = victims(driver.pid)
             seldom = rare(found, killed)
@@ -142,6 +151,7 @@ def disturb(space: Path, name: str, seed: int, trainable: dict[str, str]) -> col
         if driver.poll() == 0:
             return killed
         if driver.poll() is not None:
+            searches = begun(space, name)
             driver, sessions = start(space, name, trainable), sessions + 1
             assert sessions < 2 * KILLS, (space.parent / f"{name}.log").read_text()[-3000:]
 
@@ -169,6 +179,7 @@ def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(
     unbroken, broken = results_of(space, "unbroken"), results_of(space, "broken")
     log = (tmp_path / "broken.log").read_text()
     assert killed.total() >= KILLS, f"the search was over after {killed}"
+    assert all(killed[kind] for kind in VICTIMS), killed
     before, after = rows(unbroken), rows(broken)
     assert before.keys() == after.keys()
     assert {row["status"] for row in (*before.values(), *after.values())} == {"finished"}, log[-3000:]

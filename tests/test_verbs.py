@@ -546,6 +546,8 @@ def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     settled = cluster.settle_paths(config.load(config.default_space()))
     assert settled.storage.results == str(Path.home() / "ser_ray" / "results")
+    settled = cluster.settle_paths(config.load(config.default_space(), ["storage.prefix_gb=0"]))
+    assert settled.storage.prefix_gb == 0, "what is no path is left alone"
     for override in ("storage.results=results", "storage.cache=cache", "experiment.corpora.ravdess=data/ravdess"):
         with pytest.raises(UserError, match="relative"):
             cluster.settle_paths(config.load(config.default_space(), [override]))

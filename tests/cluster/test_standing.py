@@ -155,8 +155,9 @@ def test_a_host_that_is_lost_costs_at_most_an_epoch(standing):
     job = cluster.submit(*cluster.demo("lost", "experiment.epochs=6", "experiment.patience=6", "tune.scheduler=none"))
     history = cluster.results("lost") / "trials"
     ends = time.monotonic() + 300
-    while len(list(history.glob("*/history.jsonl"))) < 2 and time.monotonic() < ends:
+    while len(list(history.glob("*/history.jsonl"))) < 2 and time.monotonic() < ends and job.poll() is None:
         time.sleep(0.2)
+    assert job.poll() is None, job.stdout.read()
     on_host = network.pids(2)
     assert on_host
     for pid in on_host:
