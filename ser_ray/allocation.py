@@ -57,9 +57,9 @@ class Allocation:
         return self.trials_at_once * max(1, self.workers) * self.worker.gpus
 
 
-def here(cuda: bool, precision: str) -> Allocation:
+def here(cuda: bool, precision: str, cpus: float = 1.0) -> Allocation:
     """That of a trial in this process, which shares nothing."""
-    return Allocation(0, Worker(1.0, float(cuda)), 1, 1, Node(1, float(cuda)), cuda=cuda, precision=precision)
+    return Allocation(0, Worker(cpus, float(cuda)), 1, 1, Node(cpus, float(cuda)), cuda=cuda, precision=precision)
 
 
 def allocate(nodes: Sequence[Node], space: SearchSpace, trials: int) -> Allocation:

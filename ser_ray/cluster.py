@@ -87,7 +87,7 @@ def _join() -> None:
     offered = _offered()
     if offered is None:
         _check_sockets_fit()
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpus = _cores()
         # A nested trial is several small processes, which Ray otherwise warns about as if they were a leak.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
         os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
@@ -147,7 +147,7 @@ def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
 
 def allocate_here() -> Allocation:
     """The same for a trial in this process."""
-    return allocation.here(*_look_at_device())
+    return allocation.here(*_look_at_device(), cpus=float(_cores()))
 
 
 def user_error(error: BaseException, where: object = "") -> UserError | None:
@@ -239,6 +239,11 @@ def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> d
 
 
 # -- below: how it is done
+
+
+def _cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(worker: Worker, console: Console) -> tuple[bool, str]:
