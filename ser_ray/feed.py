@@ -112,7 +112,8 @@ class Streamed:
         asked = list(self._asked(windows))
         if not asked:
             return
-        dataset = ray.data.from_arrow(asked).map_batches(
+        # Not from_arrow, which counts rows in a task that wants a CPU.
+        dataset = ray.data.from_blocks(asked).map_batches(
             _read,
             fn_args=(self.column, self.cached),
             batch_size=None,
