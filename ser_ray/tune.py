@@ -332,10 +332,10 @@ def _every_death_heeded() -> Iterator[None]:
     went with its node, raises another error, which ends all trials (RayActorManager of Ray 2.60)."""
     original = RayActorManager._actor_task_failed
 
-    def heeded(manager: RayActorManager, task: Any, error: Exception) -> None:
-        if isinstance(error, RayError) and not isinstance(error, RayActorError | RayTaskError):
-            error = RayActorError(error_msg=f"{type(error).__module__}.{type(error).__name__}: {error}")
-        original(manager, task, error)
+    def heeded(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=f"{type(exception).__module__}.{type(exception).__name__}: {exception}")
+        original(manager, tracked_actor_task=tracked_actor_task, exception=exception)
 
     RayActorManager._actor_task_failed = heeded
     try:

@@ -224,11 +224,11 @@ def test_every_death_of_an_actor_is_one_for_tune(error):
     actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: heard.append(error))
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
     with tune._every_death_heeded():
-        manager._actor_task_failed(task, error)
+        manager._actor_task_failed(tracked_actor_task=task, exception=error)  # as Ray calls it
     assert [type(error) for error in heard] == [RayActorError]
     assert str(error) in str(heard[0])
     with pytest.raises(RuntimeError, match="unexpected"):
-        manager._actor_task_failed(task, error)
+        manager._actor_task_failed(tracked_actor_task=task, exception=error)  # as Ray calls it
 
 
 def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
