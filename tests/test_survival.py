@@ -1,6 +1,6 @@
 """A search whose processes are killed at random moments, beside one that nobody disturbs: the same trials, none twice.
 
-Victims are the driver, the training worker, an evaluation actor and a Ray Data actor. Trials are those of
+Victims are the driver, the training worker, an evaluation actor and one that makes a cache. Trials are those of
 `stub_trainable`; ``pytest tests/test_survival.py --slow --write-survival`` trains models in the same search, and
 writes what it counted to results/benchmarks/survival.md.
 """
@@ -30,9 +30,9 @@ VICTIMS = {  # as Ray names the processes
     "driver": "",
     "training worker": "ImplicitFunc",
     "evaluation actor": "Scorer",
-    "Ray Data actor": "MapWorker",
+    "cache actor": "Extractor",
 }
-RARE = {"evaluation actor": 3, "Ray Data actor": 2}
+RARE = {"evaluation actor": 3, "cache actor": 2}
 """These live for seconds only: killed as soon as they are seen, so often."""
 DRIVER = 5
 """The driver is killed so often: every time Ray is started anew."""
