@@ -15,8 +15,8 @@ from ser_ray.schema import UserError
 VERBS = {
     "prepare": "SPACE.yaml [key=value ...]      corpora -> checked 16 kHz shards",
     "audit": "SPACE.yaml [key=value ...]      what crosses the splits: speakers, recordings, versions of one take",
-    "train": "SPACE.yaml [key=value ...]      one trial; resources.workers=0 runs it in this process, for a debugger",
-    "tune": "[SPACE.yaml] [key=value ...]    search, evaluate, report; without a file: the embedded demo",
+    "train": "SPACE.yaml [key=value ...] [--dry-run]   one trial; resources.workers=0: in this process, for a debugger",
+    "tune": "[SPACE.yaml] [key=value ...] [--dry-run]   search, evaluate, report; without a file: the embedded demo",
     "evaluate": "RESULTS_DIR                     score the finalists on dev, choose, open the test set",
     "report": "RESULTS_DIR...                  tables, figures, report.html from what is there; several: side by side",
     "rerun": "RESULTS_DIR [key=value ...]     the same search again, and by how much its figures differ",
@@ -69,6 +69,7 @@ def _usage(verb: str | None) -> str:
             *lines,
             "",
             "A space is one YAML file; any of its keys is overridden by key=value, such as experiment.epochs=3.",
+            "--dry-run prints the plan (trials at once, GPUs in use and idle, steps, caches) and trains nothing.",
             "--verbose shows Ray's own logs as well.",
             "Exit codes: 0 done, 1 failed, 2 bad configuration or input, 130 interrupted.",
         ]

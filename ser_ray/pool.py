@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ser_ray import cluster
 from ser_ray.allocation import Worker
-from ser_ray.schema import UserError
+from ser_ray.schema import ProcessDiedError, UserError
 
 RESTARTS: Final = 3
 """An actor whose process dies is started again, and its job done again, so often."""
@@ -82,12 +82,11 @@ class Pool:
 def _result(ref: Any, what: str) -> Any:
     try:
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        raise cluster.user_error(error) or error from None
-    except (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError) as error:
-        if cause := cluster.user_error(error):  # raised where the actor was made
-            raise cause from None
-        raise UserError(
-            f"{what}: the process died {RESTARTS + 1} times, perhaps for want of memory; lower "
-            "experiment.batch_seconds or the number of workers on a node (resources.cpus_per_worker)"
-        ) from error
+    except ray.exceptions.RayError as error:
+        cause = cluster.user_error(error)
+        if isinstance(cause, ProcessDiedError):
+            raise UserError(
+                f"{what}: {cause} ({RESTARTS + 1} times); where memory is short, lower experiment.batch_seconds, or "
+                "raise resources.cpus_per_worker, so that fewer work on a node"
+            ) from error
+        raise cause or error from None

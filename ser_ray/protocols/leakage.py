@@ -120,6 +120,8 @@ def _audit_fold(
         *_same_audio(_identical(rows), "identical audio", " = "),
         *_same_audio(_alike(rows, takes), "the same take", " ~ "),
         *_shifted_emotions(splits),
+        *_untrained_corpora(rows),
+        *_one_voice_tested(rows),
     ]
 
 
@@ -239,6 +241,27 @@ def _few_voices(rows: Rows) -> Iterable[Finding]:
                 f"{len(speakers)}: train, dev and test cannot have a voice each; its figures tell of no other speaker"
             )
             yield _finding("note", f"too few speakers in {corpus}", detail)
+
+
+def _untrained_corpora(rows: Rows) -> Iterable[Finding]:
+    """Corpora that choose among the trials and that none of them learns from; one that is held out is in test alone."""
+    corpora = {split: {row["corpus"] for row in rows if row["split"] == split} for split in SPLITS}
+    if missing := sorted(corpora["dev"] - corpora["train"]):
+        detail = (
+            f"{', '.join(missing)}: in dev, but no trial learns from it; another protocol.fold may have it in train"
+        )
+        yield _finding("note", "corpus absent from train", detail)
+
+
+def _one_voice_tested(rows: Rows) -> Iterable[Finding]:
+    """One of several speakers who is most of test: an interval over speakers hangs on whether that one is drawn."""
+    counts = Counter(row["speaker"] for row in rows if row["split"] == "test")
+    (speaker, most), total = counts.most_common(1)[0], sum(counts.values())
+    if len(counts) > 1 and most > total / 2:
+        detail = (
+            f"{speaker}: {most} of {total} utterances; pooled metrics are mostly that speaker's; see those by corpus"
+        )
+        yield _finding("note", "one speaker is most of test", detail)
 
 
 def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# As they were read in the sources: torch 2.14 (c10/cuda, c10/core, aten's CUDABlas), cuDNN, bitsandbytes 0.50.
+# The words of torch 2.14, cuDNN and bitsandbytes 0.50; those of a GPU have not been provoked on one.
 _SAID: Final = re.compile(
     r"CUDA out of memory"  # a RuntimeError where it crossed a process or a compiled graph
     r"|HIP out of memory|MPS backend out of memory"

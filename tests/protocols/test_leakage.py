@@ -245,3 +245,20 @@ def test_the_gravest_comes_first_and_long_lists_are_cut():
     findings = found(rows, seconds=[float(n) for n in range(27)])
     assert [level for level, _, _ in findings] == ["error", "leak", "leak", "leak", "note", "note"]
     assert ("leak", "speakers shared by train and dev", "9: 0, 1, 2, 3, 4 and 4 more") in findings
+
+
+def test_a_corpus_that_only_dev_and_test_have_is_noted():
+    """Two speakers, one for dev and one for test: nobody learns from them. One that is held out is in test alone."""
+    tess = [("t", "T", "sad", "t", "dev"), ("u", "U", "sad", "u", "test")]
+    corpora = ["c"] * len(CLEAN) + ["tess"] * len(tess)
+    whats = [what for _, what, _ in found([*CLEAN, *tess], corpus=corpora)]
+    assert "corpus absent from train" in whats
+    held_out = [what for _, what, _ in found([*CLEAN, tess[1]], corpus=corpora[:-1])]
+    assert "corpus absent from train" not in held_out
+
+
+def test_a_speaker_who_is_most_of_test_is_noted():
+    more = [(f"more{n}", "3", "sad" if n % 2 else "happy", f"more{n}", "test") for n in range(12)]
+    assert ("note", "one speaker is most of test") not in [finding[:2] for finding in found([*CLEAN, *more[:4]])]
+    (detail,) = [detail for _, what, detail in found([*CLEAN, *more]) if what == "one speaker is most of test"]
+    assert detail.startswith("3: 14 of 22 utterances")
