@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from ray.tune.schedulers import TrialScheduler
 
-from ser_ray import cluster, tune
+from ser_ray import tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task, load_task
@@ -129,8 +129,6 @@ def control(trials: int, directory: Path) -> dict[str, float]:
 def part(name: str, size: int, source: Path, scratch: Path) -> dict[str, float]:
     """Seconds, the peak of memory in GiB, and what else one part says, in this process."""
     directory = scratch / f"{name}-{size}"
-    if name == "control":
-        cluster.connect()
     if name == "task" and not directory.is_dir():
         index(size, directory)
     tables = audio(source) if name == "read" else None

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ser_ray import cluster, config, disk, prepare, tune
+from ser_ray import cluster, config, disk, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.search import points
@@ -66,19 +66,17 @@ def train_one(point: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
     from rich.console import Console
 
-    from ser_ray import cache
-    from ser_ray.train import fit_here, open_trial
+    from ser_ray.train import fit_here, make_plan, open_trial
 
     torch.set_num_threads(1)
     space = cluster.settle_paths(pool_space().model_copy(update={"resources": config.Resources(workers=0)}))
-    shard_dirs = prepare.prepare(space, use_ray=False, console=Console(quiet=True))
-    experiment = space.trial(point)
+    console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as directory:
-        alone = space.model_copy(update={"experiment": experiment, "search": {}})
-        planned = cache.plan(alone)
-        console = Console(quiet=True)
-        trial_dir = Path(directory) / "trials" / "one"
-        with open_trial(alone, experiment, planned, shard_dirs, trial_dir, console, 0) as trial:
+        storage = space.storage.model_copy(update={"results": directory})
+        alone = {"experiment": space.trial(point), "search": {}, "storage": storage}
+        planned, _ = make_plan(space.model_copy(update=alone), console)
+        trial_dir = planned.directory() / "one"
+        with open_trial(planned, planned.space.experiment, trial_dir, console) as trial:
             fit_here(trial)
         return folder.trial_history(trial_dir)
 
@@ -158,7 +156,6 @@ def main(out: Path) -> None:
     """Write samplers.json (the pool), samplers.png, samplers.md."""
     pool = learn_pool(out / "samplers.json")
     most = max(record["dev_uar"] for history in pool.values() for record in history)
-    cluster.connect()  # a sampler asks it what a trial takes
     curves: dict[str, list[list[float]]] = {}
     for method in METHODS:
         for seed in range(SEEDS):

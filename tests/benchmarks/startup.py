@@ -175,40 +175,36 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
     import ray
     from rich.console import Console
 
-    from ser_ray import cluster, config, prepare, tune
-    from ser_ray.protocols.task import load_task
-    from ser_ray.train import open_results
+    from ser_ray import cluster, config, tune
+    from ser_ray.allocation import DATA_CPUS
+    from ser_ray.train import make_plan, open_results
 
     if kind == "ours":
         cluster.connect()
     else:
         os.environ["RAY_GCS_SERVER_PORT"] = str(cluster._free_port())  # as ours: other Rays may run on this machine
-        ray.init("local", num_cpus=len(os.sched_getaffinity(0)) + cluster.DATA_CPUS)
+        ray.init("local", num_cpus=len(os.sched_getaffinity(0)) + DATA_CPUS)
         import startup
 
         configure = tune.tune.TuneConfig
         setattr(tune, "run_trial", startup.nested)  # noqa: B010 (three names of another module, to mypy)
-        setattr(tune, "_resources", lambda space: {"cpu": 0.01})  # noqa: B010
+        setattr(tune, "_resources", lambda allocation: {"cpu": 0.01})  # noqa: B010
         setattr(tune.tune, "TuneConfig", lambda **s: configure(**s | {"reuse_actors": False}))  # noqa: B010
     space = cluster.settle_paths(config.load(space_file, overrides))
-    shard_dirs = prepare.prepare(space)
-    directory = open_results(space, shard_dirs, {}, [])
-    tune.search(space, load_task(space.experiment, shard_dirs), shard_dirs, directory, Console())
+    planned, task = make_plan(space, Console(), space.tune.trials)
+    open_results(space, planned, {}, [])
+    tune.search(planned, task, Console())
 
 
-def nested(
-    point: dict[str, Any], space: dict[str, Any], shard_dirs: list[str], directory: str, planned: Any, speech: Any
-) -> None:
+def nested(point: dict[str, Any], plan: Any, kind: str, speech: Any) -> None:
     """One trial as `ser_ray.train.run_trial` trains one of several workers: a TorchTrainer with a controller."""
     from ray.tune.integration.ray_train import TuneReportCallback
     from rich.console import Console
 
-    from ser_ray.config import SearchSpace
     from ser_ray.train import fit_on_ray, open_trial
 
-    settled, trial_dir = SearchSpace.model_validate(space), Path(directory) / point["trial_id"]
-    experiment, dirs = settled.trial(point["values"]), [Path(shard_dir) for shard_dir in shard_dirs]
-    with open_trial(settled, experiment, planned, dirs, trial_dir, Console(quiet=True), 1) as trial:
+    trial_dir = plan.directory(kind) / point["trial_id"]
+    with open_trial(plan, plan.space.trial(point["values"]), trial_dir, Console(quiet=True)) as trial:
         fit_on_ray(trial, speech, [TuneReportCallback()])
 
 
