@@ -99,7 +99,7 @@ def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
     """Every cache of a plan, made where it is missing by all workers that the cluster has room for, and held while the
     body runs."""
     with ExitStack() as stack:
-        for _, prefix in planned.cacheable():
+        for prefix in planned.cacheable():
             found = stack.enter_context(keep(planned, prefix, console, by_pool(planned)))
             if found is not None:
                 console.print(str(found))

@@ -18,7 +18,7 @@ from ser_ray import config
 from ser_ray.allocation import Allocation
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.protocols.task import Task, write_fold
-from ser_ray.schema import SPLITS, UserError
+from ser_ray.schema import SAMPLING_RATE, SPLITS, UserError
 from ser_ray.speech import order, shards
 from ser_ray.speech.kept import Prefix
 
@@ -80,10 +80,10 @@ class RunPlan:
             return None
         return self.prefixes[cache_key(experiment)]
 
-    def cacheable(self) -> list[tuple[Experiment, Prefix]]:
-        """Every frozen part that trials can be fed from a cache, with an experiment that has it."""
-        found = [(experiment, self.prefix(experiment)) for experiment in variants(self.space, CACHE_KEY_FIELDS)]
-        return [(experiment, prefix) for experiment, prefix in found if prefix is not None]
+    def cacheable(self) -> list[Prefix]:
+        """Every frozen part whose output can be cached for some trial, once each."""
+        found = [self.prefix(experiment) for experiment in variants(self.space, CACHE_KEY_FIELDS)]
+        return list({prefix.key(): prefix for prefix in found if prefix is not None}.values())
 
     def cached_first(self) -> bool:
         """Whether caches are made before the first trial, by all workers that fit the cluster.
@@ -108,37 +108,41 @@ class RunPlan:
             "steps": [asdict(steps) for steps in self.steps],
             "caches": [
                 {"frozen_part": str(prefix), "key": prefix.key(), "gigabytes": round(self.gigabytes(prefix), 3)}
-                for _, prefix in self.cacheable()
+                for prefix in self.cacheable()
             ],
         }
 
     def lines(self) -> Iterator[str]:
         """The plan for people, a fact a line."""
         own, space = self.allocation, self.space
-        worker = f"{own.worker.cpus:g} CPU{'s' * (own.worker.cpus != 1)}, {own.worker.gpus:g} GPUs"
+        worker = f"{own.worker.cpus:g} CPU{'s' * (own.worker.cpus != 1)}"
+        worker += f" and {own.worker.gpus:g} GPU{'s' * (own.worker.gpus > 1)}" if own.worker.gpus else ""
         if own.workers == 0:
             yield f"trials: one, in this process, without Ray, on {'the GPU' if own.cuda else 'the CPU'}"
         else:
             trials = space.tune.trials if space.search else 1
             yield (
                 f"trials: {trials}, {own.trials_at_once} at once; each holds {own.workers} worker"
-                f"{'s' * (own.workers != 1)} of {worker}"
+                f"{'s' * (own.workers != 1)} with {worker}"
             )
             if own.total.gpus:
                 there = "" if own.cuda else "; no CUDA device is there, so trials run on the CPU"
                 yield f"GPUs: {own.gpus_in_use:g} of {own.total.gpus:g} in use{there}"
             yield from own.idle
-        yield f"split: {self.fold}: " + ", ".join(f"{name} {count}" for name, count in self.splits.items())
+        counts = " / ".join(f"{count} {name}" for name, count in self.splits.items())
+        yield f"split: {self.fold}; utterances {counts}"
+        gigabytes = self.seconds * SAMPLING_RATE * 2 / 1e9
+        yield f"speech: {self.seconds / 3600:.2f} h, {gigabytes:.2f} GB; resources.data: {space.resources.data}"
         each = " to ".join(str(steps.epoch) for steps in self.steps)
         total = " to ".join(str(steps.total) for steps in self.steps)
         yield f"steps: {each} an epoch, {total} in all, a trial"
         reasons = {uncacheable_reason(e, space.storage.prefix_gb) for e in variants(space, CACHE_KEY_FIELDS)} - {None}
         caches = self.cacheable()
-        for _, prefix in caches:
+        for prefix in caches:
             yield f"cache: {prefix}: {self.gigabytes(prefix):.2f} GB"
         if caches:
             yield (
-                f"caches: {sum(self.gigabytes(prefix) for _, prefix in caches):.2f} GB in all, room for "
+                f"caches: {sum(self.gigabytes(prefix) for prefix in caches):.2f} GB in all, room for "
                 f"{space.storage.prefix_gb:g}; made "
                 + ("before the first trial" if self.cached_first() else "by the trials that need them")
             )

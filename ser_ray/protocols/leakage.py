@@ -222,12 +222,12 @@ def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Findin
 
 def _few_speakers(speakers: Mapping[str, Set[str]], remedy: str) -> Iterable[Finding]:
     """Of all folds together: the finals' figures are over all of them."""
-    over = {1: "over utterances, and say nothing about other speakers"}
+    wide = {1: "1 speaker: intervals are over utterances, and say nothing about other speakers"}
     for split in SPLITS[1:]:
         if (number := len(speakers[split])) < FEW_SPEAKERS:
             what = f"{'one speaker' if number == 1 else 'few speakers'} in {split}"
-            detail = f"{number}: its intervals are {over.get(number, 'over speakers, and wide')}"
-            chooses = f"; the trials are compared on so few voices: {remedy} takes more"
+            detail = wide.get(number, f"{number} speakers: intervals over speakers are wide")
+            chooses = f"; few voices choose among the trials: with {remedy} more do"
             yield _finding("note", what, detail + (chooses if split == "dev" else ""))
 
 
