@@ -120,7 +120,7 @@ def _worker(nodes: Sequence[Node], wanted: Resources) -> Worker:
 
 
 def _fits(cpus: float, gpus: float, worker: Worker) -> int:
-    """Workers on one node. Ray shares a GPU among whole parts: of 0.3 each three fit, and of 1.5 GPUs none on one."""
+    """Workers on one node. Ray shares a GPU among whole parts: of 0.3 each three fit on one."""
     if 0 < worker.gpus < 1:
         by_gpu = int(gpus) * int(1 / worker.gpus + 1e-9)
     else:
@@ -130,12 +130,12 @@ def _fits(cpus: float, gpus: float, worker: Worker) -> int:
 
 
 def _too_large(nodes: Sequence[Node], worker: Worker, workers: int) -> str:
-    has = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes)
+    has = ", ".join(f"{max(0.0, node.cpus - DATA_CPUS):g} CPUs and {node.gpus:g} GPUs" for node in nodes)
     lacking = "GPUs" if worker.gpus > sum(node.gpus for node in nodes) else "room"
     return (
-        f"resources: a trial takes {workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node, beside "
-        f"{DATA_CPUS} CPU for data, but the cluster lacks the {lacking}: its {len(nodes)} node"
-        f"{'s have' if len(nodes) > 1 else ' has'} {has}; lower resources.workers, cpus_per_worker or gpus_per_worker"
+        f"resources: a trial takes {workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node, but the "
+        f"cluster lacks the {lacking}: its {len(nodes)} node{'s have' if len(nodes) > 1 else ' has'} {has}, beside "
+        f"{DATA_CPUS} CPU for data; lower resources.workers, cpus_per_worker or gpus_per_worker"
     )
 
 

@@ -20,10 +20,12 @@ if __name__ == "__main__":
 
     sys.exit(command(["cache", *sys.argv[1:]]))
 
+import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -87,9 +89,8 @@ def main(arguments: list[str]) -> int:
     allocation = cluster.allocate(space, space.tune.trials, console)
     shard_dirs = prepare.prepare(space, console=console)
     planned = plan.make(space, allocation, shard_dirs, load_task(space.experiment, shard_dirs))
-    for experiment in plan.variants(space, plan.CACHE_KEY_FIELDS):
-        if reason := plan.uncacheable_reason(experiment, space.storage.prefix_gb):
-            console.print(f"nothing is cached: {reason}")
+    for reason in planned.uncacheable_reasons():
+        console.print(f"{'not' if planned.cacheable() else 'nothing is'} cached: {reason}")
     with made_first(planned, console):
         return 0
 
@@ -100,23 +101,28 @@ def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
     body runs."""
     with ExitStack() as stack:
         for prefix in planned.cacheable():
-            found = stack.enter_context(keep(planned, prefix, console, by_pool(planned)))
+            found = stack.enter_context(keep(planned, prefix, console))
             if found is not None:
                 console.print(str(found))
         yield
 
 
 @contextmanager
-def keep(planned: RunPlan, wanted: Prefix, console: Console, extract: Extract) -> Iterator[Kept | None]:
-    """The cache of a frozen part, made by ``extract`` where it is missing, and held while the body runs.
+def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False) -> Iterator[Kept | None]:
+    """The cache of a frozen part, made where it is missing, and held while the body runs.
 
-    None where there is, with a line that says so, no room for it.
+    It is made by actors on all of the cluster, one process at a time; or with ``here`` by this process, on the device
+    that it holds. Then it waits for nobody, as others may wait for that device: those who make the same cache at once
+    share its shards. None where there is, with a line that says so, no room for it.
     """
     directory = _place(planned.space, wanted)
     with disk.locked(directory / IN_USE, shared=True):
         (directory / IN_USE).touch()
-        with _alone(directory, wanted, console):
-            kept = _make(planned, wanted, directory, console, extract)
+        kept = _whole(wanted, directory, planned.shard_dirs)
+        if kept is None:
+            with nullcontext() if here else _alone(directory, wanted, console):
+                extract = by_this_process(planned) if here else by_pool(planned)
+                kept = _make(planned, wanted, directory, console, extract)
         yield kept
 
 
@@ -128,8 +134,7 @@ def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Itera
         yield None
         return
     with disk.locked(directory / IN_USE, shared=True):
-        targets = tuple(_targets(directory, shard_dirs).values())
-        yield Kept(wanted, targets) if all(target.is_file() for target in targets) else None
+        yield _whole(wanted, directory, shard_dirs)
 
 
 def by_pool(planned: RunPlan) -> Extract:
@@ -151,9 +156,10 @@ def by_this_process(planned: RunPlan) -> Extract:
     def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
         worker = planned.allocation.worker
         extractor = Extractor(wanted, max(1, int(worker.cpus)), worker.gpus)
-        for pair in work:
-            extractor.extract(*pair)
-            yield pair
+        for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (an order of its own)
+            if not target.is_file():  # another process may have made it meanwhile
+                extractor.extract(source, target)
+            yield target
 
     return extract
 
@@ -171,8 +177,10 @@ class Extractor:
 
         from ser_ray.models import backbones, precision, prefix
         from ser_ray.speech import order, stream
+        from ser_ray.training import memory
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Ray hides no GPU from a process that asked for none.
+        device = torch.device("cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.backbone is None:
             torch.set_num_threads(self.threads)
             precision.bound_memory(self.gpus)
@@ -180,14 +188,19 @@ class Extractor:
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
-        packed = order.by_length(table["num_samples"].to_numpy(), BATCH_SECONDS)
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
-        found: list[bytes] = [b""] * table.num_rows
-        for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
-            with precision.autocast(self.wanted.precision, device):
-                arrays = prefix.compute(self.wanted, self.backbone, batch.to(device))
-            for row, array in zip(rows, arrays, strict=True):
-                found[row] = array.tobytes()
+
+        def compute(batch_seconds: float) -> list[bytes]:
+            packed = order.by_length(table["num_samples"].to_numpy(), batch_seconds)
+            arrays: list[bytes] = [b""] * table.num_rows
+            for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
+                with precision.autocast(self.wanted.precision, device):
+                    computed = prefix.compute(self.wanted, self.backbone, batch.to(device))
+                for row, array in zip(rows, computed, strict=True):
+                    arrays[row] = array.tobytes()
+            return arrays
+
+        found = memory.with_what_fits(compute, BATCH_SECONDS)
         columns = [table["utterance_id"], table["num_samples"], pa.array(found, pa.large_binary())]
         with disk.replacing(target) as aside:
             # Row by row as in the source, so that the fold says where they are, and in groups of the same size.
@@ -203,7 +216,7 @@ _RemoteExtractor = ray.remote(Extractor)
 def _alone(directory: Path, wanted: Prefix, console: Console) -> Iterator[None]:
     """The right to make this cache; a line says so where another process is at it."""
     with disk.locked(directory / MAKING, wait=False) as at_once:
-        if at_once:
+        if at_once is not False:
             yield
             return
     console.print(f"frozen prefix {wanted}: another process makes it; waiting for that")
@@ -218,6 +231,12 @@ def _place(space: SearchSpace, wanted: Prefix) -> Path:
 def _targets(directory: Path, shard_dirs: Iterable[str]) -> dict[Path, Path]:
     """Shard of speech -> the file of what is cached of it."""
     return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(Path(shard_dir))}
+
+
+def _whole(wanted: Prefix, directory: Path, shard_dirs: Iterable[str]) -> Kept | None:
+    """The cache where no file of it is missing."""
+    targets = tuple(_targets(directory, shard_dirs).values())
+    return Kept(wanted, targets) if all(target.is_file() for target in targets) else None
 
 
 def _make(planned: RunPlan, wanted: Prefix, directory: Path, console: Console, extract: Extract) -> Kept | None:
@@ -261,17 +280,28 @@ def _size(paths: Iterable[Path]) -> tuple[float, int]:
 
 
 def _make_room(directory: Path, needed: float, limit: float) -> float:
-    """Remove other caches that nobody uses, those used longest ago first, until there is room; returns the GB left."""
-    caches = {marker.parent: _gigabytes(marker.parent) for marker in directory.parent.glob(f"*/{IN_USE}")}
-    others = sorted(caches.keys() - {directory}, key=lambda path: (path / IN_USE).stat().st_mtime)
-    while limit - sum(caches.values()) < needed and others:
-        oldest = others.pop(0)
-        with disk.locked(oldest / IN_USE, wait=False) as free:
-            if free:
-                shutil.rmtree(oldest)
-                del caches[oldest]
-    return limit - sum(caches.values())
+    """Remove other caches that nobody uses, those used longest ago first, until there is room; returns the GB left.
+
+    Where all of them together would not make room enough, none is removed.
+    """
+    with ExitStack() as stack:
+        sizes = {marker.parent: _gigabytes(marker.parent) for marker in directory.parent.glob(f"*/{IN_USE}")}
+        others = sizes.keys() - {directory}
+        unused = [o for o in others if stack.enter_context(disk.locked(o / IN_USE, wait=False))]
+        if limit - sum(sizes.values()) + sum(sizes[one] for one in unused) < needed:
+            return limit - sum(sizes.values())
+        for oldest in sorted(unused, key=lambda one: (one / IN_USE).stat().st_mtime):
+            if limit - sum(sizes.values()) >= needed:
+                break
+            shutil.rmtree(oldest, ignore_errors=True)
+            del sizes[oldest]
+        return limit - sum(sizes.values())
 
 
 def _gigabytes(directory: Path) -> float:
-    return sum(path.stat().st_size for path in directory.glob("*.parquet")) / 1e9
+    """On disk; what another process removes meanwhile counts nothing."""
+    total = 0
+    for path in directory.glob("*.parquet"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total / 1e9

@@ -364,6 +364,15 @@ class Resources(Section):
     """Between epochs: resident in the object store, or read from the shards again; auto: resident where a trial's data
     take less than a third of the store, or else its dev where that does."""
 
+    @model_validator(mode="after")
+    def _can_be_given(self) -> Resources:
+        if self.cpus_per_worker != "auto" and self.cpus_per_worker <= 0:
+            raise ValueError(f"cpus_per_worker is {self.cpus_per_worker:g}; give more than 0, or auto")
+        gpus = 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            raise ValueError(f"gpus_per_worker is {gpus:g}; Ray gives a share of one GPU, or whole GPUs")
+        return self
+
 
 class Storage(Section):
     """Where things are written."""

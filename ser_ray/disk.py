@@ -80,13 +80,25 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
     ``shared``: with others who share it. Without ``wait``, False at once where somebody else holds it; None on a file
     system that has no locks, where whoever must be sure does nothing, and whoever saves work does it twice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            yield False if error.errno == errno.EWOULDBLOCK else None
-        else:
-            yield True
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                yield False if error.errno == errno.EWOULDBLOCK else None
+                return
+            if _is_at(path, file.fileno()):
+                yield True
+                return
+            # Removed while it was waited for: a lock on it keeps nobody out.
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -53,6 +53,7 @@ from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
+from ser_ray.training.memory import with_what_fits
 from ser_ray.training.probe import start_from_probe
 
 PROBE: Final = "frozen backbone + linear"
@@ -76,7 +77,7 @@ class Scorer:
     def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
         bound_memory(gpus)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
         self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
 
     def score(self, directory: str, split: str, kept: Kept | None = None) -> Predictions:
@@ -94,8 +95,12 @@ class Scorer:
         experiment = Experiment.model_validate(values)
         model, task = build(experiment, self.device), self._task(experiment)
         model.prefix = kept.prefix if kept else None
-        train, dev = (self._batches(task, part, experiment, kept) for part in ("train", "dev"))
-        start_from_probe(model, train, dev, lambda value: [value])
+
+        def fit(batch_seconds: float) -> None:
+            train, dev = (self._batches(task, part, batch_seconds, kept) for part in ("train", "dev"))
+            start_from_probe(model, train, dev, lambda value: [value])
+
+        with_what_fits(fit, experiment.batch_seconds)
         return self._predict(model, task, split, kept)
 
     def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
@@ -122,19 +127,22 @@ class Scorer:
             found += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
         return np.stack(found)
 
-    def _batches(self, task: Task, split: str, experiment: Experiment, kept: Kept | None = None) -> Iterator[Batch]:
+    def _batches(self, task: Task, split: str, batch_seconds: float, kept: Kept | None = None) -> Iterator[Batch]:
         prefix, rows = kept.prefix if kept else None, task.rows(split)
         content = stream.content_of(prefix)
         files = stream.Files(rows, content.column, kept.paths[0].parent if kept else None)
-        for table, packed in files.read(order.epoch(rows, experiment.batch_seconds, None)):
+        for table, packed in files.read(order.epoch(rows, batch_seconds, None)):
             yield from stream.batches(table, packed, content=content)
 
     def _predict(self, model: Any, task: Task, split: str, kept: Kept | None = None) -> Predictions:
-        probabilities: dict[str, np.ndarray] = {}
-        for batch, logits_BK in predict_batches(model, self._batches(task, split, model.experiment, kept)):
-            rows = logits_BK.double().softmax(-1).cpu().numpy()
-            probabilities.update(zip(batch.utterance_ids, rows, strict=True))
-        return _predictions(task, split, probabilities)
+        def predict(batch_seconds: float) -> dict[str, np.ndarray]:
+            found: dict[str, np.ndarray] = {}
+            for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, kept)):
+                rows = logits_BK.double().softmax(-1).cpu().numpy()
+                found.update(zip(batch.utterance_ids, rows, strict=True))
+            return found
+
+        return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
 
 
 def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:

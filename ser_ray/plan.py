@@ -34,6 +34,8 @@ CACHE_KEY_FIELDS: Final = (
 """The keys on which the output of the frozen part of a model depends."""
 STEP_FIELDS: Final = ("batch_seconds", "optimizer.accumulate", "epochs")
 """Those on which the number of steps depends."""
+NOT_SEARCHED: Final = object()
+"""In place of a value: the key's conditions do not hold, and it is what the experiment says."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,18 @@ class RunPlan:
 
     def cacheable(self) -> list[Prefix]:
         """Every frozen part whose output can be cached for some trial, once each."""
-        found = [self.prefix(experiment) for experiment in variants(self.space, CACHE_KEY_FIELDS)]
+        found = [self.prefix(experiment) for experiment in self._fed_differently()]
         return list({prefix.key(): prefix for prefix in found if prefix is not None}.values())
+
+    def uncacheable_reasons(self) -> list[str]:
+        """Why nothing is cached for some of the trials, or for all."""
+        found = {uncacheable_reason(e, self.space.storage.prefix_gb) for e in self._fed_differently()}
+        return sorted(filter(None, found))
+
+    def _fed_differently(self) -> list[Experiment]:
+        """An experiment for every combination of what decides on the cache of a trial, and on whether it has one."""
+        augmented = [key for key in self.space.search if key.startswith("augment.")]
+        return variants(self.space, (*CACHE_KEY_FIELDS, *augmented))
 
     def cached_first(self) -> bool:
         """Whether caches are made before the first trial, by all workers that fit the cluster.
@@ -120,9 +132,8 @@ class RunPlan:
         if own.workers == 0:
             yield f"trials: one, in this process, without Ray, on {'the GPU' if own.cuda else 'the CPU'}"
         else:
-            trials = space.tune.trials if space.search else 1
             yield (
-                f"trials: {trials}, {own.trials_at_once} at once; each holds {own.workers} worker"
+                f"trials: {space.tune.trials}, {own.trials_at_once} at once; each holds {own.workers} worker"
                 f"{'s' * (own.workers != 1)} with {worker}"
             )
             if own.total.gpus:
@@ -136,7 +147,6 @@ class RunPlan:
         each = " to ".join(str(steps.epoch) for steps in self.steps)
         total = " to ".join(str(steps.total) for steps in self.steps)
         yield f"steps: {each} an epoch, {total} in all, a trial"
-        reasons = {uncacheable_reason(e, space.storage.prefix_gb) for e in variants(space, CACHE_KEY_FIELDS)} - {None}
         caches = self.cacheable()
         for prefix in caches:
             yield f"cache: {prefix}: {self.gigabytes(prefix):.2f} GB"
@@ -146,7 +156,7 @@ class RunPlan:
                 f"{space.storage.prefix_gb:g}; made "
                 + ("before the first trial" if self.cached_first() else "by the trials that need them")
             )
-        for reason in sorted(filter(None, reasons)):
+        for reason in self.uncacheable_reasons():
             yield f"not cached: {reason}"
 
 
@@ -203,15 +213,20 @@ def check(space: SearchSpace) -> None:
 
 
 def variants(space: SearchSpace, keys: Iterable[str]) -> list[Experiment]:
-    """One experiment for every combination of values that these keys can have in the trials of a space."""
+    """One experiment for every combination of values that these keys can have in the trials of a space.
+
+    A condition on another key may hold or not, so both are there.
+    """
     keys = tuple(keys)
     searched = [key for key in space.search if key in keys]
     found: dict[str, Experiment] = {}
-    for values in itertools.product(*(_values(space.search[key]) for key in searched)):
+    for values in itertools.product(*(_values(space.search[key], keys) for key in searched)):
         point: dict[str, Any] = {}
         for key, value in zip(searched, values, strict=True):
             conditions = space.search[key].when.items()
-            if all(point.get(name) in allowed for name, allowed in conditions if name in keys):
+            if value is not NOT_SEARCHED and all(
+                point.get(name) in allowed for name, allowed in conditions if name in keys
+            ):
                 point[key] = value
         experiment = space.trial(point)
         found.setdefault(_fingerprint(experiment, keys), experiment)
@@ -241,10 +256,12 @@ def _fingerprint(experiment: Experiment, keys: Iterable[str]) -> str:
     return config.fingerprint([reduce(dict.__getitem__, key.split("."), values) for key in keys])
 
 
-def _values(distribution: Distribution) -> Iterable[Any]:
+def _values(distribution: Distribution, keys: Sequence[str]) -> list[Any]:
     if distribution.randint is not None:
-        return range(distribution.randint[0], distribution.randint[1] + 1)
-    return distribution.examples()
+        found: list[Any] = list(range(distribution.randint[0], distribution.randint[1] + 1))
+    else:
+        found = list(distribution.examples())
+    return [*found, NOT_SEARCHED] if distribution.when.keys() - set(keys) else found
 
 
 def _precision(experiment: Experiment, allocation: Allocation) -> str:

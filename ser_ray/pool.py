@@ -86,7 +86,7 @@ def _result(ref: Any, what: str) -> Any:
         cause = cluster.user_error(error)
         if isinstance(cause, ProcessDiedError):
             raise UserError(
-                f"{what}: {cause} ({RESTARTS + 1} times); where memory is short, lower experiment.batch_seconds, or "
-                "raise resources.cpus_per_worker, so that fewer work on a node"
+                f"{what}: {cause} ({RESTARTS + 1} times); where memory is short, raise resources.cpus_per_worker, so "
+                "that fewer work on a node"
             ) from error
         raise cause or error from None

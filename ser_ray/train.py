@@ -107,7 +107,7 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
     if wanted is None:
         cached: AbstractContextManager[cache.Kept | None] = nullcontext()
     elif allocation.workers <= 1:
-        cached = cache.keep(planned, wanted, console, cache.by_this_process(planned))
+        cached = cache.keep(planned, wanted, console, here=True)
     else:
         cached = cache.find(planned.space, wanted, planned.shard_dirs)
     with cached as found:
@@ -153,8 +153,8 @@ def fit_on_ray(
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
-        # Ray goes by what was declared to it.
-        torch_config=TorchConfig(backend="nccl" if trial.cuda else "gloo"),
+        # Ray goes by what was declared to it; and NCCL takes no two processes on one GPU.
+        torch_config=TorchConfig(backend="nccl" if trial.cuda and trial.gpus >= 1 else "gloo"),
         datasets=dict(datasets),
         # Ray's split gives blocks to whoever asks first, and drops rows to make shares equal.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
@@ -265,6 +265,7 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
             if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             disk.write_json(directory / plan.FILE, planned.to_dict())
+            disk.write_json(directory / "audit.json", findings)
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / "audit.json", findings)

@@ -39,7 +39,7 @@ from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Tried
 from ser_ray.models import backbones
-from ser_ray.plan import CACHE_KEY_FIELDS, RunPlan, variants
+from ser_ray.plan import RunPlan
 from ser_ray.protocols.task import Task
 from ser_ray.schema import UserError
 from ser_ray.search import study
@@ -380,7 +380,7 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
 def _speech(planned: RunPlan, task: Task) -> dict[str, ray.data.Dataset]:
     """The waveforms that trials share, as far as they stay in the object store; none where all are fed from a cache."""
     space = planned.space
-    asked = any(planned.prefix(experiment) is None for experiment in variants(space, CACHE_KEY_FIELDS))
+    asked = bool(planned.uncacheable_reasons())
     return feed.load_resident(task, feed.resident_splits(space, task, None), "audio") if asked else {}
 
 

@@ -108,6 +108,9 @@ class Watch(tune.Callback):
             waiting = ", ".join(f"{i} in epoch {self._epochs(i) + 1}" for i in self.running)
             self.console.print(f"  ... running: trial {waiting}{self._eta()}", style="dim")
             self.last_line = time.monotonic()
+        if not self.running and not self.live and time.monotonic() - self.last_line > HEARTBEAT_S:
+            self.console.print("  ... waiting for room on the cluster: other work holds it", style="dim")
+            self.last_line = time.monotonic()
 
     def table(self) -> Table:
         """The trials that run, and the best of the others."""

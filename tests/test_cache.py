@@ -70,8 +70,7 @@ def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.Kept | None, str
     wanted = found.prefix(space.experiment)
     if wanted is None:
         return None, ""
-    extract = cache.by_pool(found) if pool else cache.by_this_process(found)
-    with cache.keep(found, wanted, console, extract) as kept:
+    with cache.keep(found, wanted, console, here=not pool) as kept:
         return kept, said.getvalue()
 
 
@@ -312,3 +311,79 @@ def test_in_low_precision_it_is_read_as_the_model_computes_it(load, head, precis
 def test_a_frozen_model_with_plain_pooling_trains_in_low_precision(path, precision):
     chosen = ["search={}", "tune.first=[]", FROZEN, f"experiment.precision={precision}", "experiment.epochs=1"]
     assert main(["train", str(path), *chosen, "resources.workers=0"]) == 0
+
+
+def test_a_whole_cache_is_given_while_another_process_makes_one_of_that_name(load):
+    """For another corpus, say: a trial that holds a GPU must not wait for actors that wait for that GPU."""
+    first, _ = keep(load(LORA))
+    assert first is not None
+    with disk.locked(first.paths[0].parent / cache.MAKING):
+        again, said = keep(load(LORA))
+        assert again is not None
+        assert (again.made, said) == (0, "")
+        first.paths[0].unlink()
+        mended, _ = keep(load(LORA))  # what this process makes itself it makes at once
+        assert mended is not None
+        assert mended.made == 1
+
+
+def test_who_makes_the_same_at_once_makes_no_shard_twice(load, monkeypatch):
+    space = load(LORA)
+    whole, _ = keep(space)
+    assert whole is not None
+    content = {path: path.read_bytes() for path in whole.paths}
+    assert len(content) > 1
+    for path in whole.paths:
+        path.unlink()
+    extract, made = cache.Extractor.extract, []
+
+    def beside_another(self, source: Path, target: Path) -> None:
+        """Another process has made all the others meanwhile."""
+        extract(self, source, target)
+        made.append(target)
+        for path, found in content.items():
+            path.write_bytes(found)
+
+    monkeypatch.setattr(cache.Extractor, "extract", beside_another)
+    keep(space)
+    assert len(made) == 1
+
+
+def test_where_no_room_can_be_made_nothing_is_removed(load):
+    old, _ = keep(load(LORA))
+    assert old is not None
+    refused, said = keep(load(FROZEN, "storage.prefix_gb=1e-7"))
+    assert refused is None
+    assert "trained without" in said
+    assert all(path.is_file() for path in old.paths)
+
+
+def test_memory_that_is_short_while_a_cache_is_made_halves_its_batches(load, monkeypatch):
+    whole, _ = keep(load(LORA))
+    assert whole is not None
+    expected = contents(whole)
+    for path in whole.paths:
+        path.unlink()
+    compute, sizes = prefix.compute, []
+
+    def short(wanted: Prefix, backbone: object, batch: stream.Batch) -> list[np.ndarray]:
+        sizes.append(batch.inputs.numel() / 16_000)
+        if sizes[-1] > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(wanted, backbone, batch)
+
+    monkeypatch.setattr(prefix, "compute", short)
+    again, _ = keep(load(LORA))
+    assert again is not None
+    assert max(sizes) > 8
+    for utterance_id, array in contents(again).items():
+        np.testing.assert_allclose(array.astype(np.float32), expected[utterance_id].astype(np.float32), atol=2e-2)
+    for path in again.paths:
+        path.unlink()
+    monkeypatch.setattr(prefix, "compute", lambda *_: short_of_everything())
+    with pytest.raises(UserError, match="out of memory with an utterance at a time"):
+        keep(load(LORA))
+
+
+def short_of_everything() -> None:
+    raise RuntimeError("CUDA out of memory")

@@ -280,3 +280,16 @@ def test_dev_rotates_over_seeds_only(space_file):
     assert load(space_file, ["tune.rotate_dev=true", "tune.final_seeds=2"]).tune.rotate_dev
     with pytest.raises(UserError, match="final_seeds to 2"):
         load(space_file, ["tune.rotate_dev=true"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("gpus_per_worker=1.5", "a share of one GPU, or whole GPUs"),
+        ("gpus_per_worker=-1", "a share of one GPU, or whole GPUs"),
+        ("cpus_per_worker=0", "more than 0, or auto"),
+    ],
+)
+def test_resources_that_no_cluster_can_give_are_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        config.load(config.default_space(), [f"resources.{given}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 
@@ -55,3 +56,22 @@ def test_a_lock_holds_between_processes_and_ends_with_a_killed_one(tmp_path, kin
     holder.wait()
     with disk.locked(path) as alone:
         assert alone
+
+
+def test_a_lock_on_a_file_that_was_removed_is_taken_on_the_new_one(tmp_path, monkeypatch):
+    """Who waits for a folder that is being removed would hold a file that nobody else finds."""
+    path = tmp_path / "folder" / "lock"
+    lock, removed = fcntl.flock, []
+
+    def remove_once(file, how) -> None:
+        lock(file, how)
+        if not removed:
+            removed.append(path.unlink())
+
+    monkeypatch.setattr(fcntl, "flock", remove_once)
+    with disk.locked(path) as got:
+        assert got
+        assert removed
+        monkeypatch.setattr(fcntl, "flock", lock)
+        with disk.locked(path, wait=False) as second:
+            assert second is False

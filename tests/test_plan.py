@@ -149,3 +149,22 @@ def test_a_long_making_is_told_in_a_log(monkeypatch):
         "frozen prefix x: 1 of 3 shards",
         "frozen prefix x: 2 of 3 shards",
     ]
+
+
+def test_a_condition_on_another_key_may_hold_or_not(path):
+    """Pooling is searched where the head starts from a probe; else it is what the experiment says."""
+    search = {
+        "head.init": {"choice": ["random", "probe"]},
+        "head.pooling": {"choice": ["mean", "statistics"], "when": {"head.init": ["probe"]}},
+    }
+    own = [f"search={json.dumps(search)}", "tune.first=[]", "experiment.adapter={method: frozen}"]
+    found = made(config.load(path, [*own, "experiment.head={pooling: attentive, hidden: 0}"]))
+    for values in ({"head.init": "random"}, {"head.init": "probe", "head.pooling": "mean"}):
+        assert found.prefix(found.space.trial(values)) is not None
+
+
+def test_augmentation_that_is_searched_is_part_of_the_plan(path):
+    search = "search={augment.gain_db: {choice: [0.0, 6.0]}}"
+    found = made(config.load(path, [search, "tune.first=[]", "experiment.adapter={method: lora, first_layer: 1}"]))
+    assert len(found.cacheable()) == 1
+    assert found.uncacheable_reasons() == ["augment.gain_db varies what the frozen part sees"]

@@ -113,7 +113,9 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
 
 def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
     """Where in the directory ``folds`` the fold of an experiment is: the name tells all that decides on it."""
-    deciding = (experiment.protocol, experiment.emotions, experiment.merge, experiment.label)
+    given = experiment.protocol.given
+    table = Path(given).read_text(encoding="utf-8") if isinstance(given, str) and given.endswith(".csv") else ""
+    deciding = (experiment.protocol, table, experiment.emotions, experiment.merge, experiment.label)
     return folds / f"{config.fingerprint(*deciding, [str(directory) for directory in shard_dirs])}.parquet"
 
 

@@ -82,8 +82,12 @@ def fit(
     elif experiment.head.init == "probe":
         start_from_probe(model, data.train(0), data.dev(), gather)
     trained = step.distribute(model)
-    weights_K = class_weights(experiment, tuple(data.counts(1).sum(axis=0).tolist())).to(device)
-    total_steps = sum(len(_steps(experiment, data.counts(epoch))) for epoch in range(1, experiment.epochs + 1))
+    train_counts_K = torch.from_numpy(data.counts(1).sum(axis=0)).to(device)
+    weights_K = class_weights(experiment, tuple(train_counts_K.tolist())).to(device)
+    steps_of = [len(_steps(experiment, data.counts(epoch))) for epoch in range(1, experiment.epochs + 1)]
+    total_steps = sum(steps_of)
+    # Those of today's schedule: other workers or batches than before take another number of steps an epoch.
+    counters["step"] = sum(steps_of[: counters["epoch"]])
 
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -91,7 +95,7 @@ def fit(
         return epoch <= experiment.epochs and epoch - counters["best_epoch"] <= experiment.patience
 
     def finish(record: Record) -> None:
-        record |= evaluate(model, data.dev(), weights_K)
+        record |= evaluate(model, data.dev(), weights_K, train_counts_K > 0)
         counters["epoch"] = record["epoch"]
         if record[metric] > counters["best"]:
             counters.update(best=record[metric], best_epoch=record["epoch"])
@@ -181,21 +185,26 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
             yield batch, model(batch.inputs, batch.lengths_B)
 
 
-def evaluate(model: EmotionClassifier, batches: Iterable[Batch], weights_K: torch.Tensor) -> Record:
+def evaluate(
+    model: EmotionClassifier, batches: Iterable[Batch], weights_K: torch.Tensor, trained_K: torch.Tensor
+) -> Record:
     """Dev figures over all processes: each predicts the batches that it is given, all compute the same figures.
 
-    The loss is that of training, of all of dev at once.
+    The loss is that of training, of all of dev at once. An emotion that train has none of (``trained_K``, bool: those
+    that corpora of `cross_corpus` have not in common) is not answered and not counted, as on test.
     """
     losses, labels, predicted = [], [], []
     for batch, logits_BK in predict_batches(model, batches):  # read at the end: until then a GPU is not waited for
         losses.append(step.weighted_loss(logits_BK, batch.labels_B, weights_K))
         labels.append(batch.labels_B)
-        predicted.append(logits_BK.argmax(-1))
+        predicted.append(logits_BK.masked_fill(~trained_K, -torch.inf).argmax(-1))
     own = [torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64) for parts in (labels, predicted)]
     own_loss = float(torch.stack(losses).double().sum()) if losses else 0.0
     every = gather((own_loss, *own))
     label_N, guess_N = (np.concatenate([part[i] for part in every]) for i in (1, 2))
     confusion = metrics.confusion(label_N, guess_N, len(model.experiment.emotions))
+    counted = np.flatnonzero(trained_K.cpu().numpy())
+    confusion = confusion[np.ix_(counted, counted)]
     held = weights_K.double().cpu().numpy()[label_N].sum()
     figures = {f"dev_{name}": float(value) for name, value in metrics.headline(confusion).items()}
     return {"dev_loss": sum(loss for loss, *_ in every) / float(held)} | figures

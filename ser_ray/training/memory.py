@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import torch
+
+from ser_ray.schema import MemoryShortageError
 
 # The words of torch 2.14, cuDNN and bitsandbytes 0.50; those of a GPU have not been provoked on one.
 _SAID: Final = re.compile(
@@ -16,6 +21,32 @@ _SAID: Final = re.compile(
     r"|Error out of memory at line"  # bitsandbytes' kernels
     r"|can't allocate memory: you tried to allocate|not enough memory: you tried to allocate",  # on a CPU
 )
+
+
+LEAST_SECONDS: Final = 4.0
+"""Of a batch: about one utterance. Less than that is not tried."""
+
+T = TypeVar("T")
+
+
+def with_what_fits(run: Callable[[float], T], batch_seconds: float) -> T:
+    """What ``run`` gives for batches of so many padded seconds; of half as many, and again, where memory is short.
+
+    Raises MemoryShortageError where not even `LEAST_SECONDS` fit.
+    """
+    while True:
+        try:
+            return run(batch_seconds)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_seconds <= LEAST_SECONDS:
+                raise MemoryShortageError(
+                    "out of memory with an utterance at a time; raise resources.gpus_per_worker, or take a smaller "
+                    "backbone"
+                ) from error
+        batch_seconds /= 2  # not in the handler: its error holds on to what was allocated
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

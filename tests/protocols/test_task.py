@@ -128,3 +128,13 @@ def test_a_fold_has_a_file_of_its_own_and_is_made_once(shard_dirs, tmp_path):
         fold_path(one, shard_dirs[:2], tmp_path),
     ]
     assert len({path, *others}) == 5
+
+
+def test_the_file_of_a_fold_goes_by_what_a_table_of_folds_says(tmp_path):
+    table = tmp_path / "folds.csv"
+    table.write_text("speaker,fold\nravdess/1,0\n")
+    found = experiment({"scheme": "given_folds", "given": str(table)})
+    before = fold_path(found, [tmp_path], tmp_path)
+    assert before == fold_path(found, [tmp_path], tmp_path)
+    table.write_text("speaker,fold\nravdess/1,1\n")
+    assert before != fold_path(found, [tmp_path], tmp_path)

@@ -345,3 +345,33 @@ def test_what_a_trial_in_a_thread_has_freed_goes_back() -> None:
     before = resident()
     loop.forget_peak()
     assert before - resident() > 200
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_a_run_that_goes_on_with_other_steps_takes_the_rates_of_its_new_schedule(
+    tiny: Experiment, tmp_path: Path, before: int, after: int
+) -> None:
+    """More workers, or half of the batch, take another number of steps an epoch; the rate ends at 0 all the same."""
+    batches = [*TRAIN[:3], *TRAIN[:3]]
+
+    def described(accumulate: int) -> Experiment:
+        return with_sections(tiny, epochs=4, optimizer={"lr": 1e-3, "accumulate": accumulate, "warmup": 0.0})
+
+    _run(described(before), _data(batches, DEV, accumulate=before), tmp_path, stop_after=2)
+    _, records = _run(described(after), _data(batches, DEV, accumulate=after), resume_from=tmp_path / "2")
+    whole = _run(described(after), _data(batches, DEV, accumulate=after))[1]
+    assert [record["lr"] for record in records] == [record["lr"] for record in whole[2:]]
+    assert records[0]["lr"] > 0
+    assert records[-1]["lr"] == 0
+
+
+def test_an_emotion_that_train_lacks_is_neither_answered_nor_counted(tiny: Experiment) -> None:
+    """As between corpora that do not have it in common: dev is measured as test is."""
+    model = build(tiny)
+    dev = [replace(batch, labels_B=batch.labels_B.clamp(max=1)) for batch in DEV]
+    answers = np.concatenate([logits(model, batch).numpy() for batch in dev])
+    assert (answers.argmax(-1) == 2).any(), "an untrained head answers with all of them"
+    labels, trained_K = torch.cat([batch.labels_B for batch in dev]).numpy(), torch.tensor([True, True, False])
+    found = loop.evaluate(model, dev, torch.ones(3), trained_K)
+    expected = f1_score(labels, answers[:, :2].argmax(-1), labels=[0, 1], average="macro", zero_division=0)
+    assert found["dev_macro_f1"] == pytest.approx(expected)

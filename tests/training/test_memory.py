@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ser_ray.training.memory import is_out_of_memory
+from ser_ray.schema import MemoryShortageError
+from ser_ray.training.memory import is_out_of_memory, with_what_fits
 
 SHORT = {
     "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.10 GiB in all"),
@@ -53,3 +54,29 @@ def test_what_the_libraries_raise_themselves_is_recognised():
     with pytest.raises(MemoryError) as of_numpy:
         np.empty(2**60, np.uint8)
     assert is_out_of_memory(of_numpy.value)
+
+
+def test_what_does_not_fit_is_tried_with_half_until_it_does() -> None:
+    asked = []
+
+    def run(seconds: float) -> str:
+        asked.append(seconds)
+        if seconds > 10:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return "done"
+
+    assert with_what_fits(run, 60.0) == "done"
+    assert asked == [60.0, 30.0, 15.0, 7.5]
+
+
+def test_what_never_fits_is_one_line_and_other_errors_pass() -> None:
+    def never(seconds: float) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    def fails(seconds: float) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(MemoryShortageError, match="an utterance at a time"):
+        with_what_fits(never, 60.0)
+    with pytest.raises(ZeroDivisionError):
+        with_what_fits(fails, 60.0)
