@@ -14,6 +14,7 @@ from ray.train import WorkerGroupError
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
+import ser_ray.watch
 from ser_ray import cluster
 from ser_ray.evaluation import folder
 from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
@@ -214,3 +215,15 @@ def test_what_a_worker_died_of_keeps_its_kind(failure, kind):
     found = cluster.user_error(failure)
     assert type(found) is (kind or type(None))
     assert "\n" not in str(found)
+
+
+def test_a_log_says_that_epochs_run_and_that_a_full_cluster_is_waited_for(tmp_path, monkeypatch):
+    seen, text = watch(tmp_path)
+    seen.on_step_end(0, [])
+    assert text.getvalue() == "", "not before it has been silent for a while"
+    monkeypatch.setattr(ser_ray.watch, "HEARTBEAT_S", -1.0)
+    seen.on_step_end(0, [])
+    assert "waiting for room on the cluster: other work holds it" in text.getvalue()
+    seen.on_trial_start(0, [], trial(1))
+    seen.on_step_end(0, [])
+    assert text.getvalue().splitlines()[-1].startswith("  ... running: trial 001 in epoch 1")
