@@ -59,6 +59,6 @@ def test_a_search_on_one_core_finishes(small, tmp_path):
         preexec_fn=lambda: os.sched_setaffinity(0, core),
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "2 logical CPUs" in done.stdout, "its core, and one for the data"
+    assert "1 node, 1 core, 0 GPUs" in done.stdout, "people are told cores; Ray has one more CPU, for the data"
     with (tmp_path / "results" / "demo" / "trials.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 2

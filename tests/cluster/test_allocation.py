@@ -50,7 +50,7 @@ def test_a_cluster_over_an_allocation_takes_a_job(tiny_corpus, tmp_path):
             timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 nodes, 4 logical CPUs" in done.stdout
+        assert "2 nodes, 4 cores" in done.stdout
         assert "96 utterances" in done.stdout
         running.wait(lambda: running("sinfo", "-h", "-o", "%T %D") == "idle 2", "idle nodes: its steps have ended", 120)
         left = subprocess.run(["pgrep", "-f", "--", f"[/]tmp/ray-up-{os.getuid()}-6379/"], capture_output=True)

@@ -138,7 +138,7 @@ def test_the_demo_runs_over_both_nodes(nodes, shared, demo, tmp_path):
     python = broken_on("n2", f"! mkdir {tmp_path}/tried 2> /dev/null || exit 3", tmp_path)
     job = Job(nodes, tmp_path, "", *demo("both"), SER_RAY_PYTHON=python)
     assert job.ended() == ("COMPLETED", 0), job.printed()
-    assert "Ray: 2 nodes, 4 logical CPUs" in job.printed()
+    assert "Ray: 2 nodes, 4 cores" in job.printed()
     with (shared / "results" / "both" / "trials.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)].count("finished") >= 1
     ran_on = {

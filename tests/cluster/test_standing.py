@@ -93,7 +93,7 @@ def standing(tmp_path: Path, tiny_corpus: Path, untrained: Path) -> Iterator[Cal
         made.append(Standing(tmp_path, {**kept, **own}, tiny_corpus))
         done = made[0].script("up.sh", "n1", "n2")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 nodes, 6 logical CPUs" in done.stdout
+        assert "2 nodes, 6 cores" in done.stdout
         return made[0]
 
     with network.hosts(2):
