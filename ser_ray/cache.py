@@ -175,7 +175,8 @@ class Extractor:
         """Read one shard of speech and write what is cached of it, in the order of its rows."""
         import torch
 
-        from ser_ray.models import backbones, precision, prefix
+        from ser_ray.models import backbones, prefix
+        from ser_ray.models.precision import autocast, bound_memory
         from ser_ray.speech import order, stream
         from ser_ray.training import memory
 
@@ -183,7 +184,7 @@ class Extractor:
         device = torch.device("cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.backbone is None:
             torch.set_num_threads(self.threads)
-            precision.bound_memory(self.gpus)
+            bound_memory(self.gpus)
             wanted = self.wanted
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
         with pq.ParquetFile(source) as file:
@@ -194,7 +195,7 @@ class Extractor:
             packed = order.by_length(table["num_samples"].to_numpy(), batch_seconds)
             arrays: list[bytes] = [b""] * table.num_rows
             for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
-                with precision.autocast(self.wanted.precision, device):
+                with autocast(self.wanted.precision, device):
                     computed = prefix.compute(self.wanted, self.backbone, batch.to(device))
                 for row, array in zip(rows, computed, strict=True):
                     arrays[row] = array.tobytes()
