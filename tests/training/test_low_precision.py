@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from backbone_fixtures import experiment, tone_batches, with_sections
+from backbone_fixtures import data_of, experiment, tone_batches, with_sections
 from torch import nn
 
 from ser_ray.config import Experiment
@@ -69,8 +69,7 @@ def _fit(
         if keep is not None:
             save(keep / str(record["epoch"]))
 
-    data = loop.Data(lambda epoch: train, lambda: dev, len(train), (6, 6, 6))
-    loop.fit(model, data, on_epoch, resume_from=resume_from)
+    loop.fit(model, data_of(lambda epoch: train, dev), on_epoch, resume_from=resume_from)
     return model, records
 
 
