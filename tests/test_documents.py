@@ -38,7 +38,7 @@ RUN_BY = {
     r"sbatch": "tests/cluster/test_slurm.py::test_the_demo_runs_over_both_nodes",
     r"scontrol requeue": "tests/cluster/test_slurm.py::test_a_requeued_job_goes_on",
     r"cluster/up\.sh \w": "tests/cluster/test_standing.py::standing",
-    r"cluster/(up|down)\.sh|salloc": "tests/cluster/test_allocation.py::test_a_cluster_over_an_allocation_takes_a_job",
+    r"cluster/(up|down)\.sh|salloc": "tests/cluster/test_salloc.py::test_a_cluster_over_an_allocation_takes_a_job",
 }
 """How a command begins -> what runs it: a script, or a function of the tests. The first that fits counts."""
 
