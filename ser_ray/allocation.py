@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ser_ray.config import Resources, SearchSpace
@@ -82,7 +82,7 @@ def allocate(nodes: Sequence[Node], space: SearchSpace, trials: int) -> Allocati
     at_once = min(fits, space.tune.concurrency or fits, trials)
     total = Node(sum(max(0.0, node.cpus - DATA_CPUS) for node in nodes), sum(node.gpus for node in nodes))
     found = Allocation(space.resources.workers, worker, pool, at_once, total)
-    return Allocation(**(vars(found) | {"idle": tuple(_idle(nodes, space, trials, found))}))
+    return replace(found, idle=tuple(_idle(nodes, space, trials, found)))
 
 
 def capacity(nodes: Sequence[Node], worker: Worker) -> int:
