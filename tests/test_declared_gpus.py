@@ -10,11 +10,8 @@ import csv
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray_head import ray_head
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 ENDS_WITHIN_S = 900
 """What is still there then hangs: alone on two cores a search of these takes less than one."""
 
@@ -76,42 +73,12 @@ def rows(results: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def cluster_of(gpus: int, home: Path, corpus: Path) -> Iterator[Cluster]:
     """Two cores for trials, one for the data, and GPUs that are not there."""
-    temporary = Path(f"/tmp/ser_ray_gpus_{gpus}_{os.getpid()}")  # short: Ray's sockets live below it
-    port = free_port()
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(CHECKOUT), "RAY_worker_maximum_startup_concurrency": "8"}
-    token = home / "token"
-    token.write_text("0123456789abcdef" * 4)
-    token.chmod(0o600)
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    command = [
-        *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", f"--num-gpus={gpus}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}", f"--temp-dir={temporary}",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--block",
-    ]  # fmt: skip
-    with (
-        (home / "head.log").open("w") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
-    ):
-        try:
-            for _ in range(120):
-                if "Ray runtime started" in (home / "head.log").read_text():
-                    break
-                time.sleep(0.5)
-            yield Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, home, corpus)
-        finally:
-            process.terminate()
-            process.wait(60)
-            shutil.rmtree(temporary, ignore_errors=True)
+    with ray_head(home, gpus=gpus) as head:
+        environment = head.environment | {"PYTHONPATH": str(CHECKOUT), "RAY_ADDRESS": head.address}
+        yield Cluster(environment, home, corpus)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +95,13 @@ def two_gpus(tmp_path_factory, tiny_corpus) -> Iterator[Cluster]:
 
 FROZEN = ["experiment.adapter={method: frozen}", "search={optimizer.lr: {loguniform: [1e-4, 1e-2]}}", "tune.first=[]"]
 """A head of statistics on what is frozen throughout: what is cached are moments."""
+WHISPER = ["experiment.backbone=embedded/tiny-whisper"]
+SPACES = {
+    "demo": ["demo.yaml"],
+    "ravdess-whisper": ["ravdess_whisper.yaml", *WHISPER, "experiment.protocol={folds: 3}"],
+    "frozen": ["demo.yaml", *WHISPER, *FROZEN],
+}
+"""What is shipped, and what departs from it over the tiny corpus."""
 
 
 def check_plan(cluster: Cluster, name: str, **expected: object) -> None:
@@ -150,9 +124,7 @@ def test_four_trials_on_one_gpu_with_finals_over_folds(one_gpu):
     """ravdess_whisper.yaml as it was seen to hang: a quarter of the card each."""
     quarter = ["resources.gpus_per_worker=0.25", "resources.cpus_per_worker=0.5", "tune.trials=4"]
     folds = ["experiment.protocol={scheme: speaker_kfold, folds: 3}", "tune.final_folds=[0, 1]"]
-    process = one_gpu.search(
-        "ravdess_whisper.yaml", "quarters", "experiment.backbone=embedded/tiny-whisper", *quarter, *folds
-    )
+    process = one_gpu.search("ravdess_whisper.yaml", "quarters", *WHISPER, *quarter, *folds)
     one_gpu.ended("quarters", process)
     check_plan(one_gpu, "quarters", trials_at_once=4)
     assert list((one_gpu.home / "results" / "quarters" / "finals").glob("*-fold1-seed0/epoch_*"))
@@ -168,25 +140,21 @@ def test_a_trial_of_two_workers_on_two_gpus(two_gpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", ["demo.yaml", "ravdess_whisper.yaml", "frozen"])
-def test_searches_end_on_two_gpus(two_gpus, space):
-    name = space.partition(".")[0]
-    own = {"frozen": FROZEN, "ravdess_whisper.yaml": ["experiment.protocol={folds: 3}"]}.get(space, [])
-    backbone = ["experiment.backbone=embedded/tiny-whisper"] if space != "demo.yaml" else []
-    file = "demo.yaml" if space == "frozen" else space
-    two_gpus.ended(name, two_gpus.search(file, name, "tune.trials=2", *backbone, *own))
+@pytest.mark.parametrize("name", SPACES)
+def test_searches_end_on_two_gpus(two_gpus, name):
+    space, *own = SPACES[name]
+    two_gpus.ended(name, two_gpus.search(space, name, "tune.trials=2", *own))
     check_plan(two_gpus, name, trials_at_once=2, worker={"cpus": 1.0, "gpus": 1.0})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", ["demo.yaml", "frozen"])
-def test_trials_that_take_every_cpu_end(tmp_path, tiny_corpus, space):
+@pytest.mark.parametrize("name", SPACES)
+def test_trials_that_take_every_cpu_end(tmp_path, tiny_corpus, name):
     """Two cores and no GPU: a trial of two CPUs holds all that there is for trials."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     alone = Cluster(environment | {"PYTHONPATH": str(CHECKOUT)}, tmp_path, tiny_corpus)
-    own = FROZEN if space == "frozen" else []
-    process = alone.search("demo.yaml", "cpus", "resources.cpus_per_worker=2", "tune.trials=2", *own)
-    alone.ended("cpus", process)
+    space, *own = SPACES[name]
+    alone.ended(name, alone.search(space, name, "resources.cpus_per_worker=2", "tune.trials=2", *own))
 
 
 def cached_by(cluster: Cluster, arguments: Sequence[str]) -> str:

@@ -5,55 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_head import RAY, ray_head
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
-def head(tmp_path):
-    """A head node of its own on loopback, with token authentication; yields environment and dashboard address."""
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    token.chmod(0o600)
-    temporary = Path(f"/tmp/ser_ray_{os.getpid()}")  # short: Ray's sockets live below it
-    dashboard = free_port()
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    # A job's "python" is the head's.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(tmp_path)}
-    # On two cores Ray takes the small processes of nested trials for a leak, and says so in the job's log.
-    environment["RAY_worker_maximum_startup_concurrency"] = "8"
-    # Ports of its own, so that other clusters on this machine do not matter.
-    command = [
-        *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=3",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--block",
-    ]  # fmt: skip
-    with (
-        (tmp_path / "head.log").open("w") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
-    ):
-        try:
-            yield environment, f"http://127.0.0.1:{dashboard}"
-        finally:
-            process.terminate()
-            process.wait(60)
-            shutil.rmtree(temporary, ignore_errors=True)
+def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """A head node whose jobs have a home of their own; yields environment and dashboard address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        # A job's "python" is the head's.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        with ray_head(tmp_path) as started:
+            yield started.environment, started.dashboard
 
 
 def submit(environment: dict[str, str], address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
