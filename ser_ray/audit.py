@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ser_ray import cluster, config, disk, prepare
-from ser_ray.assets.heard import heard
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.config import SearchSpace
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
-from ser_ray.speech.fingerprint import same_takes_in
+from ser_ray.speech.fingerprint import same_recordings_in
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
@@ -38,8 +38,8 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
     with console.status("fingerprints of the audio"):
-        known = heard(space.backbones(), space.experiment.corpora)
-        result = audit_search(space, task, same_takes_in(shard_dirs), known)
+        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
+        result = audit_search(space, task, same_recordings_in(shard_dirs), known)
     console.print(task.fold.description, markup=False)
     console.print(_sizes(result["splits"]))
     if folds := result.get("folds"):
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     """``ser-ray audit SPACE.yaml [key=value ...]``. Raises UserError for a finding that makes training pointless."""
     if not arguments:
         raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    space = cluster.resolve_paths(config.load(arguments[0], arguments[1:]))
     for finding in run(space, Console(highlight=False, soft_wrap=True))["findings"]:
         if finding["level"] == "error":
             raise UserError(f"{finding['what']}: {finding['detail']}")

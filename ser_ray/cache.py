@@ -42,9 +42,9 @@ from ser_ray.plan import RunPlan
 from ser_ray.pool import Pool
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
-from ser_ray.speech import kept as form
+from ser_ray.speech import cached_features as form
 from ser_ray.speech import shards
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 
 IN_USE: Final = ".in_use"
 MAKING: Final = ".making"
@@ -58,7 +58,7 @@ Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], Console], Iterable[obje
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedFeatures:
     """A cache that is whole for the speech of a run: one file for every shard."""
 
     prefix: Prefix
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     """Make every cache that the trials of a search space can ask for."""
     if not arguments:
         raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
-    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    space = cluster.resolve_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
     plan.check(space)
     cluster.connect(space)
@@ -108,7 +108,7 @@ def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False) -> Iterator[Kept | None]:
+def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False) -> Iterator[CachedFeatures | None]:
     """The cache of a frozen part, made where it is missing, and held while the body runs.
 
     It is made by actors on all of the cluster, one process at a time; or with ``here`` by this process, on the device
@@ -127,7 +127,7 @@ def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False)
 
 
 @contextmanager
-def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Iterator[Kept | None]:
+def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Iterator[CachedFeatures | None]:
     """The same where it is whole already, else None."""
     directory = _place(space, wanted)
     if not (directory / IN_USE).is_file():
@@ -234,13 +234,15 @@ def _targets(directory: Path, shard_dirs: Iterable[str]) -> dict[Path, Path]:
     return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(Path(shard_dir))}
 
 
-def _whole(wanted: Prefix, directory: Path, shard_dirs: Iterable[str]) -> Kept | None:
+def _whole(wanted: Prefix, directory: Path, shard_dirs: Iterable[str]) -> CachedFeatures | None:
     """The cache where no file of it is missing."""
     targets = tuple(_targets(directory, shard_dirs).values())
-    return Kept(wanted, targets) if all(target.is_file() for target in targets) else None
+    return CachedFeatures(wanted, targets) if all(target.is_file() for target in targets) else None
 
 
-def _make(planned: RunPlan, wanted: Prefix, directory: Path, console: Console, extract: Extract) -> Kept | None:
+def _make(
+    planned: RunPlan, wanted: Prefix, directory: Path, console: Console, extract: Extract
+) -> CachedFeatures | None:
     targets = _targets(directory, planned.shard_dirs)
     work = [(source, target) for source, target in targets.items() if not target.is_file()]
     started = time.monotonic()
@@ -255,7 +257,7 @@ def _make(planned: RunPlan, wanted: Prefix, directory: Path, console: Console, e
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
         _show(extract(wanted, work, console), len(work), f"frozen prefix {wanted}", console)
-    return Kept(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
+    return CachedFeatures(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
 
 
 def _show(done: Iterable[object], total: int, title: str, console: Console) -> None:

@@ -117,7 +117,7 @@ def _join() -> None:
     finally:
         if offered is None:
             del os.environ["RAY_ADDRESS"]
-    _heed_signals()
+    _install_signal_handlers()
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not verbose:  # their progress is Ray's own, ours is for people; and `ser_ray.watch` says what fails in Tune
         for name, level in (("data", logging.ERROR), ("train", logging.ERROR), ("tune", logging.CRITICAL)):
@@ -178,7 +178,7 @@ def death(text: str) -> str | None:
     return "its process died" if _DIED.search(text) else None
 
 
-def settle_paths(space: SearchSpace) -> SearchSpace:
+def resolve_paths(space: SearchSpace) -> SearchSpace:
     """The same space with absolute paths, as workers run in other directories.
 
     Inside a ``ray job submit`` the current directory is a copy that vanishes with the job: results then go to
@@ -195,7 +195,7 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
-    search = {key: _settle_conditions(distribution) for key, distribution in space.search.items()}
+    search = {key: _resolve_conditions(distribution) for key, distribution in space.search.items()}
     if "backbone" in search and search["backbone"].choice is not None:
         choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
         search["backbone"] = search["backbone"].model_copy(update={"choice": choice})
@@ -205,7 +205,7 @@ def settle_paths(space: SearchSpace) -> SearchSpace:
     )
     return space.model_copy(
         update={
-            "experiment": _settle_experiment(space.experiment),
+            "experiment": _resolve_experiment(space.experiment),
             "storage": storage,
             "search": search,
             "tune": space.tune.model_copy(update={"first": first}),
@@ -339,7 +339,7 @@ def _check_sockets_fit() -> None:
         )
 
 
-def _heed_signals() -> None:
+def _install_signal_handlers() -> None:
     """SIGTERM, and SIGUSR1 as Slurm sends it before the time limit, end a command as Ctrl-C does: in order."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -373,7 +373,7 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _settle_experiment(experiment: Experiment) -> Experiment:
+def _resolve_experiment(experiment: Experiment) -> Experiment:
     corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
     for name, path in corpora.items():
         if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
@@ -394,7 +394,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _settle_conditions(distribution: Distribution) -> Distribution:
+def _resolve_conditions(distribution: Distribution) -> Distribution:
     """The backbones of its ``when`` as they then stand in the choice."""
     when = distribution.when
     if "backbone" not in when:

@@ -32,11 +32,11 @@ from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, plan
 from ser_ray.allocation import Allocation
-from ser_ray.cache import Kept
+from ser_ray.cache import CachedFeatures
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.evaluation import baselines, egemaps, folder, published
 from ser_ray.evaluation.card import model_card
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import the_probe
@@ -80,28 +80,28 @@ class Scorer:
         self.device = torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
         self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
 
-    def score(self, directory: str, split: str, kept: Kept | None = None) -> Predictions:
+    def score(self, directory: str, split: str, cached: CachedFeatures | None = None) -> Predictions:
         """A checkpoint's predictions on one split of its own fold, in order of utterance id.
 
         From the speech, or where that is at hand from what was ``kept`` of it for training.
         """
         model = checkpoint.load(directory, str(self.device))
         task = self._task(model.experiment)
-        model.prefix = kept.prefix if kept else None
-        return self._predict(model, task, split, kept)
+        model.prefix = cached.prefix if cached else None
+        return self._predict(model, task, split, cached)
 
-    def probe(self, values: dict[str, Any], split: str, kept: Kept | None = None) -> Predictions:
+    def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
         """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
         experiment = Experiment.model_validate(values)
         model, task = build(experiment, self.device), self._task(experiment)
-        model.prefix = kept.prefix if kept else None
+        model.prefix = cached.prefix if cached else None
 
         def fit(batch_seconds: float) -> None:
-            train, dev = (self._batches(task, part, batch_seconds, kept) for part in ("train", "dev"))
+            train, dev = (self._batches(task, part, batch_seconds, cached) for part in ("train", "dev"))
             start_from_probe(model, train, dev, lambda value: [value])
 
         with_what_fits(fit, experiment.batch_seconds)
-        return self._predict(model, task, split, kept)
+        return self._predict(model, task, split, cached)
 
     def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
         """The same by a linear SVM on eGeMAPS features, which openSMILE computes."""
@@ -127,17 +127,19 @@ class Scorer:
             found += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
         return np.stack(found)
 
-    def _batches(self, task: Task, split: str, batch_seconds: float, kept: Kept | None = None) -> Iterator[Batch]:
-        prefix, rows = kept.prefix if kept else None, task.rows(split)
+    def _batches(
+        self, task: Task, split: str, batch_seconds: float, cached: CachedFeatures | None = None
+    ) -> Iterator[Batch]:
+        prefix, rows = cached.prefix if cached else None, task.rows(split)
         content = stream.content_of(prefix)
-        files = stream.Files(rows, content.column, kept.paths[0].parent if kept else None)
+        files = stream.Files(rows, content.column, cached.paths[0].parent if cached else None)
         for table, packed in files.read(order.epoch(rows, batch_seconds, None)):
             yield from stream.batches(table, packed, content=content)
 
-    def _predict(self, model: Any, task: Task, split: str, kept: Kept | None = None) -> Predictions:
+    def _predict(self, model: Any, task: Task, split: str, cached: CachedFeatures | None = None) -> Predictions:
         def predict(batch_seconds: float) -> dict[str, np.ndarray]:
             found: dict[str, np.ndarray] = {}
-            for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, kept)):
+            for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
                 rows = logits_BK.double().softmax(-1).cpu().numpy()
                 found.update(zip(batch.utterance_ids, rows, strict=True))
             return found
@@ -145,14 +147,14 @@ class Scorer:
         return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
 
 
-def finals(directory: Path, space: SearchSpace, task: Task) -> list[Tried]:
+def finals(directory: Path, space: SearchSpace, task: Task) -> list[TrialRecord]:
     """What is to be trained before the choice: the finalists over folds and seeds; nothing where the search's own
     checkpoints do."""
     jobs = []
     for tried in _finalists(directory, space):
         for run in _runs(space, task, tried):
             if run.checkpoint == "":
-                jobs.append(Tried(_final_id(run), {**tried.values, **_where(space, run)}))
+                jobs.append(TrialRecord(_final_id(run), {**tried.values, **_where(space, run)}))
     return jobs
 
 
@@ -193,8 +195,8 @@ def evaluate(
     ) as scorers:
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
         experiments = {tried.trial_id: space.trial(tried.values) for tried in finalists}
-        with _kept(space, experiments, shard_dirs, allocation) as kept:
-            jobs = {run: _by_checkpoint(directory, run, "dev", kept[run.trial_id]) for run in everything}
+        with _cached(space, experiments, shard_dirs, allocation) as cached:
+            jobs = {run: _by_checkpoint(directory, run, "dev", cached[run.trial_id]) for run in everything}
             dev = _score(scorers, jobs, "dev", console)
         record = _Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
         chosen = record.choose(finalists)
@@ -207,20 +209,20 @@ def evaluate(
             test = _score(scorers, jobs, "test", console)
             folds = {run.fold for run in runs[chosen]}
             plain = _frozen(experiments[chosen])
-            with _kept(space, {PROBE: plain}, shard_dirs, allocation) as kept:
-                probes = {fold: _by_probe(plain, fold, kept[PROBE]) for fold in sorted(folds)}
-                rivals = {PROBE: _score(scorers, probes, PROBE, console)}
+            with _cached(space, {PROBE: plain}, shard_dirs, allocation) as cached:
+                probes = {fold: _by_probe(plain, fold, cached[PROBE]) for fold in sorted(folds)}
+                by_baseline = {PROBE: _score(scorers, probes, PROBE, console)}
             if importlib.util.find_spec("opensmile"):
                 others = {fold: _by_egemaps(space, fold) for fold in sorted(folds)}
-                rivals[EGEMAPS] = _score(scorers, others, EGEMAPS, console)
+                by_baseline[EGEMAPS] = _score(scorers, others, EGEMAPS, console)
             else:
                 console.print(f"  no baseline {EGEMAPS}: opensmile is not installed", style="dim")
-            parts = {name: [found[fold] for fold in sorted(folds)] for name, found in rivals.items()}
+            parts = {name: [found[fold] for fold in sorted(folds)] for name, found in by_baseline.items()}
             answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
         else:
             console.print(f"chosen by dev: trial {chosen}, whose test figures are known")
     metric = space.tune.metric.removeprefix("dev_")
-    _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_figures(chosen), answer, metric)
+    _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_metrics(chosen), answer, metric)
     # Last: it says that all else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": _budget(space)})
     return answer
@@ -257,7 +259,7 @@ class _Record:
     """Of every finalist, run by run."""
     runs: Mapping[str, list[Run]]
 
-    def choose(self, finalists: Sequence[Tried]) -> str:
+    def choose(self, finalists: Sequence[TrialRecord]) -> str:
         """The best on dev; of equals the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
         metric = self.space.tune.metric.removeprefix("dev_")
         means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
@@ -278,12 +280,12 @@ class _Record:
             against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
         why = f"highest dev {metric}{over} of {among}; of equals the one with fewer weights to train"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
-        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_figures(chosen))
+        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
         write_predictions(_pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
         return chosen
 
-    def dev_figures(self, chosen: str) -> dict[str, Any]:
+    def dev_metrics(self, chosen: str) -> dict[str, Any]:
         """The chosen one's, over all its runs."""
         return self._summary(_pooled(self.dev[chosen]))
 
@@ -294,8 +296,10 @@ class _Record:
         same = [run["checkpoint"] for run in before.get("runs", [])] == [run.checkpoint for run in self.runs[chosen]]
         return before if before and same else None
 
-    def test(self, chosen: str, parts: list[Predictions], rivals: Mapping[str, list[Predictions]]) -> dict[str, Any]:
-        """The figures of test, with what they must beat; ``rivals``: predictions of other models by fold."""
+    def test(
+        self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
+    ) -> dict[str, Any]:
+        """The figures of test, with what they must beat; ``by_baseline``: predictions of other models by fold."""
         pooled = _pooled(parts)
         answer = self._summary(pooled)
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
@@ -303,7 +307,7 @@ class _Record:
             answer["mean"] = _mean([self._summary(p) for p in parts])
         if self.space.tune.final_seeds > 1:
             answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
-        others = {name: _pooled(by_fold) for name, by_fold in rivals.items()}
+        others = {name: _pooled(by_fold) for name, by_fold in by_baseline.items()}
         answer["baselines"] = _simple_baselines(self.task, pooled)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
         own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
@@ -328,8 +332,8 @@ class _Record:
     def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
         """Figures of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
         averaged = _averaged_by_fold(runs, parts)
-        figures = _brief(self._summary(_pooled(averaged)))
-        return figures | {"mean": _mean([self._summary(p) for p in averaged])}
+        metrics = _brief(self._summary(_pooled(averaged)))
+        return metrics | {"mean": _mean([self._summary(p) for p in averaged])}
 
     def _summary(self, predictions: Predictions) -> dict[str, Any]:
         protocol = config.to_dict(self.space.experiment.protocol) | {"description": self._description()}
@@ -345,20 +349,20 @@ class _Record:
         return f"{self.space.experiment.protocol.scheme}, folds {named}; {len(runs)} runs of each finalist"
 
     def _run(self, run: Run, predictions: Predictions, prefix: str = "dev_") -> dict[str, Any]:
-        figures = self._summary(predictions)
-        named = {f"{prefix}{name}": figures[name] for name in HEADLINE}
-        return {"fold": run.fold, "seed": run.seed, "checkpoint": run.checkpoint, "n": figures["n"]} | named
+        metrics = self._summary(predictions)
+        named = {f"{prefix}{name}": metrics[name] for name in HEADLINE}
+        return {"fold": run.fold, "seed": run.seed, "checkpoint": run.checkpoint, "n": metrics["n"]} | named
 
 
-def _finalists(directory: Path, space: SearchSpace) -> list[Tried]:
-    tried = [tried for tried in folder.read_tried(directory / "trials") if tried.best and tried.status != "failed"]
+def _finalists(directory: Path, space: SearchSpace) -> list[TrialRecord]:
+    tried = [tried for tried in folder.read_trials(directory / "trials") if tried.best and tried.status != "failed"]
     if not tried:
         raise UserError(f"{directory}: no trial left a checkpoint; trials.csv says how each ended")
     tried.sort(key=lambda one: (-float(one.best[space.tune.metric]), one.trial_id))
     return tried[: space.tune.finalists]
 
 
-def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
+def _runs(space: SearchSpace, task: Task, tried: TrialRecord) -> list[Run]:
     """The models that a finalist is judged by, its own fold and seed first; without checkpoint what is still to train.
 
     What the search itself finished is not trained again.
@@ -372,7 +376,7 @@ def _runs(space: SearchSpace, task: Task, tried: Tried) -> list[Run]:
 
 def _trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
     """The same with the checkpoints of what was trained meanwhile."""
-    known = {tried.trial_id: tried for tried in folder.read_tried(directory / "finals")}
+    known = {tried.trial_id: tried for tried in folder.read_trials(directory / "finals")}
     whole = []
     for run in runs:
         if run.checkpoint == "":
@@ -413,11 +417,11 @@ def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, cons
 
 
 @contextmanager
-def _kept(
+def _cached(
     space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str], allocation: Allocation
-) -> Iterator[dict[str, Kept | None]]:
+) -> Iterator[dict[str, CachedFeatures | None]]:
     """Name of an experiment -> what is cached of the frozen part of its model, as far as that is still there."""
-    found: dict[str, Kept | None] = {}
+    found: dict[str, CachedFeatures | None] = {}
     with ExitStack() as stack:
         for name, experiment in experiments.items():
             wanted = plan.prefix_of(experiment, allocation, space.storage.prefix_gb)
@@ -426,8 +430,8 @@ def _kept(
         yield found
 
 
-def _by_checkpoint(directory: Path, run: Run, split: str, kept: Kept | None = None) -> Callable[[Any], Any]:
-    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, kept)
+def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures | None = None) -> Callable[[Any], Any]:
+    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, cached)
 
 
 def _frozen(experiment: Experiment) -> Experiment:
@@ -440,10 +444,10 @@ def _frozen(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=plain)
 
 
-def _by_probe(plain: Experiment, fold: int, kept: Kept | None) -> Callable[[Any], Any]:
+def _by_probe(plain: Experiment, fold: int, cached: CachedFeatures | None) -> Callable[[Any], Any]:
     protocol = plain.protocol.model_copy(update={"fold": fold})
     values = config.to_dict(plain.model_copy(update={"protocol": protocol}))
-    return lambda actor: actor.probe.remote(values, "test", kept)
+    return lambda actor: actor.probe.remote(values, "test", cached)
 
 
 def _by_egemaps(space: SearchSpace, fold: int) -> Callable[[Any], Any]:
@@ -504,12 +508,12 @@ def _gap(one: Predictions, other: Predictions) -> dict[str, Any] | None:
     return gap_records(one.labels, one.predicted, other.predicted, one.speakers, len(one.emotions))
 
 
-def _mean(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in figures])) for name in HEADLINE}
+def _mean(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in metrics])) for name in HEADLINE}
 
 
-def _brief(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: figures[name] for name in (*HEADLINE, "ci95", "ci95_unit")}
+def _brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in (*HEADLINE, "ci95", "ci95_unit")}
 
 
 def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:

@@ -20,19 +20,19 @@ import ray.data
 
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.protocols.task import Task
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.order import PIECE, Window, epoch, steps
 
 # torch takes seconds to import, and the processes that only start and watch a trial are many.
 if TYPE_CHECKING:
-    from ser_ray.speech.stream import Ahead, Batch, Content, Source
+    from ser_ray.speech.stream import Batch, Content, Prefetcher, Source
     from ser_ray.training import loop
 
 RESIDENT_SHARE: Final = 0.3
 """Data up to this share of the object store are kept there between epochs; more are streamed from the files."""
 LOCAL_SHARE: Final = 0.1
 """The same of the machine's memory, without Ray; its object store takes about a third of that."""
-AHEAD_TABLES: Final = 4
+PREFETCHED_TABLES: Final = 4
 """Tables of up to `PIECE` rows that wait for the next window, or the next epoch: 100 MB of speech."""
 READERS: Final = 2
 """Tasks that read files for one worker at once. They wait for disks, and ask for no CPU of their own: on a cluster
@@ -82,7 +82,7 @@ class Streamed:
 
     def __init__(self, rows: pa.Table, column: str, cached: Path | None = None) -> None:
         self.rows, self.column, self.cached = rows, column, cached
-        self.begun: list[Ahead[pa.Table]] = []
+        self.begun: list[Prefetcher[pa.Table]] = []
 
     def read(
         self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
@@ -103,10 +103,10 @@ class Streamed:
         while self.begun:
             self.begun.pop().close()
 
-    def _begin(self, windows: Sequence[Window]) -> Ahead[pa.Table]:
-        from ser_ray.speech.stream import Ahead
+    def _begin(self, windows: Sequence[Window]) -> Prefetcher[pa.Table]:
+        from ser_ray.speech.stream import Prefetcher
 
-        return Ahead(self._tables(windows), AHEAD_TABLES)
+        return Prefetcher(self._tables(windows), PREFETCHED_TABLES)
 
     def _tables(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
         asked = list(self._asked(windows))
@@ -166,25 +166,25 @@ def data(
         # Epoch 0 is the probe's, which takes no steps.
         return _only(windows, [b for step in taken for b in step.read] if number else range(rank, batches, size))
 
-    def together(batches: Iterable[Batch]) -> Iterator[Batch]:
-        return stream.Ahead(batch.pin() if pin else batch for batch in batches)
+    def prefetched(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return stream.Prefetcher(batch.pin() if pin else batch for batch in batches)
 
     def train_batches(number: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + number
         # The probe sees the speech as it is.
-        vary = partial(augment.vary, settings=experiment.augment, seed=seed) if number else None
+        augmentation = partial(augment.augmented, settings=experiment.augment, seed=seed) if number else None
         following = partial(share, number + 1) if number < experiment.epochs else None
-        return together(
+        return prefetched(
             batch
             for table, packed in train.read(share(number), following)
-            for batch in stream.batches(table, packed, vary=vary, content=content)
+            for batch in stream.batches(table, packed, augmentation=augmentation, content=content)
         )
 
     dev_order = epoch(dev.rows, experiment.batch_seconds, None)
     own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
     def dev_batches() -> Iterator[Batch]:
-        return together(
+        return prefetched(
             batch
             for table, packed in dev.read(own_dev, lambda: own_dev)
             for batch in stream.batches(table, packed, content=content)

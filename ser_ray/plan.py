@@ -20,7 +20,7 @@ from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.schema import SAMPLING_RATE, SPLITS, UserError
 from ser_ray.speech import order, shards
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 
 FILE: Final = "plan.json"
 CACHE_KEY_FIELDS: Final = (

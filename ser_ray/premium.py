@@ -35,14 +35,14 @@ from ser_ray.train import train
 
 DISJOINT = "speaker_kfold"
 """What the other schemes are compared with."""
-FIGURES = ("accuracy", "uar", "macro_f1")
+METRICS = ("accuracy", "uar", "macro_f1")
 
 
 def main(arguments: list[str]) -> int:
     """``ser-ray premium SPACE.yaml [key=value ...]``."""
     if not arguments:
         raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
-    space = cluster.settle_paths(config.load(arguments[0], arguments[1:]))
+    space = cluster.resolve_paths(config.load(arguments[0], arguments[1:]))
     console = Console(highlight=False, soft_wrap=True)
     cluster.connect(space)
     home = space.results_dir()
@@ -111,10 +111,10 @@ def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
             if len(set(speakers)) < 2:
                 raise UserError(f"{group}: one speaker; no split of that corpus is speaker-disjoint")
             labels, guesses, base = found.labels[rows], found.predicted[rows], disjoint.predicted[rows]
-            figures = headline(confusion(labels, guesses, emotions))
+            metrics = headline(confusion(labels, guesses, emotions))
             limits, _ = bootstrap_ci95(labels, guesses, speakers, emotions)
             answer["schemes"][scheme][group] = {"n": len(labels)} | {
-                name: {"value": float(figures[name]), "ci95": list(limits[name])} for name in FIGURES
+                name: {"value": float(metrics[name]), "ci95": list(limits[name])} for name in METRICS
             }
             answer["gaps"][scheme][group] = gap_records(labels, guesses, base, speakers, emotions)
     groups = [(scheme, group) for scheme in predictions if scheme != DISJOINT for group in answer["gaps"][scheme]]
@@ -123,7 +123,7 @@ def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:
     for by_group in answer["gaps"].values():
         for group, gaps in by_group.items():
             by_group[group] = {
-                name: {"value": gap.pop("difference")} | gap for name, gap in gaps.items() if name in FIGURES
+                name: {"value": gap.pop("difference")} | gap for name, gap in gaps.items() if name in METRICS
             }
     return answer
 
@@ -145,13 +145,13 @@ def _test(
 
 
 def _table(answer: dict[str, Any]) -> Table:
-    table = Table("tested on", "split", *FIGURES, "uar above speaker-disjoint", title="leakage premium")
+    table = Table("tested on", "split", *METRICS, "uar above speaker-disjoint", title="leakage premium")
     for scheme, groups in answer["schemes"].items():
-        for group, figures in groups.items():
+        for group, metrics in groups.items():
             gap = answer["gaps"][scheme][group]["uar"]
-            cells = [f"{figures[f]['value']:.3f} [{_limits(figures[f])}]" for f in FIGURES]
+            cells = [f"{metrics[f]['value']:.3f} [{_limits(metrics[f])}]" for f in METRICS]
             above = "" if scheme == DISJOINT else f"{gap['value']:+.3f} [{_limits(gap, '+')}]"
-            table.add_row(f"{group} ({figures['n']})", scheme, *cells, above)
+            table.add_row(f"{group} ({metrics['n']})", scheme, *cells, above)
     return table
 
 

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     """The command: prepare every corpus of a search space."""
     path, *overrides = arguments or [str(config.default_space())]
     console = Console(stderr=True)
-    directories = prepare(cluster.settle_paths(config.load(path, overrides)), console=console)
+    directories = prepare(cluster.resolve_paths(config.load(path, overrides)), console=console)
     console.print(summary(shards.read_index(directories)))
     return 0
 

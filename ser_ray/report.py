@@ -31,8 +31,7 @@ from rich.table import Table
 from ser_ray.disk import write_bytes, write_text
 from ser_ray.evaluation import comparison
 from ser_ray.evaluation.card import what_chose
-from ser_ray.evaluation.figures import to_png
-from ser_ray.evaluation.folder import COSTS, read_tried
+from ser_ray.evaluation.folder import COSTS, read_trials
 from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.page import (
@@ -47,6 +46,7 @@ from ser_ray.evaluation.page import (
     trial_columns,
     trial_counts,
 )
+from ser_ray.evaluation.plots import to_png
 from ser_ray.evaluation.results import Results, read_results
 from ser_ray.evaluation.verdicts import limits_of, p_of, signed, verdicts
 from ser_ray.schema import UserError
@@ -100,8 +100,8 @@ def print_summary(results_dir: Path, console: Console) -> None:
         console.print(f"\n[bold]{'chosen' if results.choice else 'best so far'}[/]: {escape(named_leader(results))}")
         for key, value in results.chosen_config.items():
             console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
-    if results.figures:
-        console.print(_figures_table(results))
+    if results.metrics:
+        console.print(_metrics_table(results))
     for sentence in verdicts(results):
         console.print(escape(sentence))
     if not results.test:
@@ -138,9 +138,9 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
     if differing.row_count:
         console.print(differing)
     for gap in comparison.gaps(searches):
-        said = f"no gap: {gap.why_not}"
-        if gap.figures:
-            uar = gap.figures["uar"]
+        said = f"no gap: {gap.no_gap_reason}"
+        if gap.metrics:
+            uar = gap.metrics["uar"]
             tested = f", {p_of(uar)}" if limits(uar) else ""
             said = f"{signed(uar['difference'])} points UAR {limits_of(uar)}{tested}"
         console.print(escape(f"{gap.one} less {gap.other}: {said}"))
@@ -178,7 +178,7 @@ def _importances(results: Results) -> Any:
         return None
     from ser_ray.search.importance import importances  # Optuna takes a second to import
 
-    return importances(results.space, read_tried(results.folder / "trials"))
+    return importances(results.space, read_trials(results.folder / "trials"))
 
 
 def _trials_table(results: Results) -> Table:
@@ -199,17 +199,17 @@ def _trials_table(results: Results) -> Table:
     return table
 
 
-def _figures_table(results: Results) -> Table:
-    units = interval_units(results.figures)
-    if len(results.figures) > 4:  # with intervals beside one another they would not fit a terminal
+def _metrics_table(results: Results) -> Table:
+    units = interval_units(results.metrics)
+    if len(results.metrics) > 4:  # with intervals beside one another they would not fit a terminal
         table = Table("", *(TITLES[name] for name in HEADLINE), "95 % over", box=SIMPLE_HEAD, pad_edge=False)
-        for title, row in results.figures.items():
+        for title, row in results.metrics.items():
             cells = [f"{show(name, row.get(name))}\n{interval(row, name)}".strip() for name in HEADLINE]
             table.add_row(escape(title), *map(escape, cells), units[title])
         return table
-    table = Table("", *map(escape, results.figures), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
+    table = Table("", *map(escape, results.metrics), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     for name in HEADLINE:
-        cells = [f"{show(name, row.get(name))} {interval(row, name)}".strip() for row in results.figures.values()]
+        cells = [f"{show(name, row.get(name))} {interval(row, name)}".strip() for row in results.metrics.values()]
         table.add_row(TITLES[name], *map(escape, cells))
     table.add_row("95 % over", *(unit or "-" for unit in units.values()))
     return table

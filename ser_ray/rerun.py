@@ -64,7 +64,7 @@ def again(old: Path, overrides: list[str]) -> SearchSpace:
         raise UserError(f"{old}: no results folder (it holds no search.yaml or provenance.json); give results/<name>")
     name = config.load(old / "search.yaml").experiment.name
     beside = [f"experiment.name={name}-rerun", f"storage.results={old.parent}"]
-    return cluster.settle_paths(config.load(old / "search.yaml", [*beside, *overrides]))
+    return cluster.resolve_paths(config.load(old / "search.yaml", [*beside, *overrides]))
 
 
 def surroundings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -79,7 +79,7 @@ def surroundings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 def compare(old: Path, new: Path) -> Iterator[dict[str, Any]]:
     """Then, now and the difference: of every trial's best dev UAR, and of the figures of dev and test."""
-    trials = ({tried.trial_id: tried for tried in folder.read_tried(path / "trials")} for path in (old, new))
+    trials = ({tried.trial_id: tried for tried in folder.read_trials(path / "trials")} for path in (old, new))
     before, after = trials
     for trial_id in sorted(before.keys() | after.keys()):
         found = (before.get(trial_id), after.get(trial_id))

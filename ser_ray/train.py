@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
-from ser_ray.assets.heard import heard
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.results import the_probe
@@ -39,8 +39,8 @@ from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import MemoryShortageError, UserError
 from ser_ray.search.trials import Trials
-from ser_ray.speech import kept
-from ser_ray.speech.fingerprint import same_takes_in
+from ser_ray.speech import cached_features
+from ser_ray.speech.fingerprint import same_recordings_in
 
 # The model and its loop take seconds to import. They are imported where they run, for the processes that only start
 # and watch a trial are many.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ser_ray.training import loop
 
 
-Tell = Callable[[folder.Record], None]
+EpochCallback = Callable[[folder.Record], None]
 """Hears of an epoch that is written."""
 
 
@@ -84,7 +84,7 @@ class Trial:
 
     def files(self) -> tuple[str, Path | None]:
         """The column of what the model is fed, and the directory of its files where that is not the speech's own."""
-        return (kept.COLUMN, Path(self.cached)) if self.cached is not None else ("audio", None)
+        return (cached_features.COLUMN, Path(self.cached)) if self.cached is not None else ("audio", None)
 
     def model(self, experiment: Experiment, device: torch.device) -> tuple[EmotionClassifier, Content]:
         """The model before training, and how what it is fed is read."""
@@ -92,7 +92,7 @@ class Trial:
         from ser_ray.speech.stream import content_of
 
         model = build(experiment, device)
-        model.prefix = kept.Prefix(**self.prefix) if self.prefix else None
+        model.prefix = cached_features.Prefix(**self.prefix) if self.prefix else None
         return model, content_of(model.prefix)
 
 
@@ -105,7 +105,7 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
     """
     allocation, wanted = planned.allocation, planned.prefix(experiment)
     if wanted is None:
-        cached: AbstractContextManager[cache.Kept | None] = nullcontext()
+        cached: AbstractContextManager[cache.CachedFeatures | None] = nullcontext()
     elif allocation.workers <= 1:
         cached = cache.keep(planned, wanted, console, here=True)
     else:
@@ -132,7 +132,7 @@ def fit_on_ray(
     trial: Trial,
     datasets: Mapping[str, ray.data.Dataset] | None = None,
     callbacks: Iterable[Any] = (),
-    tell: Tell | None = None,
+    callback: EpochCallback | None = None,
 ) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
 
@@ -146,10 +146,10 @@ def fit_on_ray(
         datasets = feed.load_resident(trial.load()[1], trial.resident, *trial.files())
     directory = Path(trial.directory)
     trainer = TorchTrainer(
-        _work_explained if tell is None else lambda settings: _work_explained(settings, tell),
+        _work_explained if callback is None else lambda settings: _work_explained(settings, callback),
         train_loop_config=asdict(trial),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if tell else trial.workers,
+            num_workers=0 if callback else trial.workers,
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
@@ -197,12 +197,12 @@ def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[s
         with open_trial(plan, experiment, trial_dir, console) as trial:
             shared = speech if speech and trial.prefix is None else None
             if plan.allocation.workers == 1:
-                fit_on_ray(trial, shared, tell=tune.report)
+                fit_on_ray(trial, shared, callback=tune.report)
             else:
                 fit_on_ray(trial, shared, [TuneReportCallback()])
 
 
-def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
+def fit_here(trial: Trial, callback: EpochCallback = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
     import torch
 
@@ -215,7 +215,7 @@ def fit_here(trial: Trial, tell: Tell = lambda record: None) -> None:
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         _write_epoch(directory, record, save)
-        tell(record)
+        callback(record)
 
     model, content = trial.model(experiment, device)
     files = {split: stream.Files(task.rows(split), *trial.files()) for split in ("train", "dev")}
@@ -230,8 +230,8 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     Raises UserError for a finding that makes training pointless.
     """
     with console.status("audit: fingerprints of the audio"):
-        known = heard(space.backbones(), space.experiment.corpora)
-        findings = audit_search(space, task, same_takes_in(shard_dirs), known)
+        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
+        findings = audit_search(space, task, same_recordings_in(shard_dirs), known)
     sizes = (
         f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
     )
@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> int:
     given = [argument for argument in arguments if argument != "--dry-run"]
     if not given:
         raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.settle_paths(config.load(given[0], given[1:]))
+    space = cluster.resolve_paths(config.load(given[0], given[1:]))
     console = Console(highlight=False, soft_wrap=True)
     if space.resources.workers > 0:
         cluster.connect(space)
@@ -375,7 +375,7 @@ def show_plan(planned: RunPlan, console: Console) -> None:
 # -- below: how it is done
 
 
-def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
+def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> None:
     """What every worker runs; in local mode, where Ray Train passes nothing on, epochs go to ``tell``."""
     import torch
     from ray.train.torch import get_device
@@ -388,8 +388,8 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     torch.set_num_threads(max(1, int(trial.cpus)))
     bound_memory(trial.gpus)
     rank, size, directory = 0, 1, Path(trial.directory)
-    if tell is None:
-        context, tell = ray.train.get_context(), ray.train.report
+    if callback is None:
+        context, callback = ray.train.get_context(), ray.train.report
         rank, size = context.get_world_rank(), context.get_world_size()
     sources = {
         split: feed.held(task.rows(split), ray.train.get_dataset_shard(split))
@@ -401,7 +401,7 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         if rank == 0:
             _write_epoch(directory, record, save)
-        tell(record)
+        callback(record)
 
     loop.forget_peak()  # of the trial before, where a process trains one after the other
     model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
@@ -414,9 +414,9 @@ def _work(settings: dict[str, Any], tell: Tell | None = None) -> None:
                 source.close()
 
 
-def _work_explained(settings: dict[str, Any], tell: Tell | None = None) -> None:
+def _work_explained(settings: dict[str, Any], callback: EpochCallback | None = None) -> None:
     with _memory_explained(Trial(**settings)):
-        _work(settings, tell)
+        _work(settings, callback)
 
 
 @contextmanager

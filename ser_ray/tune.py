@@ -37,7 +37,7 @@ from ser_ray.allocation import Allocation
 from ser_ray.config import SearchSpace
 from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.models import backbones
 from ser_ray.plan import RunPlan
 from ser_ray.protocols.task import Task
@@ -54,7 +54,7 @@ TUNE_STATE = ".tune"
 """Where Tune keeps its own notes while it runs. They are never read: a search continues from its trials' folders."""
 
 
-class Suggestions(Searcher):
+class OptunaSearcher(Searcher):
     """Hands trials to Tune: first those that were cut off, then what the study suggests, until the budget is spent."""
 
     def __init__(self, space: SearchSpace, trials: Trials, gpus: float = 0.0) -> None:
@@ -69,7 +69,7 @@ class Suggestions(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial; None: not yet; FINISHED: no more."""
-        self._tell_failed()
+        self._report_failed()
         waiting = [tried for tried in self.trials if not tried.over and tried.trial_id not in self.live.values()]
         if waiting:
             return self._hand_out(trial_id, waiting[0].trial_id)
@@ -104,7 +104,7 @@ class Suggestions(Searcher):
         self.live[trial_id] = name
         return _begin(self.trials, name)
 
-    def _tell_failed(self) -> None:
+    def _report_failed(self) -> None:
         """Tell the study of those that failed since: it must not count them as running while it looks for the next."""
         for name in [name for name in self.asked if name not in self.live.values() and self.trials.known[name].over]:
             study.end(self.study, self.space, self.asked.pop(name), self.trials.known[name])
@@ -122,7 +122,7 @@ class Suggestions(Searcher):
         )
 
 
-class Queue(Searcher):
+class FixedQueue(Searcher):
     """Hands given trials to Tune, and again those that were cut off."""
 
     def __init__(self, trials: Trials) -> None:
@@ -148,7 +148,7 @@ class Queue(Searcher):
         """Nothing, as above."""
 
 
-class Halving(ASHAScheduler):
+class ReplayingASHA(ASHAScheduler):
     """ASHA over our own epochs and the running best, told what earlier sessions saw."""
 
     def __init__(self, space: SearchSpace, trials: Trials) -> None:
@@ -181,7 +181,7 @@ class Halving(ASHAScheduler):
         """It never ran."""
         super().on_trial_remove(tune_controller, _ours(trial))
 
-    def _replay(self, tried: Tried) -> None:
+    def _replay(self, tried: TrialRecord) -> None:
         own = SimpleNamespace(trial_id=tried.trial_id)
         super().on_trial_add(None, own)
         for record in tried.history:
@@ -210,12 +210,12 @@ def search(planned: RunPlan, task: Task, console: Console) -> None:
     done = sum(tried.over for tried in trials)
     if trials.known:
         console.print(f"continuing the search in {directory}: {done} of {space.tune.trials} trials done")
-    searcher = Suggestions(space, trials, planned.allocation.worker.gpus * planned.allocation.workers)
-    scheduler = FIFOScheduler() if space.tune.scheduler == "none" else Halving(space, trials)
+    searcher = OptunaSearcher(space, trials, planned.allocation.worker.gpus * planned.allocation.workers)
+    scheduler = FIFOScheduler() if space.tune.scheduler == "none" else ReplayingASHA(space, trials)
     _run(planned, trials, searcher, scheduler, _speech(planned, task), console)
 
 
-def train_finals(planned: RunPlan, jobs: Iterable[Tried], console: Console) -> None:
+def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console) -> None:
     """Train the finalists over folds and seeds, as `evaluate.finals` lists them; continued like a search."""
     trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=sys.argv[1:])
     wanted = {job.trial_id: job.values for job in jobs}
@@ -225,7 +225,7 @@ def train_finals(planned: RunPlan, jobs: Iterable[Tried], console: Console) -> N
     left = sum(not tried.over for tried in trials)
     console.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
     if left:
-        _run(planned, trials, Queue(trials), FIFOScheduler(), {}, console)
+        _run(planned, trials, FixedQueue(trials), FIFOScheduler(), {}, console)
 
 
 def main(arguments: list[str]) -> int:
@@ -363,7 +363,7 @@ def _resources(allocation: Allocation) -> dict[str, float]:
 def _load(path: Path, overrides: list[str]) -> SearchSpace:
     """The space, with ``tune.trials=+N`` counted from what the search of that name has already."""
     relative = [text for text in overrides if text.startswith("tune.trials=+")]
-    space = cluster.settle_paths(config.load(path, [text for text in overrides if text not in relative]))
+    space = cluster.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
     home = space.results_dir()
     known = config.load(home / "search.yaml") if (home / "search.yaml").is_file() else space
     trials = max(space.tune.trials, known.tune.trials)
@@ -371,7 +371,7 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
         more = relative[-1].partition("+")[2]
         if not more.isdigit():
             raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
-        over = [tried for tried in folder.read_tried(home / "trials") if tried.over]
+        over = [tried for tried in folder.read_trials(home / "trials") if tried.over]
         # Of an unfinished search the rest comes first: the same command, given again after a kill, adds nothing.
         trials += int(more) if len(over) >= trials and is_evaluated(home, known) else 0
     return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})

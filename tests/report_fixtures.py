@@ -119,8 +119,8 @@ def write_everything(folder: Path, leaky=False, detail="none") -> Path:
         write_predictions(predictions(seed=seed), split, folder / "evaluation/predictions.parquet")
     choice, test = (json.loads((folder / f"evaluation/{name}.json").read_text()) for name in ("choice", "test"))
     runs = [{"fold": fold, "seed": 0, "checkpoint": "", "dev_uar": 0.7 + fold / 100} for fold in range(3)]
-    figures = {"dev_uar": 0.72, "dev_accuracy": 0.7, "dev_macro_f1": 0.7, "dev_kappa": 0.6}
-    finalists = [figures | {"trial_id": name, "trainable_parameters": 7, "runs": runs} for name in ("second", "1e10")]
+    metrics = {"dev_uar": 0.72, "dev_accuracy": 0.7, "dev_macro_f1": 0.7, "dev_kappa": 0.6}
+    finalists = [metrics | {"trial_id": name, "trainable_parameters": 7, "runs": runs} for name in ("second", "1e10")]
     gap = {"uar": {"difference": 0.003, "ci95": [-0.013, 0.007], "p": 0.3}}
     write_json(
         folder / "evaluation/choice.json",
@@ -170,8 +170,8 @@ def write_trials(folder: Path, count: int, seed=0) -> config.SearchSpace:
                 | {"best_dev_uar": figure, "best_epoch": epoch}
             )
             results_folder.append_history(folder / "trials" / f"{number:03}", history[-1])
-        tried = results_folder.Tried(f"{number:03}", values, "finished", seconds=80.0, history=history)
-        results_folder.write_tried(folder / "trials", tried)
+        tried = results_folder.TrialRecord(f"{number:03}", values, "finished", seconds=80.0, history=history)
+        results_folder.write_trial(folder / "trials", tried)
         rows.append(results_folder.trial_row(tried, search))
     results_folder.write_trials(folder, rows)
     return space

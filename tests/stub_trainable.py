@@ -44,7 +44,7 @@ def run_trial(*arguments: Any, **named: Any) -> None:
         train.run_trial(*arguments, **named)
 
 
-def fit(trial: train.Trial, datasets: Any = None, callbacks: Any = (), tell: train.Tell | None = None) -> None:
+def fit(trial: train.Trial, datasets: Any = None, callbacks: Any = (), tell: train.EpochCallback | None = None) -> None:
     """The epochs of a trial, continued where it left off, as `ser_ray.training.loop` would tell them."""
     from ray import tune
 
@@ -68,12 +68,12 @@ def record(experiment: Experiment, epoch: int, metric: str, before: folder.Recor
     chance = random.Random(config.fingerprint(config.to_dict(experiment) | {"name": ""}))
     height = chance.uniform(0.4, 0.8) * (1 - 0.5 ** (epoch + 1))
     names = ("uar", "accuracy", "macro_f1", "kappa")
-    figures = {f"dev_{name}": height - 0.01 * place for place, name in enumerate(names)}
+    metrics = {f"dev_{name}": height - 0.01 * place for place, name in enumerate(names)}
     best, best_epoch = before.get(f"best_{metric}", -1.0), before.get("best_epoch", 0)
-    if figures[metric] > best:
-        best, best_epoch = figures[metric], epoch
+    if metrics[metric] > best:
+        best, best_epoch = metrics[metric], epoch
     following = epoch + 1
-    goes_on = following <= experiment.epochs and following - best_epoch <= experiment.patience
+    should_continue = following <= experiment.epochs and following - best_epoch <= experiment.patience
     return {
         "epoch": epoch,
         "train_loss": 2.0 / epoch if epoch else None,
@@ -83,10 +83,10 @@ def record(experiment: Experiment, epoch: int, metric: str, before: folder.Recor
         "input_wait": 0.0,
         "peak_memory_mb": 100.0,
         "dev_loss": 2.0 - height,
-        **figures,
+        **metrics,
         f"best_{metric}": best,
         "best_epoch": best_epoch,
-        "last": not goes_on,
+        "last": not should_continue,
         "trainable_parameters": 1000 * experiment.adapter.rank,
     }
 

@@ -29,7 +29,7 @@ from ser_ray.models.classifier import build
 from ser_ray.models.logmel import LogMel
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.speech.audio import is_silent, load_recording
-from ser_ray.speech.fingerprint import fingerprint, same_takes
+from ser_ray.speech.fingerprint import fingerprint, same_recordings
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -214,7 +214,7 @@ def test_stand_ins_are_speech_that_is_used(stand_ins: Path) -> None:
             assert not is_silent(waveform)
             assert 0.4 < len(waveform) / 16_000 < 3
             prints[utterance.utterance_id] = fingerprint(waveform)
-    assert same_takes(prints) == []
+    assert same_recordings(prints) == []
 
 
 def test_stand_ins_are_continued(stand_ins: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import UserError
 from ser_ray.speech import shards, stream
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 
 LORA = "experiment.adapter={method: lora, first_layer: 1}"
 FROZEN = "experiment.adapter={method: frozen}"
@@ -62,7 +62,7 @@ def planned(space: SearchSpace, own: allocation.Allocation = HERE) -> RunPlan:
     return plan.make(space, own, shard_dirs, load_task(space.experiment, shard_dirs))
 
 
-def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.Kept | None, str]:
+def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.CachedFeatures | None, str]:
     """What is cached, and what was said."""
     said = io.StringIO()
     console = Console(file=said, width=400)
@@ -74,9 +74,9 @@ def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.Kept | None, str
         return kept, said.getvalue()
 
 
-def contents(kept: cache.Kept) -> dict[str, np.ndarray]:
+def contents(kept: cache.CachedFeatures) -> dict[str, np.ndarray]:
     rows = [row for path in kept.paths for row in pq.read_table(path).to_pylist()]
-    return {row["utterance_id"]: kept.prefix.read(row["kept"]) for row in rows}
+    return {row["utterance_id"]: kept.prefix.read(row["features"]) for row in rows}
 
 
 @pytest.mark.parametrize("adapter", [LORA, FROZEN])
@@ -148,7 +148,7 @@ def test_its_size_is_said_before_and_is_right(load):
         seconds = sum(row["num_samples"] for row in rows) / 16_000
         expected = kept.prefix.gigabytes(seconds, len(rows))
         assert f"making {expected:.2f} GB" in said
-        held = sum(len(row["kept"]) for row in rows) / 1e9
+        held = sum(len(row["features"]) for row in rows) / 1e9
         assert expected == pytest.approx(held, rel=0.05)
 
 

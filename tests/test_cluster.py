@@ -165,7 +165,7 @@ def test_a_signal_ends_a_command_in_a_background_too(ctrl_c, number):
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, number)}
     try:
         signal.signal(signal.SIGINT, ctrl_c)
-        cluster._heed_signals()
+        cluster._install_signal_handlers()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     finally:

@@ -13,7 +13,7 @@ import pytest
 from ser_ray import evaluate
 from ser_ray.config import Audio, SearchSpace
 from ser_ray.evaluate import PROBE, Run
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import Predictions
@@ -75,21 +75,21 @@ def guesses(space: SearchSpace, fold: int, split: str, right: float, seed: int =
     return evaluate._predictions(task, split, probabilities)
 
 
-def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[Any, list[Tried]]:
+def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[Any, list[TrialRecord]]:
     (directory / "audit.json").write_text('{"leaky": false}')
     runs = {i: [Run(i, fold, 0, f"finals/{i}-fold{fold}/epoch_002") for fold in folds] for i in ("001", "002")}
     dev = {i: [guesses(space, run.fold, "dev", right) for run in runs[i]] for i, right in (("001", 0.9), ("002", 0.5))}
     best = {"epoch": 2, "best_epoch": 2, "trainable_parameters": 5}
-    tried = [Tried(i, {}, "finished", history=[best]) for i in runs]
+    tried = [TrialRecord(i, {}, "finished", history=[best]) for i in runs]
     return evaluate._Record(directory, space, task_of(space), dev, runs), tried
 
 
-def answer_of(directory: Path, space: SearchSpace, folds: list[int], rivals: dict[str, float]) -> dict[str, Any]:
+def answer_of(directory: Path, space: SearchSpace, folds: list[int], baselines: dict[str, float]) -> dict[str, Any]:
     record, finalists = record_of(directory, space, folds)
     chosen = record.choose(finalists)
     assert chosen == "001"
     parts = [guesses(space, fold, "test", 0.9) for fold in folds]
-    others = {n: [guesses(space, fold, "test", right, seed=5) for fold in folds] for n, right in rivals.items()}
+    others = {n: [guesses(space, fold, "test", right, seed=5) for fold in folds] for n, right in baselines.items()}
     answer: dict[str, Any] = record.test(chosen, parts, others)
     return json.loads(json.dumps(answer, allow_nan=False))
 

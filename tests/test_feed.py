@@ -16,7 +16,7 @@ from ser_ray import config, feed
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.speech import order, shards, stream
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 from ser_ray.training import loop
 
 

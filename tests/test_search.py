@@ -23,18 +23,18 @@ from search_fixtures import SEARCH, record, space
 from ser_ray import allocation, disk, evaluate, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.plan import RunPlan
 from ser_ray.search.trials import ATTEMPTS, Trials
 
 
-def searcher(directory: Path, **budget) -> tuple[tune.Suggestions, Trials]:
+def searcher(directory: Path, **budget) -> tuple[tune.OptunaSearcher, Trials]:
     settings = space(SEARCH, **{"trials": 3} | budget)
     trials = Trials(directory, settings.search)
-    return tune.Suggestions(settings, trials, gpus=1), trials
+    return tune.OptunaSearcher(settings, trials, gpus=1), trials
 
 
-def finish(search: tune.Suggestions, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:
+def finish(search: tune.OptunaSearcher, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:
     """As Tune does: the searcher first, then the callback."""
     name = search.live[tune_id]
     folder.append_history(search.trials.results_dir / "trials" / name, record(1, 0.5, 0.5))
@@ -151,7 +151,7 @@ def test_no_trial_begins_once_the_budget_is_spent(tmp_path, budget, begun):
 def trained(directory: Path, trial_id: str, curve: list[float]) -> None:
     for epoch, best in enumerate(curve, start=1):
         folder.append_history(directory / "trials" / trial_id, record(epoch, best, best))
-    folder.write_tried(directory / "trials", Tried(trial_id, {}, "finished"))
+    folder.write_trial(directory / "trials", TrialRecord(trial_id, {}, "finished"))
 
 
 def test_asha_remembers_what_earlier_sessions_saw(tmp_path):
@@ -159,7 +159,7 @@ def test_asha_remembers_what_earlier_sessions_saw(tmp_path):
     trained(tmp_path, "002", [0.4, 0.5, 0.6, 0.7])
     settings = space(SEARCH, grace=1)
     trials = Trials(tmp_path, settings.search)
-    scheduler = tune.Halving(settings, trials)
+    scheduler = tune.ReplayingASHA(settings, trials)
     trials.add("003", {})
     bad = SimpleNamespace(trial_id="tune-3", config={"trial_id": "003"})
     scheduler.on_trial_add(None, bad)
@@ -172,12 +172,12 @@ def test_asha_remembers_what_earlier_sessions_saw(tmp_path):
 
 def test_asha_does_not_count_a_continued_trial_twice(tmp_path):
     trained(tmp_path, "001", [0.5, 0.6])
-    folder.write_tried(tmp_path / "trials", Tried("001", {}, "running"))
+    folder.write_trial(tmp_path / "trials", TrialRecord("001", {}, "running"))
     settings = space(SEARCH, grace=1)
-    scheduler = tune.Halving(settings, Trials(tmp_path, settings.search))
-    goes_on = SimpleNamespace(trial_id="tune-9", config={"trial_id": "001"})
-    scheduler.on_trial_add(None, goes_on)
-    scheduler.on_trial_result(None, goes_on, record(3, 0.7, 0.7))
+    scheduler = tune.ReplayingASHA(settings, Trials(tmp_path, settings.search))
+    should_continue = SimpleNamespace(trial_id="tune-9", config={"trial_id": "001"})
+    scheduler.on_trial_add(None, should_continue)
+    scheduler.on_trial_result(None, should_continue, record(3, 0.7, 0.7))
     rungs = dict(scheduler._brackets[0]._rungs)
     assert {milestone: dict(seen) for milestone, seen in rungs.items() if seen} == {
         1: {"001": 0.5},
@@ -189,7 +189,7 @@ def test_asha_counts_a_trial_once_however_often_it_is_begun(tmp_path):
     settings = space(SEARCH, grace=1)
     trials = Trials(tmp_path, settings.search)
     trials.add("001", {})
-    scheduler = tune.Halving(settings, trials)
+    scheduler = tune.ReplayingASHA(settings, trials)
     for begun in range(3):
         again = SimpleNamespace(trial_id=f"tune-{begun}", config={"trial_id": "001"})
         scheduler.on_trial_add(None, again)
@@ -204,7 +204,7 @@ def test_asha_goes_by_the_largest_searched_number_of_epochs(tmp_path, searched):
     settings = space({"epochs": searched}, grace=1)
     trials = Trials(tmp_path, settings.search)
     trials.add("001", {"epochs": 20})
-    scheduler = tune.Halving(settings, trials)
+    scheduler = tune.ReplayingASHA(settings, trials)
     long = SimpleNamespace(trial_id="tune-1", config={"trial_id": "001"})
     scheduler.on_trial_add(None, long)
     decisions = [scheduler.on_trial_result(None, long, record(epoch, 0.5, 0.5)) for epoch in range(1, 20)]

@@ -194,7 +194,7 @@ def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(
         assert sorted(set(epochs)) == [line["epoch"] for line in lines(unbroken, trial_id)]
         repeated += len(epochs) - len(set(epochs))
     assert repeated == 0  # only what had no whole checkpoint yet is trained again, and that has no line
-    for tried in folder.read_tried(broken / "trials"):
+    for tried in folder.read_trials(broken / "trials"):
         assert (broken / after[tried.trial_id]["checkpoint"] / "head.safetensors").is_file()
         assert float(after[tried.trial_id]["dev_uar"]) == tried.best["dev_uar"]
     for name in ("best/head.safetensors", "evaluation/test.json", "evaluation/predictions.parquet", "report.html"):

@@ -17,7 +17,7 @@ from backbone_fixtures import write_backbone
 
 from ser_ray import config, disk
 from ser_ray.__main__ import main
-from ser_ray.evaluation.folder import read_tried, trial_history
+from ser_ray.evaluation.folder import read_trials, trial_history
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
 
@@ -299,10 +299,10 @@ def test_a_finished_search_takes_more_epochs(tuned, space, capsys):
     shutil.copytree(tuned, results)
     settings = results / "search.yaml"
     settings.write_text(settings.read_text().replace("name: tiny", "name: epochs"))
-    before = {tried.trial_id: tried for tried in read_tried(results / "trials")}
+    before = {tried.trial_id: tried for tried in read_trials(results / "trials")}
     assert main(["tune", str(space), "experiment.name=epochs", "experiment.epochs=3"]) == 0
     assert "this search is finished" not in capsys.readouterr().out
-    for tried in read_tried(results / "trials"):
+    for tried in read_trials(results / "trials"):
         old = before[tried.trial_id]
         assert list(tried.history[: len(old.history)]) == list(old.history), "nothing is trained again"
         assert len(tried.history) == (3 if old.status == "finished" else len(old.history))
@@ -544,13 +544,13 @@ def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
     from ser_ray.schema import UserError
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    settled = cluster.settle_paths(config.load(config.default_space()))
+    settled = cluster.resolve_paths(config.load(config.default_space()))
     assert settled.storage.results == str(Path.home() / "ser_ray" / "results")
-    settled = cluster.settle_paths(config.load(config.default_space(), ["storage.prefix_gb=0"]))
+    settled = cluster.resolve_paths(config.load(config.default_space(), ["storage.prefix_gb=0"]))
     assert settled.storage.prefix_gb == 0, "what is no path is left alone"
     for override in ("storage.results=results", "storage.cache=cache", "experiment.corpora.ravdess=data/ravdess"):
         with pytest.raises(UserError, match="relative"):
-            cluster.settle_paths(config.load(config.default_space(), [override]))
+            cluster.resolve_paths(config.load(config.default_space(), [override]))
 
 
 def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkeypatch):
@@ -565,7 +565,7 @@ def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkey
     }
     content["tune"] = {"first": [{"backbone": "mine", "adapter.first_layer": 1}]}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    settled = cluster.settle_paths(config.load(tmp_path / "space.yaml"))
+    settled = cluster.resolve_paths(config.load(tmp_path / "space.yaml"))
     whole = str(tmp_path / "mine")
     assert settled.search["backbone"].choice == (whole, "embedded/tiny-whisper")
     assert settled.search["adapter.first_layer"].when == {"backbone": (whole,)}

@@ -74,8 +74,8 @@ def test_a_log_has_a_line_for_everything(tmp_path):
     assert lines[1] == "trial 001  frozen prefix: found"
     assert "epoch  2" in lines[3]
     assert lines[4] == "trial 001  finished; 1 of 3 trials done, about 4 min left"
-    assert [row["status"] for row in folder.read_trials(tmp_path)] == ["finished", "running"]
-    assert [row["seconds"] for row in folder.read_trials(tmp_path)] == ["120.0", "0.0"]
+    assert [row["status"] for row in folder.read_trial_rows(tmp_path)] == ["finished", "running"]
+    assert [row["seconds"] for row in folder.read_trial_rows(tmp_path)] == ["120.0", "0.0"]
 
 
 def test_a_terminal_shows_one_table(tmp_path):

@@ -97,16 +97,16 @@ def _transmit(clean_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(T,) float32: half in a room, three quarters noisy, half band-limited, one in six over a telephone."""
     gain_W = _draw_filter(_frequencies(len(clean_T)), rng)
     room_R = _room(rng.uniform(0.1, 0.8), rng.uniform(-3, 15), rng) if rng.random() < 0.5 else np.ones(1, np.float32)
-    heard_T = _filtered(clean_T, gain_W, room_R)
-    heard_T = heard_T * (_rms(clean_T) / max(_rms(heard_T), 1e-9))
+    recorded_T = _filtered(clean_T, gain_W, room_R)
+    recorded_T = recorded_T * (_rms(clean_T) / max(_rms(recorded_T), 1e-9))
     if rng.random() < 0.75:
-        heard_T = heard_T + _noise(heard_T, rng.uniform(5, 40), rng.uniform(0, 2), rng)
+        recorded_T = recorded_T + _noise(recorded_T, rng.uniform(5, 40), rng.uniform(0, 2), rng)
     if rng.random() < 1 / 6:
-        heard_T = _telephone(_held(heard_T), a_law=rng.random() < 0.5)
+        recorded_T = _telephone(_held(recorded_T), a_law=rng.random() < 0.5)
     if rng.random() < 0.05:
-        peak = np.abs(heard_T).max() * rng.uniform(0.3, 0.8)
-        heard_T = np.clip(heard_T, -peak, peak)
-    return _held(heard_T)
+        peak = np.abs(recorded_T).max() * rng.uniform(0.3, 0.8)
+        recorded_T = np.clip(recorded_T, -peak, peak)
+    return _held(recorded_T)
 
 
 def _draw_filter(frequencies_W: np.ndarray, rng: np.random.Generator) -> np.ndarray:

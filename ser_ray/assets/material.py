@@ -154,10 +154,10 @@ def _targets(spoken: Spoken, frames: slice, rendered: channel.Rendered) -> _Crop
 
 
 def _collate(crops: list[_Crop]) -> Batch:
-    heard, clean, phones, contours, numbers, languages = zip(*crops, strict=True)
+    recorded, clean, phones, contours, numbers, languages = zip(*crops, strict=True)
     return Batch(
-        waveform_BT=_padded(heard),
-        lengths_B=torch.tensor([len(one) for one in heard]),
+        waveform_BT=_padded(recorded),
+        lengths_B=torch.tensor([len(one) for one in recorded]),
         clean_BT=_padded(clean),
         phones_BF=_padded(phones, NO_FRAME),
         contour_BFC=_padded(contours),

@@ -140,7 +140,7 @@ class Training:
         self.losses: dict[str, float] = {}
         """Means of the last hundred steps or so."""
 
-    def take(self, batch: material.Batch) -> None:
+    def update(self, batch: material.Batch) -> None:
         """One step. Its chance (masks, dropout) depends on the seed and its number alone."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         for group in self.optimiser.param_groups:
@@ -307,7 +307,7 @@ def _train(training: Training, spoken: Path, latest: Path, console: Console, wor
     try:
         parts = speech.count_parts(recipe.hours)  # the directory may hold more
         for batch in material.batches(spoken, recipe.seed, recipe.batch, steps, workers, parts):
-            training.take(batch)
+            training.update(batch)
             if training.step % SAVE_EVERY == 0:
                 training.save(latest)
             if (now := time.monotonic()) - shown > 20 or training.step == recipe.steps:

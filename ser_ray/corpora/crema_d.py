@@ -85,18 +85,18 @@ def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance
     gender_of: dict[str, str] = {}
     for row, where in _rows(directory, "VideoDemographics.csv"):
         _note(gender_of, row["ActorID"], _gender(row, where), where)
-    winners: dict[str, Heard] = {}
+    winners: dict[str, Perceived] = {}
     for row, where in _rows(directory, "summaryTable.csv"):
         _note(winners, row["FileName"], (_winner(row["VoiceVote"], where), None), where)
-    shares: dict[str, Heard] = {}
+    shares: dict[str, Perceived] = {}
     for row, where in _rows(directory, "tabulatedVotes.csv"):
         if row[""].startswith("1"):
             _note(shares, row["fileName"], (_winner(row["emoVote"], where), _share(row["agreement"], where)), where)
-    heard = winners | shares
+    perceived_of = winners | shares
     annotated = []
     for utterance in utterances:
         clip = utterance.utterance_id.removeprefix("crema_d/")
-        perceived, agreement = heard.get(MISSPELT.get(clip, clip), (None, None))
+        perceived, agreement = perceived_of.get(MISSPELT.get(clip, clip), (None, None))
         gender = gender_of.get(utterance.speaker.removeprefix("crema_d/"))
         annotated.append(replace(utterance, gender=gender, perceived=perceived, agreement=agreement))
     return annotated
@@ -105,7 +105,7 @@ def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance
 # -- below: how it is done
 
 T = TypeVar("T")
-Heard = tuple[str, float | None]
+Perceived = tuple[str, float | None]
 
 _COLUMNS: Final = {
     "VideoDemographics.csv": ("ActorID", "Sex"),

@@ -111,13 +111,13 @@ def _started(copy: Callable[[Path, Path], None], options: int, volume: int) -> I
     pieces: list[np.ndarray] = []
     phones: list[tuple[float, str]] = []
 
-    def take(samples: Any, count: int, events: Any) -> int:
+    def receive(samples: Any, count: int, events: Any) -> int:
         if count > 0:
             pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         phones.extend(_phones(events))
         return 0
 
-    callback = _Callback(take)
+    callback = _Callback(receive)
 
     def narrate(sentence: str, voice: Voice, seed: int) -> tuple[np.ndarray, Phones]:
         (data / "voices" / "!v" / "ours").write_text(_voice_file(voice), encoding="ascii")

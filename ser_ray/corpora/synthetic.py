@@ -93,7 +93,7 @@ STYLE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.0, tilt=0.4, br
 """Standard deviation over speakers, of an emotion's rule."""
 NOISE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.2, tilt=0.5, breath=0.02, tremor=0.04)
 """Standard deviation over the utterances of one speaker and emotion."""
-STRENGTH: Final = (0.8, 1.2)
+INTENSITY: Final = (0.8, 1.2)
 """How much of the rule an utterance carries, evenly distributed."""
 
 
@@ -242,12 +242,12 @@ def _make_utterance(
 
 
 def _draw_prosody(style: Prosody, random: np.random.Generator) -> Prosody:
-    return _scatter(style, random.uniform(*STRENGTH), NOISE, random)
+    return _scatter(style, random.uniform(*INTENSITY), NOISE, random)
 
 
-def _scatter(rule: Prosody, strength: float, deviation: Prosody, random: np.random.Generator) -> Prosody:
+def _scatter(rule: Prosody, intensity: float, deviation: Prosody, random: np.random.Generator) -> Prosody:
     spread = asdict(deviation)
-    drawn = {key: strength * value + spread[key] * random.standard_normal() for key, value in asdict(rule).items()}
+    drawn = {key: intensity * value + spread[key] * random.standard_normal() for key, value in asdict(rule).items()}
     for key in ("breath", "tremor", "rise"):
         drawn[key] = float(np.clip(drawn[key], 0, 1))
     return Prosody(**drawn)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ser_ray.evaluation.metrics import confusion, headline
 
-STRENGTHS: Final = (0.0001, 0.001, 0.01, 0.1, 1.0)
+SVM_C_GRID: Final = (0.0001, 0.001, 0.01, 0.1, 1.0)
 """What `linear_svm` chooses its C from."""
 FOLDS: Final = 5
 """Of the cross-validation over train speakers that chooses it."""
@@ -46,7 +46,7 @@ def linear_svm(
 ) -> np.ndarray:
     """A linear SVM on standardised features, emotions weighted alike: with `egemaps.egemaps` the field's old baseline.
 
-    C is that of `STRENGTHS` with the best UAR in cross-validation over train speakers (of equals the smallest); test
+    C is that of `SVM_C_GRID` with the best UAR in cross-validation over train speakers (ties go to the smallest); test
     has no part in it. With one train speaker there is nobody to leave out, and C is the middle one.
 
     Args:
@@ -68,11 +68,11 @@ def linear_svm(
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
 
-    middle = STRENGTHS[len(STRENGTHS) // 2]
+    middle = SVM_C_GRID[len(SVM_C_GRID) // 2]
     model = make_pipeline(StandardScaler(), LinearSVC(C=middle, class_weight="balanced", dual=False))
     if (speakers := len(set(train_speakers))) > 1:
         folds = GroupKFold(min(FOLDS, speakers))
-        model = GridSearchCV(model, {"linearsvc__C": STRENGTHS}, scoring="balanced_accuracy", cv=folds)
+        model = GridSearchCV(model, {"linearsvc__C": SVM_C_GRID}, scoring="balanced_accuracy", cv=folds)
         model.fit(train_features_ND, train_labels_N, groups=train_speakers)
     else:
         model.fit(train_features_ND, train_labels_N)

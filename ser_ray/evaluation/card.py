@@ -10,13 +10,13 @@ from ser_ray.corpora.describe import speech_of
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.verdicts import NAMES
 
-FIGURES: Final = ("accuracy", "uar", "macro_f1", "kappa")
+METRICS: Final = ("accuracy", "uar", "macro_f1", "kappa")
 
 
 def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
     """Markdown, from the experiment of the checkpoint and the evaluation records; ``metric``: trials' own, ``uar``."""
     leaky = "**LEAKY: speakers or audio are shared between splits; these figures are inflated.**\n\n"
-    titles = [NAMES[name] for name in FIGURES]
+    titles = [NAMES[name] for name in METRICS]
     return (
         f"# {experiment.name}\n\n"
         f"Speech emotion classifier: {_model(experiment, test)}; emotions: {', '.join(experiment.emotions)}.\n"
@@ -70,9 +70,9 @@ def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
     )
 
 
-def _row(split: str, figures: Mapping[str, Any]) -> str:
-    cells = [f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in FIGURES]
-    return f"| {split} ({figures['n']}) | {' | '.join(cells)} | {figures['ci95_unit']} |"
+def _row(split: str, metrics: Mapping[str, Any]) -> str:
+    cells = [f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in METRICS]
+    return f"| {split} ({metrics['n']}) | {' | '.join(cells)} | {metrics['ci95_unit']} |"
 
 
 def _speech(corpora: list[str]) -> str:

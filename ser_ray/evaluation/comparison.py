@@ -25,9 +25,9 @@ class Gap:
 
     one: str
     other: str
-    figures: Mapping[str, Mapping[str, Any]]
+    metrics: Mapping[str, Mapping[str, Any]]
     """Headline figure -> a record of `ser_ray.evaluation.gaps`."""
-    why_not: str = ""
+    no_gap_reason: str = ""
 
 
 def labels(searches: Sequence[Results]) -> list[str]:
@@ -79,8 +79,8 @@ def gaps(searches: Sequence[Results]) -> list[Gap]:
         for (one, first), (other, second) in itertools.combinations(named, 2)
     ]
     return [
-        replace(pair, figures=figures)
-        for pair, figures in zip(found, corrected(pair.figures for pair in found), strict=True)
+        replace(pair, metrics=metrics)
+        for pair, metrics in zip(found, corrected(pair.metrics for pair in found), strict=True)
     ]
 
 

@@ -28,11 +28,11 @@ Record = dict[str, Any]
 NOTES = "notes.txt"
 """In a trial's folder: lines for people on what it does before its first epoch."""
 COSTS = ("seconds_per_epoch", "peak_memory_mb", "trainable_parameters")
-DEV_FIGURES = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
+DEV_METRICS = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialRecord:
     """What is known of a trial, as its folder says."""
 
     trial_id: str
@@ -87,16 +87,16 @@ def alone(results_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_tried(trials_dir: Path, tried: Tried) -> None:
+def write_trial(trials_dir: Path, tried: TrialRecord) -> None:
     """Write a trial's ``trial.json``."""
     known = {one.name: getattr(tried, one.name) for one in fields(tried) if one.name != "history"}
     write_json(trials_dir / tried.trial_id / "trial.json", known | {"values": dict(tried.values)})
 
 
-def read_tried(trials_dir: Path) -> list[Tried]:
+def read_trials(trials_dir: Path) -> list[TrialRecord]:
     """All trials of a folder, in order of their ids."""
     paths = sorted(trials_dir.glob("*/trial.json"))
-    return [Tried(**read_json(path), history=tuple(trial_history(path.parent))) for path in paths]
+    return [TrialRecord(**read_json(path), history=tuple(trial_history(path.parent))) for path in paths]
 
 
 def costs(history: Sequence[Record]) -> dict[str, float]:
@@ -139,7 +139,7 @@ def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}"
 
 
-def trial_row(tried: Tried, keys: Iterable[str] = ()) -> Record:
+def trial_row(tried: TrialRecord, keys: Iterable[str] = ()) -> Record:
     """One row of ``trials.csv``: the searched ``keys``, and the figures of the trial's best epoch so far."""
     best, history = tried.best, tried.history
     cost = costs(history) if history else dict.fromkeys(COSTS, "")
@@ -148,7 +148,7 @@ def trial_row(tried: Tried, keys: Iterable[str] = ()) -> Record:
         | {"seconds": round(tried.seconds, 1)}
         | {key: tried.values.get(key, "") for key in keys}
         | {"best_epoch": best.get("epoch", "")}
-        | {name: best.get(name, "") for name in DEV_FIGURES}
+        | {name: best.get(name, "") for name in DEV_METRICS}
         | cost
         | {"checkpoint": f"trials/{tried.trial_id}/{checkpoint_name(best['epoch'])}" if best else ""}
         | {"halved": "batch_seconds" if tried.halved else "", "error": tried.error}
@@ -165,7 +165,7 @@ def write_trials(results_dir: Path, rows: Iterable[Record]) -> None:
     write_text(results_dir / "trials.csv", buffer.getvalue())
 
 
-def read_trials(results_dir: Path) -> list[dict[str, str]]:
+def read_trial_rows(results_dir: Path) -> list[dict[str, str]]:
     """The rows of ``trials.csv`` as they were written, every value as text."""
     with (results_dir / "trials.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

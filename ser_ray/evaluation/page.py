@@ -15,10 +15,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ser_ray.config import to_dict
-from ser_ray.evaluation import comparison, figures, mistakes, trial_figures
+from ser_ray.evaluation import comparison, mistakes, plots, trial_plots
 from ser_ray.evaluation.calibration import reliability
 from ser_ray.evaluation.card import what_chose
-from ser_ray.evaluation.folder import COSTS, DEV_FIGURES
+from ser_ray.evaluation.folder import COSTS, DEV_METRICS
 from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import Results, as_number
@@ -62,7 +62,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
     detail = results.test or results.dev
     predictions = results.predictions.get(split)
     doubtful = mistakes.most_confident(predictions) if predictions is not None else []
-    heard, silent = _recordings(results, doubtful) if audio and doubtful else ({}, "")
+    recordings, silent = _recordings(results, doubtful) if audio and doubtful else ({}, "")
     protocol = detail.get("protocol") or to_dict(results.space.experiment.protocol)
     return (
         _environment()
@@ -78,14 +78,14 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
             columns=trial_columns(results),
             counts=trial_counts(results),
             finalists=results.choice.get("finalists", ()),
-            dev_figures=DEV_FIGURES,
+            dev_metrics=DEV_METRICS,
             metric=results.space.tune.metric,
             importances=importances,
             front=_front(results),
             calibration=reliability(predictions) if predictions is not None else None,
             mistakes=doubtful,
             wrong=int((predictions.predicted != predictions.labels).sum()) if predictions is not None else 0,
-            heard=heard,
+            recordings=recordings,
             silent=silent,
             protocol={key: value for key, value in protocol.items() if value is not None},
             command=shlex.join(["ser-ray", *results.provenance["argv"]]) if results.provenance else "",
@@ -101,21 +101,21 @@ def search_parts(results: Results) -> dict[str, Part]:
     for split, summary in (("test", results.test), ("dev", results.dev)):
         if summary:
             title = f"{split}: {summary['n']} utterances"
-            figure = figures.confusion_figure(np.array(summary["confusion"]), summary["labels"], title)
+            figure = plots.plot_confusion(np.array(summary["confusion"]), summary["labels"], title)
             parts[split] = _part(figure, f"confusion matrix {split}")
     if any(results.histories.values()):
-        parts["curves"] = _part(figures.learning_curves_figure(results.histories, winner, metric), "learning curves")
+        parts["curves"] = _part(plots.plot_learning_curves(results.histories, winner, metric), "learning curves")
     rows = _with_numbers(results.trials, [metric])
     if len(rows) > 1 and any(row.get(key) for row in rows for key in results.space.search):
-        figure = trial_figures.parallel_figure(rows, results.space.search, metric, winner)
+        figure = trial_plots.plot_parallel(rows, results.space.search, metric, winner)
         parts["parallel"] = _part(figure, "parallel coordinates of the trials")
     spent = _costs(results)
     rows = _with_numbers(results.trials, [metric, *spent])
     if len(rows) > 1 and spent:
-        parts["cost"] = _part(trial_figures.cost_figure(rows, spent, _front(results), metric), "cost of the trials")
+        parts["cost"] = _part(trial_plots.plot_cost(rows, spent, _front(results), metric), "cost of the trials")
     predictions = results.predictions.get("test" if results.test else "dev")
     if predictions is not None:
-        parts["reliability"] = _part(_reliability_figure(predictions), "reliability diagram")
+        parts["reliability"] = _part(_plot_reliability(predictions), "reliability diagram")
     return parts
 
 
@@ -130,11 +130,11 @@ def comparison_page(searches: Sequence[Results]) -> str:
     }
     drawn = {}
     if tested:
-        drawn["intervals"] = _part(figures.intervals_figure(tested, "test UAR"), "test figures with intervals").svg
+        drawn["intervals"] = _part(plots.plot_intervals(tested, "test UAR"), "test figures with intervals").svg
     metrics = {r.space.tune.metric for r in searches}
     if any(histories.values()):
         metric = metrics.pop() if len(metrics) == 1 else "dev_uar"
-        drawn["winners"] = _part(figures.winners_figure(histories, metric), "learning curves of the winners").svg
+        drawn["winners"] = _part(plots.plot_winners(histories, metric), "learning curves of the winners").svg
     costs = {name: comparison.costs(r) for name, r in named.items()}
     return (
         _environment()
@@ -192,7 +192,7 @@ def interval_units(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def trial_columns(results: Results) -> list[str]:
     """The columns of trials.csv that a table of trials shows."""
-    columns = ["trial_id", "status", "epochs", "seconds", *results.space.search, "best_epoch", *DEV_FIGURES, *COSTS]
+    columns = ["trial_id", "status", "epochs", "seconds", *results.space.search, "best_epoch", *DEV_METRICS, *COSTS]
     present = set().union(*results.trials)
     return [column for column in columns if column in present]
 
@@ -208,7 +208,7 @@ def trial_counts(results: Results) -> str:
 
 
 def _part(figure: Figure, name: str) -> Part:
-    return Part(figure, Markup(figures.to_svg(figure, name)))  # noqa: S704 - matplotlib escapes
+    return Part(figure, Markup(plots.to_svg(figure, name)))  # noqa: S704 - matplotlib escapes
 
 
 def _with_numbers(rows: Sequence[dict[str, str]], keys: Sequence[str]) -> list[dict[str, str]]:
@@ -226,9 +226,9 @@ def _front(results: Results) -> list[str]:
     return [key for key in results.space.tune.also or COSTS[:1] if key in known] or known[:1]
 
 
-def _reliability_figure(predictions: Predictions) -> Figure:
+def _plot_reliability(predictions: Predictions) -> Figure:
     found = reliability(predictions)
-    return figures.reliability_figure(found, f"{len(predictions)} utterances, calibration error {found.ece:.3f}")
+    return plots.plot_reliability(found, f"{len(predictions)} utterances, calibration error {found.ece:.3f}")
 
 
 def _recordings(results: Results, doubtful: Sequence[mistakes.Mistake]) -> tuple[dict[str, mistakes.Recording], str]:
@@ -255,7 +255,7 @@ def _environment() -> jinja2.Environment:
         "titles": TITLES,
         "show": show,
         "interval": interval,
-        "plain": figures.plain,
+        "plain": plots.plain,
         "signed": signed,
         "limits_of": limits_of,
         "limits": limits,
@@ -263,5 +263,5 @@ def _environment() -> jinja2.Environment:
         "named_leader": named_leader,
         "interval_units": interval_units,
     }
-    environment.filters["plain"] = figures.plain
+    environment.filters["plain"] = plots.plain
     return environment

@@ -44,16 +44,16 @@ def _emobox(
     emotions: frozenset[str],
     leaky: bool,
     note: str,
-    figures: Mapping[str, tuple[float, float | None]],
+    metrics: Mapping[str, tuple[float, float | None]],
 ) -> tuple[Published, ...]:
     """A column of its table: encoder -> (UAR, accuracy), there called UA and WA."""
     return tuple(
         Published(corpus, protocol, emotions, leaky, f"{encoder}, frozen, MLP head", *both, _EMOBOX, note)
-        for encoder, both in figures.items()
+        for encoder, both in metrics.items()
     )
 
 
-FIGURES: Final = (
+ROWS: Final = (
     *_emobox(
         "ravdess",
         {"scheme": "given_folds", "given": "emobox"},
@@ -145,7 +145,7 @@ def matching(
     corpora, emotions = set(corpora), set(emotions)
     return [
         {key: getattr(row, key) for key in ("name", "uar", "accuracy", "source", "note")}
-        for row in FIGURES
+        for row in ROWS
         if corpora == {row.corpus}
         and emotions == row.emotions
         and all(protocol.get(key) == value for key, value in row.protocol.items())

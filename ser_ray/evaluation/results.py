@@ -98,7 +98,7 @@ class Results:
         return self.test.get("mean") or self.test
 
     @property
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def metrics(self) -> dict[str, dict[str, Any]]:
         """Row of the table of headline figures (test, dev, baselines) -> figures, as far as there are any."""
         rows = {"test": self.test}
         if "mean" in self.test:
@@ -108,7 +108,7 @@ class Results:
             rows |= {"test, seeds averaged, mean of folds": averaged["mean"]} if several else {}
             rows |= {"the same, folds pooled" if several else "test, seeds averaged": averaged}
         rows |= {"dev": self.dev, **(self.test or self.dev).get("baselines", {})}
-        return {name: figures for name, figures in rows.items() if figures}
+        return {name: metrics for name, metrics in rows.items() if metrics}
 
 
 def read_results(results_dir: Path) -> Results:

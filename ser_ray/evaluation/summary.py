@@ -133,10 +133,10 @@ def _by_group(
     labels: np.ndarray, predicted: np.ndarray, groups: Sequence[str], num_labels: int
 ) -> dict[str, dict[str, float]]:
     """Group (a corpus or a speaker) -> n, accuracy, uar; in alphabetical order."""
-    figures: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     groups_N = np.asarray(groups)
     for group in sorted(set(groups)):
         mine = groups_N == group
         matrix = confusion(labels[mine], predicted[mine], num_labels)
-        figures[group] = {"n": int(mine.sum()), "accuracy": float(accuracy(matrix)), "uar": float(uar(matrix))}
-    return figures
+        metrics[group] = {"n": int(mine.sum()), "accuracy": float(accuracy(matrix)), "uar": float(uar(matrix))}
+    return metrics

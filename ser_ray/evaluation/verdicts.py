@@ -115,14 +115,14 @@ def _with_article(name: str) -> str:
 
 
 def _averaged(results: Results) -> str:
-    figures = results.test.get("seeds_averaged", {}).get("mean", {})
-    if results.metric not in figures:
+    metrics = results.test.get("seeds_averaged", {}).get("mean", {})
+    if results.metric not in metrics:
         return ""
     folds = len({run["fold"] for run in results.runs})
     seeds = len(results.runs) // folds
     over = f", the mean over {folds} folds" if folds > 1 else ""
     return (
-        f"The mean of its {seeds} seeds' probabilities gives {NAMES[results.metric]} {figures[results.metric]:.3f} on "
+        f"The mean of its {seeds} seeds' probabilities gives {NAMES[results.metric]} {metrics[results.metric]:.3f} on "
         f"test{over}; one of them alone {results.answer[results.metric]:.3f}."
     )
 

@@ -89,8 +89,8 @@ class Backbone(nn.Module):
         hiddens = [hidden_BFD]
         run = self._block(hidden_BFD, mask_BF)
         for index in range(start, self.num_layers if stop is None else stop):
-            learns = self.first_trained is not None and index >= self.first_trained
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            trainable = self.first_trained is not None and index >= self.first_trained
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
                 if self.recompute and torch.is_grad_enabled():
                     hidden_BFD = checkpoint(run, index, hidden_BFD, use_reentrant=False)
                 else:
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """All hidden states (L + 1 of (B, F, D)), or with ``stop`` those up to the input of that block, and the frame
         mask (B, F)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._embedding_learns()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._embedding_trainable()):
             hidden_BFD, mask_BF = self.embed(waveform_BT, lengths_B)
         return self.blocks(hidden_BFD, mask_BF, stop=stop), mask_BF
 
@@ -120,13 +120,13 @@ class Backbone(nn.Module):
         super().train(False)
         self._varies = mode and max(self.masks) > 0
         if mode and self.first_trained is not None:
-            if self._embedding_learns():
+            if self._embedding_trainable():
                 super().train(True)
             for layer in self.layers()[self.first_trained :]:
                 layer.train(True)
         return self
 
-    def _embedding_learns(self) -> bool:
+    def _embedding_trainable(self) -> bool:
         return any(p.requires_grad for name, p in self.model.named_parameters() if "layers." not in name)
 
 

@@ -18,7 +18,7 @@ from ser_ray.models.backbones import Backbone
 from ser_ray.models.pooling import masked_statistics, normalise, pool_moments, weighted_statistics
 from ser_ray.models.precision import in_fp32
 from ser_ray.models.prefix import unpack
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,7 +2,7 @@
 
 With adapters from block k on, all below is a constant of the recording. `of` says what of it an experiment needs,
 `compute` makes it, and an `EmotionClassifier` whose ``prefix`` is set takes it in place of waveforms. The form is that
-of `ser_ray.speech.kept`: states of frames, or their moments.
+of `ser_ray.speech.cached_features`: states of frames, or their moments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ser_ray.models import backbones
 from ser_ray.models.backbones import Backbone, frame_mask
 from ser_ray.models.pooling import moments
 from ser_ray.schema import UserError
-from ser_ray.speech.kept import Prefix
+from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.stream import Batch
 
 

@@ -19,7 +19,7 @@ from ser_ray.protocols.finals import more_dev, trained_folds
 from ser_ray.protocols.folds import unheard
 from ser_ray.protocols.task import Task
 from ser_ray.schema import SPLITS, Fold
-from ser_ray.speech.fingerprint import SameTake
+from ser_ray.speech.fingerprint import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
 Finding = dict[str, Any]
@@ -41,7 +41,7 @@ MANY: Final = 20
 
 
 def audit_search(
-    space: SearchSpace, task: Task, takes: Iterable[SameTake] = (), heard: Iterable[str] = ()
+    space: SearchSpace, task: Task, pairs: Iterable[SameRecording] = (), overlaps: Iterable[str] = ()
 ) -> dict[str, Any]:
     """`audit` of every fold that a search trains, the finals' too. Raises UserError where one cannot be made."""
     notes = {}
@@ -49,15 +49,15 @@ def audit_search(
         detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
         notes["no listener's label"] = f"{detail}: the intended emotion stands"
     folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
-    return audit(task.index, folds, task.emotions, takes, heard, notes, remedy)
+    return audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy)
 
 
 def audit(
     index: pa.Table,
     folds: Mapping[str, Fold],
     emotions: Sequence[str],
-    takes: Iterable[SameTake] = (),
-    heard: Iterable[str] = (),
+    pairs: Iterable[SameRecording] = (),
+    overlaps: Iterable[str] = (),
     notes: Mapping[str, str] = NO_NOTES,
     remedy: str = "tune.final_folds: all",
 ) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def audit(
         index: the labelled index that the folds were made from.
         folds: a name, such as ``fold 0``, and the fold; the experiment's own first.
         emotions: of the experiment.
-        takes: what `fingerprint.same_takes_in` found; pairs that the index does not hold are passed over.
-        heard: a line for every backbone that was pre-trained on what is tested here.
+        pairs: what `fingerprint.same_recordings_in` found; pairs that the index does not hold are passed over.
+        overlaps: a line for every backbone that was pre-trained on what is tested here.
         notes: what else is worth knowing: what it is, and the detail.
         remedy: what to set where few speakers are in dev.
 
@@ -79,19 +79,19 @@ def audit(
         which it holds.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
-    rows, takes = index.select(columns).to_pylist(), list(takes)
+    rows, pairs = index.select(columns).to_pylist(), list(pairs)
     by_fold: dict[str, list[Finding]] = {}
     own_splits: dict[str, Any] = {}
     speakers: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, fold in folds.items():  # one at a time: there may be a fold for every speaker
         split_rows = [row | {"split": fold.splits[row["utterance_id"]]} for row in rows]
         splits = _splits(split_rows, emotions)
-        by_fold[name] = _audit_fold(split_rows, splits, fold, takes)
+        by_fold[name] = _audit_fold(split_rows, splits, fold, pairs)
         own_splits = own_splits or splits
         for row in split_rows:
             speakers[row["split"]].add(row["speaker"])
     findings = [
-        *(_finding("leak", "a backbone was pre-trained on this", line) for line in heard),
+        *(_finding("leak", "a backbone was pre-trained on this", line) for line in overlaps),
         *_merged(by_fold),
         *_few_speakers(speakers, remedy),
         *_few_voices(rows),
@@ -111,14 +111,14 @@ def audit(
 
 
 def _audit_fold(
-    rows: Rows, splits: Mapping[str, Mapping[str, Any]], fold: Fold, takes: Sequence[SameTake]
+    rows: Rows, splits: Mapping[str, Mapping[str, Any]], fold: Fold, pairs: Sequence[SameRecording]
 ) -> list[Finding]:
     return [
         *_absent_emotions(splits, fold.common_emotions),
         *_scheme(fold),
         *_shared_speakers(rows),
         *_same_audio(_identical(rows), "identical audio", " = "),
-        *_same_audio(_alike(rows, takes), "the same take", " ~ "),
+        *_same_audio(_alike(rows, pairs), "the same take", " ~ "),
         *_shifted_emotions(splits),
         *_untrained_corpora(rows),
         *_one_voice_tested(rows),
@@ -199,11 +199,11 @@ def _identical(rows: Rows) -> list[Rows]:
     return [group for group in alike.values() if len(group) > 1]
 
 
-def _alike(rows: Rows, takes: Iterable[SameTake]) -> list[Rows]:
-    """Pairs of utterances that are versions of one take, but not identical."""
+def _alike(rows: Rows, pairs: Iterable[SameRecording]) -> list[Rows]:
+    """Pairs of utterances that are versions of one recording, but not identical."""
     row_of = {row["utterance_id"]: row for row in rows}
-    pairs = [[row_of[take.one], row_of[take.other]] for take in takes if {take.one, take.other} <= row_of.keys()]
-    return [[one, other] for one, other in pairs if one["audio_sha256"] != other["audio_sha256"]]
+    known = [[row_of[pair.one], row_of[pair.other]] for pair in pairs if {pair.one, pair.other} <= row_of.keys()]
+    return [[one, other] for one, other in known if one["audio_sha256"] != other["audio_sha256"]]
 
 
 def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Finding]:

@@ -11,7 +11,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState
 
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.search import study
 
 LEAST: Final = 8
@@ -31,7 +31,7 @@ class Importances:
     """How many of them count as the best."""
 
 
-def importances(space: SearchSpace, tried: Iterable[Tried]) -> Importances | None:
+def importances(space: SearchSpace, tried: Iterable[TrialRecord]) -> Importances | None:
     """How much each key matters for being among the best trials by the metric alone, on the trials of this search.
 
     PED-ANOVA (arXiv 2304.10255; for keys that only some trials have, arXiv 2601.20800) compares where the best trials

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ser_ray import config
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.evaluation.folder import Record, Tried, costs
+from ser_ray.evaluation.folder import Record, TrialRecord, costs
 from ser_ray.schema import UserError
 from ser_ray.search import points
 
@@ -25,7 +25,7 @@ STARTUP: Final = (4, 10)
 """At least and at most so many random points before the sampler models anything; between them a third of the trials."""
 
 
-def make(space: SearchSpace, tried: Iterable[Tried]) -> optuna.Study:
+def make(space: SearchSpace, tried: Iterable[TrialRecord]) -> optuna.Study:
     """A study that knows the trials that are over, and those of ``tune.warm_start``.
 
     Raises UserError where a folder to start from cannot be read.
@@ -60,7 +60,7 @@ def begin(
     return trial, points.ask(trial, space.search)
 
 
-def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: Tried) -> None:
+def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: TrialRecord) -> None:
     """Tell the study what became of a trial."""
     values = objectives(space, tried.history)
     if values is None or tried.status == "failed":
@@ -78,7 +78,7 @@ def objectives(space: SearchSpace, history: Sequence[Record]) -> tuple[float, ..
     return (float(history[-1][f"best_{space.tune.metric}"]), *(cost[name] for name in space.tune.also))
 
 
-def frozen(space: SearchSpace, tried: Tried) -> FrozenTrial | None:
+def frozen(space: SearchSpace, tried: TrialRecord) -> FrozenTrial | None:
     """A trial that is over, as a study keeps it; None where a value lies outside of the space, as an earlier
     search's may."""
     params, distributions = {}, {}
@@ -128,7 +128,7 @@ def _within(distribution: optuna.distributions.BaseDistribution, value: Any) -> 
     return low is None or high is None or (isinstance(value, int | float) and low <= value <= high)
 
 
-def _earlier(results_dir: Path) -> list[Tried]:
+def _earlier(results_dir: Path) -> list[TrialRecord]:
     if not (results_dir / "trials").is_dir():
         raise UserError(f"tune.warm_start: {results_dir}: no results folder of a search; give results/<name>")
-    return [trial for trial in folder.read_tried(results_dir / "trials") if trial.over]
+    return [trial for trial in folder.read_trials(results_dir / "trials") if trial.over]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from ser_ray import disk
 from ser_ray.config import Experiment
 from ser_ray.evaluation import folder
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 
 ATTEMPTS: Final = 4
 """A trial whose processes keep dying is given up after so many attempts without an epoch between them, whatever killed
@@ -24,7 +24,7 @@ class Trials:
 
     def __init__(self, results_dir: Path, keys: Iterable[str], kind: str = "trials", argv: Iterable[str] = ()) -> None:
         self.results_dir, self.keys, self.kind = results_dir, list(keys), kind
-        self.known = {tried.trial_id: tried for tried in folder.read_tried(results_dir / kind)}
+        self.known = {tried.trial_id: tried for tried in folder.read_trials(results_dir / kind)}
         self.before = {trial_id: tried.seconds for trial_id, tried in self.known.items()}
         self.begun: set[str] = set()
         """Those with an attempt that has not ended yet."""
@@ -37,9 +37,9 @@ class Trials:
         """In order of their ids."""
         return iter(sorted(self.known.values(), key=lambda tried: tried.trial_id))
 
-    def add(self, trial_id: str, values: Mapping[str, Any]) -> Tried:
+    def add(self, trial_id: str, values: Mapping[str, Any]) -> TrialRecord:
         """A trial that is to be begun."""
-        self.known[trial_id] = Tried(trial_id, values)
+        self.known[trial_id] = TrialRecord(trial_id, values)
         return self.update(trial_id)
 
     def resume(
@@ -58,7 +58,7 @@ class Trials:
                 reason = tried.error or "its process died, and the search with it"
                 self.update(tried.trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
 
-    def begin(self, trial_id: str) -> Tried:
+    def begin(self, trial_id: str) -> TrialRecord:
         """Count an attempt, before any process of it exists: one that dies at once, or takes this process with it, has
         been counted."""
         tried = self.known[trial_id]
@@ -73,11 +73,11 @@ class Trials:
             self.update(trial_id, attempts=self.known[trial_id].attempts - 1)
         self.begun.clear()
 
-    def start(self, trial_id: str) -> Tried:
+    def start(self, trial_id: str) -> TrialRecord:
         """Its process is there: it begins, or goes on."""
         return self.update(trial_id, status="running", error="")
 
-    def update(self, trial_id: str, seconds: float | None = None, **changes: Any) -> Tried:
+    def update(self, trial_id: str, seconds: float | None = None, **changes: Any) -> TrialRecord:
         """Write what is new of a trial: its status, error, ``seconds`` in this session; its history is read again."""
         if seconds is not None:
             changes["seconds"] = self.before.get(trial_id, 0.0) + seconds
@@ -88,7 +88,7 @@ class Trials:
         if tried.over:
             self.begun.discard(trial_id)
         try:
-            folder.write_tried(directory, tried)
+            folder.write_trial(directory, tried)
             if self.kind == "trials":
                 folder.write_trials(self.results_dir, [folder.trial_row(known, self.keys) for known in self])
             self._write_session()
@@ -97,7 +97,7 @@ class Trials:
             raise
         return tried
 
-    def interrupted(self, trial_id: str, reason: str) -> Tried:
+    def interrupted(self, trial_id: str, reason: str) -> TrialRecord:
         """A trial whose process died: it goes on from its last epoch, unless that has happened too often."""
         self.begun.discard(trial_id)
         tried = self.update(trial_id, status="running", error=reason)
@@ -105,7 +105,7 @@ class Trials:
             return tried
         return self.update(trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
 
-    def short_of_memory(self, trial_id: str, reason: str) -> Tried:
+    def short_of_memory(self, trial_id: str, reason: str) -> TrialRecord:
         """A trial that did not fit the memory: it goes on from its last epoch with half of the batch, once."""
         self.begun.discard(trial_id)
         if self.known[trial_id].halved:
@@ -117,7 +117,7 @@ class Trials:
         sessions = [*_earlier_sessions(self.results_dir, self.session["started"]), {"seconds": self._own_seconds()}]
         return sum(float(session["seconds"]) for session in sessions) / 3600
 
-    def _spent(self, tried: Tried) -> bool:
+    def _spent(self, tried: TrialRecord) -> bool:
         return tried.attempts >= ATTEMPTS and tried.reached == len(tried.history)
 
     def _own_seconds(self) -> float:

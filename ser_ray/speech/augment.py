@@ -23,13 +23,13 @@ NUM_MASKS: Final = 2
 """Along each axis, as in SpecAugment's policies LD and SM (arXiv 1904.08779, table 1)."""
 
 
-def vary(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed: int) -> np.ndarray:
+def augmented(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed: int) -> np.ndarray:
     """Another take of a waveform: crop, speed, noise, gain, in this order; (T,) -> (T',) float32.
 
     The gain comes last: a loud take is not clipped, and may exceed 1.
 
     >>> tone = np.sin(np.arange(16_000, dtype=np.float32))
-    >>> louder = vary(tone, "a/1", Augment(gain_db=6), seed=0)
+    >>> louder = augmented(tone, "a/1", Augment(gain_db=6), seed=0)
     >>> bool(np.allclose(louder / louder.max(), tone / tone.max(), atol=1e-4)), bool(np.allclose(louder, tone))
     (True, False)
     """

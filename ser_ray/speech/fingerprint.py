@@ -68,7 +68,7 @@ stays above 0.28."""
 
 
 @dataclass(frozen=True)
-class SameTake:
+class SameRecording:
     """Two utterances that are one take, and the share of sure bits in which they disagree."""
 
     one: str
@@ -109,7 +109,7 @@ def difference(one: np.ndarray, other: np.ndarray, offset: int) -> float:
     return float(np.bitwise_count((one[:, 0] ^ other[:, 0]) & sure).sum()) / cells if cells >= MIN_CELLS else 1.0
 
 
-def same_takes(prints: Mapping[str, np.ndarray]) -> list[SameTake]:
+def same_recordings(prints: Mapping[str, np.ndarray]) -> list[SameRecording]:
     """All pairs of utterances that are versions of one take, in order of id; of many equal ones, pairs that link them.
 
     ``prints`` maps an utterance's id to its `fingerprint`. Takes of less than half a second have no landmark and are
@@ -122,12 +122,12 @@ def same_takes(prints: Mapping[str, np.ndarray]) -> list[SameTake]:
         if found <= THRESHOLD:
             least[one, other] = min(found, least.get((one, other), 1.0))
     alike = [(ids[one], ids[other], found) for (one, other), found in sorted(least.items())]
-    return [SameTake(*pair) for pair in alike if not _repeats(prints[pair[0]])]
+    return [SameRecording(*pair) for pair in alike if not _repeats(prints[pair[0]])]
 
 
-def same_takes_in(directories: Iterable[Path]) -> list[SameTake]:
-    """`same_takes` over all utterances of some directories of shards."""
-    return same_takes({i: p for directory in directories for i, p in read_fingerprints(directory).items()})
+def same_recordings_in(directories: Iterable[Path]) -> list[SameRecording]:
+    """`same_recordings` over all utterances of some directories of shards."""
+    return same_recordings({i: p for directory in directories for i, p in read_fingerprints(directory).items()})
 
 
 def read_fingerprints(directory: Path) -> dict[str, np.ndarray]:

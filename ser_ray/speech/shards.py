@@ -82,7 +82,7 @@ def write_manifest(
     the rows are spread over files. ``flagged`` recordings are used, but worth a look. ``ties`` counts those whose
     listeners did not agree on one emotion.
     """
-    index = _together(_read(directory / name) for name in shards).sort_by("utterance_id")
+    index = _concatenated(_read(directory / name) for name in shards).sort_by("utterance_id")
     manifest = {
         "format": FORMAT,
         "corpus": corpus,
@@ -137,7 +137,7 @@ def read_index(directories: Iterable[Path]) -> pa.Table:
     code_N = np.repeat(np.arange(len(paths), dtype=np.int32), sizes)
     row_N = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes] or [np.empty(0, np.int32)])
     shard = pa.DictionaryArray.from_arrays(code_N, pa.array([str(path) for path in paths], pa.string()))
-    return _together(parts).append_column("shard", shard).append_column("row", pa.array(row_N))
+    return _concatenated(parts).append_column("shard", shard).append_column("row", pa.array(row_N))
 
 
 def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
@@ -185,5 +185,5 @@ def _read(path: Path) -> pa.Table:
         return file.read(columns=list(INDEX_COLUMNS))
 
 
-def _together(parts: Iterable[pa.Table]) -> pa.Table:
+def _concatenated(parts: Iterable[pa.Table]) -> pa.Table:
     return pa.concat_tables([SCHEMA.remove(SCHEMA.get_field_index("audio")).empty_table(), *parts])

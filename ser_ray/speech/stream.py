@@ -20,11 +20,11 @@ import torch
 
 from ser_ray.speech import shards
 from ser_ray.speech.audio import from_int16
-from ser_ray.speech.kept import COLUMN, Prefix
+from ser_ray.speech.cached_features import COLUMN, Prefix
 from ser_ray.speech.order import Window, by_length
 
 T = TypeVar("T")
-Vary = Callable[[np.ndarray, str], np.ndarray]
+Augmentation = Callable[[np.ndarray, str], np.ndarray]
 """A waveform (T,) and its utterance id -> another take of it, (T',)."""
 
 
@@ -80,15 +80,19 @@ class Batch:
 
 
 def batches(
-    table: pa.Table, packed: Iterable[np.ndarray], *, vary: Vary | None = None, content: Content = SPEECH
+    table: pa.Table,
+    packed: Iterable[np.ndarray],
+    *,
+    augmentation: Augmentation | None = None,
+    content: Content = SPEECH,
 ) -> Iterator[Batch]:
     """The batches of one table, each given as the numbers of its rows.
 
-    ``table`` has the columns utterance_id, label, and that of ``content``. ``vary`` makes another waveform of each,
+    ``table`` has the columns utterance_id, label, and that of ``content``. ``augmentation`` makes another waveform of each,
     perhaps of another length: padded seconds are bounded for what the table says.
     """
     for rows in packed:
-        yield _batch(table, rows, vary, content)
+        yield _batch(table, rows, augmentation, content)
 
 
 def short_to_long(table: pa.Table, batch_seconds: float, content: Content = SPEECH) -> Iterator[Batch]:
@@ -180,7 +184,7 @@ def joined(rows: pa.Table, found: Iterable[pa.Table]) -> pa.Table:
     return rows.append_column(column, table[column])
 
 
-class Ahead(Iterator[T]):
+class Prefetcher(Iterator[T]):
     """The same items, made in a thread that begins at once; ``depth`` of them wait at most while others are used.
 
     What the source raises is raised here. The thread ends with `close`, or with the reader who stops early.
@@ -236,15 +240,15 @@ class _End:
     error: BaseException | None
 
 
-def _batch(table: pa.Table, rows: np.ndarray, vary: Vary | None, content: Content) -> Batch:
+def _batch(table: pa.Table, rows: np.ndarray, augmentation: Augmentation | None, content: Content) -> Batch:
     # One scalar at a time: a view of the window's bytes, where take() would copy them. NumPy fills the rows, as torch
     # would start threads for copies of 100 kB, which on busy cores takes ten times as long.
     column = table[content.column]
     arrays = [content.read(column[int(row)].as_buffer()) for row in rows]
     chosen = table.select(["utterance_id", "label"]).take(rows)
     utterance_ids = chosen["utterance_id"].to_pylist()
-    if vary is not None:
-        arrays = [vary(array, utterance_id) for array, utterance_id in zip(arrays, utterance_ids, strict=True)]
+    if augmentation is not None:
+        arrays = [augmentation(array, utterance_id) for array, utterance_id in zip(arrays, utterance_ids, strict=True)]
     lengths = [len(array) for array in arrays]
     inputs = np.zeros((len(rows), max(lengths), *arrays[0].shape[1:]), arrays[0].dtype)
     for row, array in enumerate(arrays):

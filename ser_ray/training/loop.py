@@ -91,7 +91,7 @@ def fit(
 
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def goes_on(epoch: int) -> bool:
+    def should_continue(epoch: int) -> bool:
         return epoch <= experiment.epochs and epoch - counters["best_epoch"] <= experiment.patience
 
     def finish(record: Record) -> None:
@@ -100,7 +100,7 @@ def fit(
         if record[metric] > counters["best"]:
             counters.update(best=record[metric], best_epoch=record["epoch"])
         record |= {f"best_{metric}": counters["best"], "best_epoch": counters["best_epoch"]}
-        record |= {"last": not goes_on(record["epoch"] + 1), "trainable_parameters": learning}
+        record |= {"last": not should_continue(record["epoch"] + 1), "trainable_parameters": learning}
         tell(record)
 
     def tell(record: Record) -> None:
@@ -110,12 +110,12 @@ def fit(
 
         on_epoch(record, save)
 
-    if resume_from is not None and not goes_on(counters["epoch"] + 1):
+    if resume_from is not None and not should_continue(counters["epoch"] + 1):
         # Nothing is left to train, but whoever watched the last epoch may have died before it heard.
         tell(json.loads((resume_from / "metrics.json").read_text(encoding="utf-8")))
     if resume_from is None and experiment.head.init == "probe":
         finish({"epoch": 0, "train_loss": None, "seconds": 0.0} | _memory(device))
-    while goes_on(counters["epoch"] + 1):
+    while should_continue(counters["epoch"] + 1):
         epoch = counters["epoch"] + 1
         finish(_train_epoch(model, trained, data, epoch, counters, total_steps, optimizer, scaler, weights_K))
 
@@ -206,8 +206,8 @@ def evaluate(
     counted = np.flatnonzero(trained_K.cpu().numpy())
     confusion = confusion[np.ix_(counted, counted)]
     held = weights_K.double().cpu().numpy()[label_N].sum()
-    figures = {f"dev_{name}": float(value) for name, value in metrics.headline(confusion).items()}
-    return {"dev_loss": sum(loss for loss, *_ in every) / float(held)} | figures
+    dev_metrics = {f"dev_{name}": float(value) for name, value in metrics.headline(confusion).items()}
+    return {"dev_loss": sum(loss for loss, *_ in every) / float(held)} | dev_metrics
 
 
 def make_optimizer(model: EmotionClassifier) -> torch.optim.AdamW:

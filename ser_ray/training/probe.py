@@ -21,7 +21,7 @@ from ser_ray.speech.stream import Batch
 if TYPE_CHECKING:  # takes a second to import, for trials that have no probe as well
     from sklearn.linear_model import LogisticRegression
 
-STRENGTH = 0.01
+PROBE_C = 0.01
 """Inverse regularisation C for standardised features: about a thousand of them, about as many utterances."""
 
 
@@ -75,7 +75,7 @@ def _features(
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
+    return LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
 
 
 def _write(head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, probe: LogisticRegression) -> None:

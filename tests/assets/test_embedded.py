@@ -7,10 +7,10 @@ import hashlib
 import pytest
 import torch
 from safetensors import safe_open
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from transformers import AutoModel
 
 from ser_ray.assets import recipe, speech
-from ser_ray.assets.heard import heard
 from ser_ray.disk import read_json
 from ser_ray.models import backbones
 
@@ -67,4 +67,4 @@ def test_no_sentence_and_no_speaker_of_the_demo_was_heard(name):
     said = speech.sentences(told["seed"], told["drawn"])
     assert len(said) == told["drawn"]
     assert speech.shared_with_demo(said) == []
-    assert heard([name], ["synthetic"]) == []
+    assert pretraining_overlap([name], ["synthetic"]) == []

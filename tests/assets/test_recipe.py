@@ -30,7 +30,7 @@ def one_thread():
 
 def take(training, spoken, steps):
     for batch in material.batches(spoken, training.recipe.seed, training.recipe.batch, steps):
-        training.take(batch)
+        training.update(batch)
     return training
 
 
@@ -98,7 +98,7 @@ def test_losses_fall(spoken, tmp_path):
 
     before = loss()
     for _ in range(40):
-        training.take(batch)
+        training.update(batch)
     assert loss() < 0.7 * before
 
 

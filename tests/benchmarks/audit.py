@@ -107,11 +107,11 @@ def print_audit(space: Path, overrides: list[str], scratch: Path) -> None:
     print(f"```\nser-ray audit {space} {shown}\n" + "\n".join(line for line in lines if line) + "\n```\n")
 
 
-def nearest(prints: dict[str, np.ndarray]) -> list[fp.SameTake]:
+def nearest(prints: dict[str, np.ndarray]) -> list[fp.SameRecording]:
     """Pairs up to a difference of 0.3, with one agreeing landmark being enough: nearest first."""
     kept = fp.THRESHOLD, fp.VOTES
     fp.THRESHOLD, fp.VOTES = 0.3, 1
-    found = sorted(fp.same_takes(prints), key=lambda take: take.difference)
+    found = sorted(fp.same_recordings(prints), key=lambda take: take.difference)
     fp.THRESHOLD, fp.VOTES = kept
     return found
 
@@ -120,7 +120,7 @@ def alarm_row(name: str, prints: dict[str, np.ndarray], said: Callable[[str], ob
     """What is found among takes that are all different, but for ``known`` pairs. ``said`` gives the speaker and the
     sentence of a recording's name."""
     hard = sum(n * (n - 1) // 2 for n in Counter(map(said, prints)).values())
-    alarms = len(fp.same_takes(prints)) - known
+    alarms = len(fp.same_recordings(prints)) - known
     closest = ", ".join(f"{take.difference:.3f}" for take in nearest(prints)[known : known + 3])
     pairs = len(prints) * (len(prints) - 1) // 2
     return f"| {name} | {len(prints)} | {pairs:,} | {hard:,} | {alarms} | {closest or 'none below 0.3'} |"
@@ -133,12 +133,12 @@ def detection_row(name: str, raw: Waveforms, prints: dict[str, np.ndarray], scra
         path = scratch / f"{i}.wav"
         soundfile.write(path, WAYS[name](waveform), RATE, subtype="PCM_16")
         altered[f"{i} altered"] = from_int16(to_int16(load_waveform(path, Audio())))
-    takes = fp.same_takes(prints | prints_of(altered))
+    takes = fp.same_recordings(prints | prints_of(altered))
     own = [take.difference for take in takes if take.other == f"{take.one} altered"]
     doubles = {"03-01-03-01-02-01-07", "03-01-03-01-02-02-07"}
     wrong = [t for t in takes if t.other != f"{t.one} altered" and not doubles >= {t.one[:20], t.other[:20]}]
-    figures = f"{np.median(own):.3f} | {max(own):.3f}" if own else "- | -"
-    return f"| {name} | {len(own)} of {len(raw)} | {len(wrong)} | {figures} |"
+    metrics = f"{np.median(own):.3f} | {max(own):.3f}" if own else "- | -"
+    return f"| {name} | {len(own)} of {len(raw)} | {len(wrong)} | {metrics} |"
 
 
 def cost(waveforms: Waveforms) -> str:
@@ -152,7 +152,7 @@ def cost(waveforms: Waveforms) -> str:
     prints = dict(list(prints.items())[:MANY])
     started = time.process_time()
     candidates = sum(1 for _ in fp._candidates([prints[i] for i in sorted(prints)]))
-    fp.same_takes(prints)
+    fp.same_recordings(prints)
     matched = time.process_time() - started
     hours = sum(len(p) for p in prints.values()) * fp.HOP / RATE / 3600
     size = sum(p.nbytes for p in prints.values()) / 1e6

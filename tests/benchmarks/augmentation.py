@@ -58,7 +58,7 @@ def row(name: str, settings: Augment, waveforms: list[np.ndarray]) -> str:
     started = time.perf_counter()
     for number, waveform in enumerate(waveforms):
         for seed in range(DRAWS):
-            varied = augment.vary(waveform, f"synthetic/{number}", settings, seed)
+            varied = augment.augmented(waveform, f"synthetic/{number}", settings, seed)
             levels.append(level(varied) - level(waveform))
             lengths.append(len(varied) / len(waveform))
     seconds = time.perf_counter() - started
@@ -80,7 +80,7 @@ def main() -> None:
     torch.manual_seed(0)
     figure, axes = plt.subplots(len(WAYS), 1, figsize=(7, 12), layout="constrained")
     for axis, (name, settings) in zip(axes, WAYS.items(), strict=True):
-        shown, _ = features(augment.vary(waveforms[0], "synthetic/0", settings, SEED), settings)
+        shown, _ = features(augment.augmented(waveforms[0], "synthetic/0", settings, SEED), settings)
         axis.imshow(shown, origin="lower", aspect="auto", cmap="magma")
         axis.set_title(name, loc="left", fontsize=9)
         axis.set_yticks([])

@@ -33,7 +33,7 @@ from ser_ray.protocols.folds import EMOBOX_RAVDESS
 from ser_ray.speech.audio import load_waveform
 
 EMBEDDED = ("embedded/tiny-whisper", "embedded/tiny-wav2vec2")
-STRENGTHS = (0.001, 0.01, 0.1)
+C_GRID = (0.001, 0.01, 0.1)
 """Inverse regularisation: chosen with the layer, by the mean UAR on dev."""
 EMOTIONS = sorted(ravdess.EMOTIONS.values())
 FOLDS = len(EMOBOX_RAVDESS)
@@ -103,7 +103,7 @@ def of_logmel(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[
 
 def probe(speech: Speech, features_NLP: np.ndarray, test: bool) -> Probe:
     """Logistic regression by fold; without ``test`` nothing is predicted there."""
-    grid = [(layer, strength) for layer in range(features_NLP.shape[1]) for strength in STRENGTHS]
+    grid = [(layer, strength) for layer in range(features_NLP.shape[1]) for strength in C_GRID]
     scores = {
         point: float(np.mean([_fold(speech, features_NLP, *point, f)[0] for f in range(FOLDS)])) for point in grid
     }

@@ -98,7 +98,7 @@ def control(trials: int, directory: Path) -> dict[str, float]:
     the driver decides, and what the GPUs do meanwhile, by the clock of the simulation."""
     planned = space(trials=trials)
     known = Trials(directory, planned.search)
-    searcher, halving = tune.Suggestions(planned, known), tune.Halving(planned, known)
+    searcher, halving = tune.OptunaSearcher(planned, known), tune.ReplayingASHA(planned, known)
     rng, running, now, busy, epochs = np.random.default_rng(0), [], 0.0, 0.0, 0
     numbers = itertools.count()
     while True:
@@ -140,7 +140,7 @@ def part(name: str, size: int, source: Path, scratch: Path) -> dict[str, float]:
     elif name == "fold":
         fold(scratch / f"task-{size}")
     elif name == "audit":
-        fingerprint.same_takes(data or {})
+        fingerprint.same_recordings(data or {})
     elif tables is not None:
         for number in range(size):
             for packed in order.epoch(tables, 120, (0, number)):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ser_ray.disk import read_json
-from ser_ray.evaluation.folder import read_trials
+from ser_ray.evaluation.folder import read_trial_rows
 
-FIGURES = ("accuracy", "uar", "macro_f1")
+METRICS = ("accuracy", "uar", "macro_f1")
 
 
 def cell(figure: dict[str, Any], sign: str = "") -> str:
@@ -27,16 +27,16 @@ def page(home: Path, command: str) -> str:
     lines = ["# Leakage premium", "", f"```\n{command}\n```", ""]
     lines += [f"{answer['runs']} runs; under each scheme every utterance is tested once. 95 % intervals over speakers;"]
     lines += ["those of a gap are paired.", ""]
-    lines += ["| tested on (n) | split | " + " | ".join(FIGURES) + " | uar above speaker-disjoint |", "|---" * 6 + "|"]
+    lines += ["| tested on (n) | split | " + " | ".join(METRICS) + " | uar above speaker-disjoint |", "|---" * 6 + "|"]
     for scheme, groups in answer["schemes"].items():
-        for group, figures in groups.items():
+        for group, metrics in groups.items():
             gap = answer["gaps"][scheme][group]["uar"]
             above = "" if gap["value"] == 0 else cell(gap, "+")
-            cells = " | ".join(cell(figures[name]) for name in FIGURES)
-            lines.append(f"| {group} ({figures['n']}) | {scheme} | {cells} | {above} |")
+            cells = " | ".join(cell(metrics[name]) for name in METRICS)
+            lines.append(f"| {group} ({metrics['n']}) | {scheme} | {cells} | {above} |")
     lines += ["", "| run | best epoch | dev UAR | test UAR |", "|---|---|---|---|"]
     for directory in sorted(path.parent for path in home.glob("*/trials.csv")):
-        (row,) = read_trials(directory)
+        (row,) = read_trial_rows(directory)
         test = read_json(directory / "evaluation" / "test.json")
         lines.append(f"| {directory.name} | {row['best_epoch']} | {float(row['dev_uar']):.3f} | {test['uar']:.3f} |")
     return "\n".join(lines)

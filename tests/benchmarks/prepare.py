@@ -113,7 +113,7 @@ def main(source: Path, scratch: Path) -> None:
     def ours(copies: int, use_ray: bool) -> None:
         own = tempfile.mkdtemp(dir=cache)  # a cache of its own; removing it is no part of the work
         overrides = [f"experiment.corpora={{bench: {corpus}/{copies}.csv}}", f"storage.cache={own}"]
-        space = cluster.settle_paths(config.load(config.default_space(), overrides))
+        space = cluster.resolve_paths(config.load(config.default_space(), overrides))
         prepare(space, use_ray=use_ray, console=quiet)
 
     ways: dict[str, Callable[[int], object]] = {

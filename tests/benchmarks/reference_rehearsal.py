@@ -165,9 +165,9 @@ def speak(corpus: str, name: str) -> np.ndarray:
     random = np.random.default_rng(zlib.crc32(name.encode()))
     # RAVDESS's calm has no rule: half of sad.
     style = speaker.style["sad" if utterance.emotion == "calm" else utterance.emotion]
-    strength = {"low": 0.6, "high": 1.3, "strong": 1.3}.get(utterance.intensity or "", 1.0)
-    strength *= (0.5 if utterance.emotion == "calm" else 1.0) * random.uniform(*synthetic.STRENGTH)
-    prosody = synthetic._scatter(style, strength, synthetic.NOISE, random)
+    intensity = {"low": 0.6, "high": 1.3, "strong": 1.3}.get(utterance.intensity or "", 1.0)
+    intensity *= (0.5 if utterance.emotion == "calm" else 1.0) * random.uniform(*synthetic.INTENSITY)
+    prosody = synthetic._scatter(style, intensity, synthetic.NOISE, random)
     voice = _voice(speaker, prosody, f"{corpus} {utterance.text_id}", random)
     waveform = synthetic._colour(voice, prosody, speaker.level + prosody.level, random)
     return soxr.resample(waveform, synthetic.RATE, RATES[corpus])
@@ -384,7 +384,7 @@ def page(ran: Ran, corpora: Path, run: Path, given: Sequence[str], writing: str)
         "## Minutes and memory\n",
         _minutes(ran, run, results),
         "## What came out\n",
-        _figures(found),
+        _metrics(found),
         "## What it does not show\n",
         "The speech is synthetic and its emotions are the rules that made it: the figures say that the three corpora\n"
         "can be learned together and that no speaker of test was heard, nothing about people, about the corpora, or\n"
@@ -442,7 +442,7 @@ def _gigabytes(directory: Path) -> float:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e9
 
 
-def _figures(found: Results) -> str:
+def _metrics(found: Results) -> str:
     statuses = Counter(row["status"] for row in found.trials)
     epochs = sum(int(row["epochs"]) for row in found.trials)
     rows = [
@@ -451,22 +451,22 @@ def _figures(found: Results) -> str:
         f"95 % intervals: bootstrap over {found.test['ci95_unit']}.\n",
         "| | utterances | speakers | UAR | accuracy |",
         "|---|---|---|---|---|",
-        *(_row(split, figures) for split, figures in (("dev", found.dev), ("test", found.test))),
+        *(_row(split, metrics) for split, metrics in (("dev", found.dev), ("test", found.test))),
     ]
     rows += [
-        f"| test: {name} | | | {figures['uar']:.3f} | {figures['accuracy']:.3f} |"
-        for name, figures in found.test["baselines"].items()
+        f"| test: {name} | | | {metrics['uar']:.3f} | {metrics['accuracy']:.3f} |"
+        for name, metrics in found.test["baselines"].items()
     ]
-    for corpus, figures in found.test["per_corpus"].items():
-        rows.append(f"| test of {corpus} | {figures['n']} | | {figures['uar']:.3f} | {figures['accuracy']:.3f} |")
+    for corpus, metrics in found.test["per_corpus"].items():
+        rows.append(f"| test of {corpus} | {metrics['n']} | | {metrics['uar']:.3f} | {metrics['accuracy']:.3f} |")
     return "\n".join(rows) + "\n"
 
 
-def _row(split: str, figures: Mapping[str, Any]) -> str:
+def _row(split: str, metrics: Mapping[str, Any]) -> str:
     cells = (
-        f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in ("uar", "accuracy")
+        f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in ("uar", "accuracy")
     )
-    return f"| {split} | {figures['n']} | {len(figures['per_speaker'])} | {' | '.join(cells)} |"
+    return f"| {split} | {metrics['n']} | {len(metrics['per_speaker'])} | {' | '.join(cells)} |"
 
 
 def main(given: Sequence[str]) -> None:

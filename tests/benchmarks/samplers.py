@@ -69,7 +69,7 @@ def train_one(point: dict[str, Any]) -> list[dict[str, Any]]:
     from ser_ray.train import fit_here, make_plan, open_trial
 
     torch.set_num_threads(1)
-    space = cluster.settle_paths(pool_space().model_copy(update={"resources": config.Resources(workers=0)}))
+    space = cluster.resolve_paths(pool_space().model_copy(update={"resources": config.Resources(workers=0)}))
     console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as directory:
         storage = space.storage.model_copy(update={"results": directory})
@@ -101,8 +101,8 @@ def search(method: str, seed: int, pool: dict[str, list[dict[str, Any]]], direct
     """Best dev UAR after every epoch spent."""
     space = pool_space(seed=seed, **METHODS[method])
     trials = Trials(directory, space.search)
-    searcher = tune.Suggestions(space, trials)
-    scheduler = FIFOScheduler() if METHODS[method]["scheduler"] == "none" else tune.Halving(space, trials)
+    searcher = tune.OptunaSearcher(space, trials)
+    scheduler = FIFOScheduler() if METHODS[method]["scheduler"] == "none" else tune.ReplayingASHA(space, trials)
     best: list[float] = [0.0]
     running: list[tuple[Any, list[dict[str, Any]]]] = []
     numbers = itertools.count()

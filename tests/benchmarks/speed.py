@@ -44,7 +44,7 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.models import prefix
 from ser_ray.models.classifier import build
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.speech import kept, order, stream
+from ser_ray.speech import cached_features, order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.training import loop
 
@@ -81,7 +81,7 @@ class Bench:
             f"storage.cache={self.scratch / 'cache'}",
             f"storage.results={self.scratch / 'results'}",
         ]
-        return cluster.settle_paths(config.load(SPACE, [*own, *overrides]))
+        return cluster.resolve_paths(config.load(SPACE, [*own, *overrides]))
 
     def task(self, experiment: Experiment) -> Task:
         """The fold of the prepared speech."""
@@ -286,7 +286,7 @@ def streams(bench: Bench) -> Iterable[Row]:
 
         def epoch(number: int) -> float:
             read = source.read(windows[number], lambda: windows[number + 1])
-            return _drain(stream.Ahead(b for table, packed in read for b in stream.batches(table, packed)))
+            return _drain(stream.Prefetcher(b for table, packed in read for b in stream.batches(table, packed)))
 
         epoch(0)  # asked for once, as in a first epoch
         seconds = epoch(1)
@@ -401,11 +401,11 @@ def _fit(
     experiment: Experiment,
     train: pa.Table,
     dev: pa.Table,
-    fed: kept.Prefix | None = None,
+    fed: cached_features.Prefix | None = None,
     compile_blocks: bool = False,
 ) -> Fitted:
     _fresh()
-    content = stream.SPEECH if fed is None else stream.Content(kept.COLUMN, fed.read)
+    content = stream.SPEECH if fed is None else stream.Content(cached_features.COLUMN, fed.read)
     model = build(experiment)
     model.prefix = fed
     if compile_blocks:
@@ -439,7 +439,7 @@ def _fit_cached(experiment: Experiment, train: pa.Table, dev: pa.Table, scratch:
         keeper.keep(source, target)
         making.append(time.perf_counter() - started)
         size += target.stat().st_size
-        kept_of = pq.read_table(target, columns=["utterance_id", kept.COLUMN])
+        kept_of = pq.read_table(target, columns=["utterance_id", cached_features.COLUMN])
         parts.append(stream.joined(table.drop_columns("audio"), [kept_of]))
     fitted = _fit(experiment, parts[0], parts[1], fed)
     total = train.num_rows * experiment.epochs / fitted.rate + making[0]

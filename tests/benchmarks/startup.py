@@ -190,7 +190,7 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
         setattr(tune, "run_trial", startup.nested)  # noqa: B010 (three names of another module, to mypy)
         setattr(tune, "_resources", lambda allocation: {"cpu": 0.01})  # noqa: B010
         setattr(tune.tune, "TuneConfig", lambda **s: configure(**s | {"reuse_actors": False}))  # noqa: B010
-    space = cluster.settle_paths(config.load(space_file, overrides))
+    space = cluster.resolve_paths(config.load(space_file, overrides))
     planned, task = make_plan(space, Console(), space.tune.trials)
     open_results(space, planned, {}, [])
     tune.search(planned, task, Console())

@@ -32,11 +32,11 @@ def page(results: Results, command: str) -> str:
         "| | " + " | ".join(HEADLINE) + " |",
         "|---|" + "---|" * len(HEADLINE),
     ]
-    for name, figures in (("test", results.test), ("dev", results.dev)):
-        cells = (f"{figures[m]:.3f} [{figures['ci95'][m][0]:.3f}, {figures['ci95'][m][1]:.3f}]" for m in HEADLINE)
-        lines.append(f"| {name} (n = {figures['n']}) | {' | '.join(cells)} |")
-    for name, figures in results.test["baselines"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{figures[m]:.3f}" for m in HEADLINE) + " |")
+    for name, metrics in (("test", results.test), ("dev", results.dev)):
+        cells = (f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in HEADLINE)
+        lines.append(f"| {name} (n = {metrics['n']}) | {' | '.join(cells)} |")
+    for name, metrics in results.test["baselines"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{metrics[m]:.3f}" for m in HEADLINE) + " |")
     lines += ["", f"95 % intervals: bootstrap over {results.test['ci95_unit']}.", "", "## Trials", ""]
     keys = ["trial_id", "status", "epochs", *results.space.search, "best_epoch", "dev_uar", "seconds"]
     lines += ["| " + " | ".join(keys) + " |", "|---|" + "---|" * (len(keys) - 1)]

@@ -23,7 +23,7 @@ INSIDE = "sr-0"
 """The interface of every host."""
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """What is missing for it; None where it can run."""
     if os.geteuid() != 0:
         return "network namespaces need root"

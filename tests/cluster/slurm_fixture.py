@@ -44,10 +44,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 """
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """What is missing for it; None where it can run."""
     missing = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
-    return f"{missing[0]} is not installed (apt install slurm-wlm munge)" if missing else network.why_not()
+    return f"{missing[0]} is not installed (apt install slurm-wlm munge)" if missing else network.unavailable_reason()
 
 
 @dataclass

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_fixture import PATH, slurm, why_not
+from slurm_fixture import PATH, slurm, unavailable_reason
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(why_not()), reason=f"no Slurm here: {why_not()}"),
+    pytest.mark.skipif(bool(unavailable_reason()), reason=f"no Slurm here: {unavailable_reason()}"),
 ]
 
 SESSION = """\

@@ -22,7 +22,7 @@ import network_fixture as network
 import pytest
 import stub_trainable
 from demo_fixture import small_demo
-from slurm_fixture import Slurm, slurm, why_not
+from slurm_fixture import Slurm, slurm, unavailable_reason
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "cluster" / "slurm.sbatch"
@@ -31,7 +31,7 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(why_not()), reason=f"no Slurm here: {why_not()}"),
+    pytest.mark.skipif(bool(unavailable_reason()), reason=f"no Slurm here: {unavailable_reason()}"),
 ]
 
 

@@ -29,7 +29,7 @@ TEMP = f"/tmp/ray-up-{os.getuid()}-6379"
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(network.why_not()), reason=f"no hosts here: {network.why_not()}"),
+    pytest.mark.skipif(bool(network.unavailable_reason()), reason=f"no hosts here: {network.unavailable_reason()}"),
 ]
 
 

@@ -9,7 +9,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.svm import LinearSVC
 
-from ser_ray.evaluation.baselines import STRENGTHS, chance, linear_svm, majority
+from ser_ray.evaluation.baselines import SVM_C_GRID, chance, linear_svm, majority
 from ser_ray.evaluation.metrics import confusion, headline
 
 UNHURRIED = settings(deadline=None)  # what an example takes says how busy the machine is
@@ -61,19 +61,19 @@ def test_linear_svm_chooses_what_a_loop_over_left_out_speakers_chooses():
         tested, _, _ = _speech(seed + 100)
         speaker = np.array(speakers)
 
-        def fit(train, strength, features=features, labels=labels):
+        def fit(train, C, features=features, labels=labels):
             z = _standard(features[train], features[train])
-            return LinearSVC(C=strength, class_weight="balanced", dual=False).fit(z, labels[train])
+            return LinearSVC(C=C, class_weight="balanced", dual=False).fit(z, labels[train])
 
         scores = []
-        for strength in STRENGTHS:
+        for C in SVM_C_GRID:
             found = []
             for name in sorted(set(speakers)):
                 rest, left_out = speaker != name, speaker == name
-                guesses = fit(rest, strength).predict(_standard(features[left_out], features[rest]))
+                guesses = fit(rest, C).predict(_standard(features[left_out], features[rest]))
                 found.append(balanced_accuracy_score(labels[left_out], guesses))
             scores.append(np.mean(found))
-        best = STRENGTHS[int(np.argmax(np.round(scores, 12)))]
+        best = SVM_C_GRID[int(np.argmax(np.round(scores, 12)))]
         chosen.add(best)
         margins = fit(np.full(100, True), best).decision_function(_standard(tested, features))
         assert linear_svm(features, labels, speakers, tested, 3) == pytest.approx(softmax(margins, axis=1))

@@ -53,20 +53,20 @@ def test_a_gap_is_paired_whatever_the_order_of_utterances():
         num_labels=7,
     )
     for name in HEADLINE:
-        assert found.figures[name]["difference"] == pytest.approx(here[name] - there[name])
-        assert found.figures[name]["ci95"] == [expected[name].low, expected[name].high]
-        assert found.figures[name]["p"] == expected[name].p
+        assert found.metrics[name]["difference"] == pytest.approx(here[name] - there[name])
+        assert found.metrics[name]["ci95"] == [expected[name].low, expected[name].high]
+        assert found.metrics[name]["p"] == expected[name].p
 
 
 def test_no_gap_without_the_same_utterances():
     first = predictions(seed=1)
-    assert "no test predictions" in gap("a", "b", first, None).why_not
-    assert gap("a", "b", first, None).why_not.startswith("b ")
-    assert "other utterances" in gap("a", "b", first, predictions(seed=1, n=100)).why_not
-    assert "other labels" in gap("a", "b", first, predictions(seed=2)).why_not
-    assert "other emotions" in gap("a", "b", first, dataclasses.replace(first, emotions=tuple("abcdefg"))).why_not
+    assert "no test predictions" in gap("a", "b", first, None).no_gap_reason
+    assert gap("a", "b", first, None).no_gap_reason.startswith("b ")
+    assert "other utterances" in gap("a", "b", first, predictions(seed=1, n=100)).no_gap_reason
+    assert "other labels" in gap("a", "b", first, predictions(seed=2)).no_gap_reason
+    assert "other emotions" in gap("a", "b", first, dataclasses.replace(first, emotions=tuple("abcdefg"))).no_gap_reason
     alone = dataclasses.replace(first, speakers=("s",) * len(first))
-    assert "one test speaker" in gap("a", "b", alone, alone).why_not
+    assert "one test speaker" in gap("a", "b", alone, alone).no_gap_reason
 
 
 def test_what_differs_and_nothing_else(three):
@@ -113,10 +113,10 @@ def test_several_pairs_are_corrected_on_the_page_and_in_the_terminal(tmp_path, c
         said = dataclasses.replace(first, probabilities=probabilities)
         write_predictions(said, "test", folders[-1] / "evaluation/predictions.parquet")
     pairs = gaps([read_results(folder) for folder in folders])
-    raw = [pair.figures["uar"]["p"] for pair in pairs]
+    raw = [pair.metrics["uar"]["p"] for pair in pairs]
     by_hand = [3 * min(raw), 2 * sorted(raw)[1], max(raw)]
     expected = np.maximum.accumulate(by_hand)
-    assert sorted(pair.figures["uar"]["p_holm"] for pair in pairs) == pytest.approx(sorted(expected))
+    assert sorted(pair.metrics["uar"]["p_holm"] for pair in pairs) == pytest.approx(sorted(expected))
     assert main([str(folder) for folder in folders]) == 0
     assert capsys.readouterr().out.count("corrected for 3 comparisons (Holm)") == 3
     page = Page(tmp_path / "comparison.html")

@@ -6,7 +6,7 @@ import pytest
 
 from ser_ray import corpora
 from ser_ray.config import Protocol, to_dict
-from ser_ray.evaluation.published import FIGURES, matching
+from ser_ray.evaluation.published import ROWS, matching
 from ser_ray.schema import EMOTIONS
 
 EIGHT = [emotion for emotion in EMOTIONS if emotion != "boredom"]
@@ -58,12 +58,12 @@ def test_people_are_beside_every_protocol_and_shared_speakers_beside_leaky_runs_
 
 
 def test_the_table_speaks_the_words_of_the_project():
-    for row in FIGURES:
+    for row in ROWS:
         assert row.corpus in corpora.NAMES
         assert row.emotions < set(EMOTIONS)
         assert row.source
         assert row.note
         Protocol.model_validate(dict(row.protocol))
-        figures = [value for value in (row.uar, row.accuracy) if value is not None]
-        assert figures
-        assert all(0 < value <= 1 for value in figures)
+        metrics = [value for value in (row.uar, row.accuracy) if value is not None]
+        assert metrics
+        assert all(0 < value <= 1 for value in metrics)

@@ -9,7 +9,7 @@ import pytest
 
 from ser_ray.protocols.leakage import audit
 from ser_ray.schema import Fold
-from ser_ray.speech.fingerprint import SameTake
+from ser_ray.speech.fingerprint import SameRecording
 
 Row = tuple[str, str, str, str, str]
 """Utterance, speaker, emotion, digest of the audio, split."""
@@ -94,7 +94,7 @@ def test_identical_audio_within_a_split_is_noted():
 
 
 def test_a_version_of_a_take_across_splits_is_a_leak_and_within_one_a_note():
-    across, within = SameTake("1h", "3h", 0.01), SameTake("4h", "4s", 0.0)
+    across, within = SameRecording("1h", "3h", 0.01), SameRecording("4h", "4s", 0.0)
     assert found(CLEAN, takes=[across, within]) == [
         ("leak", "the same take across splits", "1: 1h ~ 3h"),
         ("note", "the same take within a split", "1: 4h ~ 4s"),
@@ -107,7 +107,7 @@ def test_a_version_of_a_take_across_splits_is_a_leak_and_within_one_a_note():
 
 def test_identical_audio_is_not_told_twice_and_utterances_outside_of_the_fold_not_at_all():
     rows = [*CLEAN, ("g", "1", "sad", "1sad", "train")]
-    takes = [SameTake("1s", "g", 0.0), SameTake("1s", "elsewhere", 0.0)]
+    takes = [SameRecording("1s", "g", 0.0), SameRecording("1s", "elsewhere", 0.0)]
     assert found(rows, takes=takes) == found(rows) == [("note", "identical audio within a split", "1: 1s = g")]
 
 

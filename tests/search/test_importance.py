@@ -3,13 +3,13 @@
 import pytest
 from report_fixtures import write_trials
 
-from ser_ray.evaluation.folder import read_tried
+from ser_ray.evaluation.folder import read_trials
 from ser_ray.search.importance import importances
 
 
 def test_the_key_that_matters_comes_first(tmp_path):
     space = write_trials(tmp_path, 30)
-    found = importances(space, read_tried(tmp_path / "trials"))
+    found = importances(space, read_trials(tmp_path / "trials"))
     assert found is not None
     assert next(iter(found.shares)) == "optimizer.lr"
     assert set(found.shares) == {"optimizer.lr", "head.dropout", "adapter.method", "adapter.rank"}  # rank: half have it
@@ -20,7 +20,7 @@ def test_the_key_that_matters_comes_first(tmp_path):
 
 def test_costs_and_earlier_searches_do_not_count(tmp_path):
     space = write_trials(tmp_path, 12)
-    tried = read_tried(tmp_path / "trials")
+    tried = read_trials(tmp_path / "trials")
     plain = importances(space, tried)
     tune = space.tune.model_copy(update={"also": ("peak_memory_mb",), "warm_start": ("/gone",)})
     assert importances(space.model_copy(update={"tune": tune}), tried) == plain
@@ -29,4 +29,4 @@ def test_costs_and_earlier_searches_do_not_count(tmp_path):
 @pytest.mark.parametrize("count", [0, 7])
 def test_few_trials_say_nothing(tmp_path, count):
     space = write_trials(tmp_path, count)
-    assert importances(space, read_tried(tmp_path / "trials")) is None
+    assert importances(space, read_trials(tmp_path / "trials")) is None

@@ -11,16 +11,16 @@ from optuna.trial import TrialState
 from search_fixtures import SEARCH, record, space
 
 from ser_ray.evaluation import folder
-from ser_ray.evaluation.folder import Tried
+from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import ATTEMPTS, Trials
 
 
-def tried(number: int, uar: float, status: str = "finished", **values) -> Tried:
+def tried(number: int, uar: float, status: str = "finished", **values) -> TrialRecord:
     values = {"adapter.method": "frozen", "optimizer.lr": 1e-4} | values
     history = (record(1, uar, uar), record(2, uar / 2, uar, seconds=4.0))
-    return Tried(f"{number:03d}", values, status, history=history)
+    return TrialRecord(f"{number:03d}", values, status, history=history)
 
 
 def test_the_study_holds_what_was_tried_with_the_running_best():
@@ -35,7 +35,7 @@ def test_the_study_holds_what_was_tried_with_the_running_best():
 def test_a_continued_search_asks_what_the_unbroken_one_would_have_asked():
     settings = space(SEARCH, trials=9, seed=5)
 
-    def ask_all(made: optuna.Study, known: list[Tried], count: int) -> list[Tried]:
+    def ask_all(made: optuna.Study, known: list[TrialRecord], count: int) -> list[TrialRecord]:
         for number in range(len(known) + 1, count + 1):
             trial, values = study.begin(made, settings, number, None)
             known.append(tried(number, values["optimizer.lr"] * 100, **values))
@@ -81,7 +81,7 @@ def test_a_warm_start_takes_what_fits_the_space(tmp_path):
         tried(4, 0.5, **{"head.dropout": 0.1}),  # not searched here
         tried(5, 0.3, "running"),
     ):
-        folder.write_tried(tmp_path / "trials", one)
+        folder.write_trial(tmp_path / "trials", one)
         for line in one.history:
             folder.append_history(tmp_path / "trials" / one.trial_id, line)
     made = study.make(space(SEARCH, warm_start=[str(tmp_path)]), [tried(1, 0.9)])
@@ -106,7 +106,7 @@ def test_trials_write_what_they_learn_and_give_up_after_some_deaths(tmp_path: Pa
     assert [t.history[-1]["dev_uar"] for t in again] == [0.4]
     again.update("001", seconds=5.0, status="finished")
     assert json.loads((tmp_path / "trials/001/trial.json").read_text())["seconds"] == 15.0
-    (row,) = folder.read_trials(tmp_path)
+    (row,) = folder.read_trial_rows(tmp_path)
     assert (row["trial_id"], row["status"], row["optimizer.lr"], row["adapter.rank"]) == (
         "001",
         "finished",

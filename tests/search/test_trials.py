@@ -34,7 +34,7 @@ def test_processes_that_die_before_they_start_are_counted(tmp_path):
         over.append(trials.interrupted("001", "its process died").over)
     assert len(over) == ATTEMPTS
     assert trials.known["001"].error == f"its process died ({ATTEMPTS} times)"
-    assert [row["error"] for row in folder.read_trials(tmp_path)] == [f"its process died ({ATTEMPTS} times)"]
+    assert [row["error"] for row in folder.read_trial_rows(tmp_path)] == [f"its process died ({ATTEMPTS} times)"]
 
 
 def test_deaths_that_take_the_search_along_are_counted_over_sessions(tmp_path):
@@ -91,7 +91,7 @@ def test_one_that_is_short_of_memory_is_tried_once_more_with_half(tmp_path):
     line(tmp_path, 1)
     again = trials.short_of_memory("001", "out of memory: lower x")
     assert (again.status, again.halved, len(again.history)) == ("running", True, 1), "its epochs so far are kept"
-    assert [row["halved"] for row in folder.read_trials(tmp_path)] == ["batch_seconds"]
+    assert [row["halved"] for row in folder.read_trial_rows(tmp_path)] == ["batch_seconds"]
     later = session(tmp_path)  # another process knows it too
     assert later.known["001"].halved
     later.begin("001")
@@ -100,7 +100,7 @@ def test_one_that_is_short_of_memory_is_tried_once_more_with_half(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "best_epoch", "epochs", "goes_on"),
+    ("status", "best_epoch", "epochs", "should_continue"),
     [
         ("finished", 3, 4, True),
         ("finished", 3, 3, False),
@@ -109,14 +109,16 @@ def test_one_that_is_short_of_memory_is_tried_once_more_with_half(tmp_path):
         ("stopped", 3, 4, False),
     ],
 )
-def test_what_ended_with_its_last_epoch_goes_on_where_there_are_more(tmp_path, status, best_epoch, epochs, goes_on):
+def test_what_ended_with_its_last_epoch_goes_on_where_there_are_more(
+    tmp_path, status, best_epoch, epochs, should_continue
+):
     trials = session(tmp_path)
     trials.add("001", {})
     for epoch in range(1, 4):
         last = record(epoch, 0.5, 0.5) | {"best_epoch": min(epoch, best_epoch), "last": epoch == 3}
         folder.append_history(tmp_path / "trials" / "001", last)
     trials.update("001", status=status)
-    assert session(tmp_path, epochs, patience=2).known["001"].over != goes_on
+    assert session(tmp_path, epochs, patience=2).known["001"].over != should_continue
 
 
 def test_only_what_is_wanted_is_looked_at(tmp_path):

@@ -30,19 +30,19 @@ EVERYTHING = Augment(gain_db=6, noise_snr_db=(10, 20), speed=0.1, crop_seconds=0
 
 
 def test_off_is_identity():
-    assert np.array_equal(augment.vary(tone(), "a/1", Augment(), 3), tone())
+    assert np.array_equal(augment.augmented(tone(), "a/1", Augment(), 3), tone())
 
 
 def test_it_depends_on_seed_and_utterance_alone():
-    first = augment.vary(tone(), "a/1", EVERYTHING, 3)
-    assert np.array_equal(first, augment.vary(tone(), "a/1", EVERYTHING, 3))
-    for other in (augment.vary(tone(), "a/2", EVERYTHING, 3), augment.vary(tone(), "a/1", EVERYTHING, 4)):
+    first = augment.augmented(tone(), "a/1", EVERYTHING, 3)
+    assert np.array_equal(first, augment.augmented(tone(), "a/1", EVERYTHING, 3))
+    for other in (augment.augmented(tone(), "a/2", EVERYTHING, 3), augment.augmented(tone(), "a/1", EVERYTHING, 4)):
         assert first.shape != other.shape or not np.allclose(first, other)
 
 
 def test_one_setting_leaves_the_draws_of_the_others():
-    quiet = augment.vary(tone(), "a/1", Augment(gain_db=6), 0)
-    both = augment.vary(tone(), "a/1", Augment(gain_db=6, crop_seconds=0.5), 0)
+    quiet = augment.augmented(tone(), "a/1", Augment(gain_db=6), 0)
+    both = augment.augmented(tone(), "a/1", Augment(gain_db=6, crop_seconds=0.5), 0)
     assert np.abs(both).max() == pytest.approx(np.abs(quiet).max(), rel=1e-3)
 
 
@@ -50,7 +50,7 @@ def test_one_setting_leaves_the_draws_of_the_others():
 @given(seed=st.integers(0, 2**31), low=st.floats(0, 20), width=st.floats(0, 20))
 def test_the_noise_has_the_ratio_that_was_asked_for(seed, low, width):
     clean = tone()
-    noise = augment.vary(clean, "a/1", Augment(noise_snr_db=(low, low + width)), seed) - clean
+    noise = augment.augmented(clean, "a/1", Augment(noise_snr_db=(low, low + width)), seed) - clean
     ratio = 10 * np.log10(np.square(clean).sum() / np.square(noise).sum())
     assert low - 0.05 <= ratio <= low + width + 0.05
 
@@ -58,14 +58,14 @@ def test_the_noise_has_the_ratio_that_was_asked_for(seed, low, width):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), gain=st.floats(0.1, 20))
 def test_the_gain_is_within_its_bounds(seed, gain):
-    level = np.abs(augment.vary(tone(), "a/1", Augment(gain_db=gain), seed)).max() / 0.3
+    level = np.abs(augment.augmented(tone(), "a/1", Augment(gain_db=gain), seed)).max() / 0.3
     assert -gain - 0.01 <= 20 * np.log10(level) <= gain + 0.01
 
 
 def test_speed_moves_length_and_pitch_together():
     seen = set()
     for seed in range(12):
-        varied = augment.vary(tone(), "a/1", Augment(speed=0.1), seed)
+        varied = augment.augmented(tone(), "a/1", Augment(speed=0.1), seed)
         factor = RATE / len(varied)
         seen.add(round(factor, 2))
         assert pitch_of(varied) == pytest.approx(200 * factor, abs=2)
@@ -76,12 +76,12 @@ def test_a_crop_is_a_stretch_of_the_utterance():
     ramp = np.arange(RATE, dtype=np.float32) / RATE
     starts = set()
     for seed in range(20):
-        cropped = augment.vary(ramp, "a/1", Augment(crop_seconds=0.25), seed)
+        cropped = augment.augmented(ramp, "a/1", Augment(crop_seconds=0.25), seed)
         assert len(cropped) == RATE // 4
         starts.add(float(cropped[0]))
         assert np.array_equal(cropped, ramp[round(float(cropped[0]) * RATE) :][: len(cropped)])
     assert len(starts) > 10
-    assert np.array_equal(augment.vary(ramp, "a/1", Augment(crop_seconds=2), 0), ramp)
+    assert np.array_equal(augment.augmented(ramp, "a/1", Augment(crop_seconds=2), 0), ramp)
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,7 +146,7 @@ def test_no_factor_needs_a_long_filter(share):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment.soxr, "resample", resample)
         for seed in range(12):
-            augment.vary(tone(0.1), "a/1", Augment(speed=share), seed)
+            augment.augmented(tone(0.1), "a/1", Augment(speed=share), seed)
     assert asked
     for ratio in asked:
         assert max(ratio.numerator, ratio.denominator) <= 1300
@@ -155,8 +155,8 @@ def test_no_factor_needs_a_long_filter(share):
 
 def test_a_slower_take_is_no_longer_than_whisper_takes():
     waveform = tone(29.0)
-    lengths = {len(augment.vary(waveform, "a/1", Augment(speed=0.1), seed)) for seed in range(12)}
+    lengths = {len(augment.augmented(waveform, "a/1", Augment(speed=0.1), seed)) for seed in range(12)}
     assert lengths == {round(29 * RATE / 1.1), 29 * RATE, 30 * RATE}
-    longest = torch.from_numpy(augment.vary(tone(30.0), "a/1", Augment(speed=0.3), 1))
+    longest = torch.from_numpy(augment.augmented(tone(30.0), "a/1", Augment(speed=0.3), 1))
     features, _ = LogMel(80)(longest[None], torch.tensor([len(longest)]))
     assert features.shape[-1] <= 3000

@@ -74,7 +74,7 @@ VERSIONS = {
 
 
 def found(waveforms: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    return [(take.one, take.other) for take in fp.same_takes({i: fp.fingerprint(w) for i, w in waveforms.items()})]
+    return [(take.one, take.other) for take in fp.same_recordings({i: fp.fingerprint(w) for i, w in waveforms.items()})]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_fingerprint_has_a_row_every_16_ms_of_whatever_length_and_level(length
     rows = fp.fingerprint(waveform)
     assert rows.dtype == np.uint32
     assert len(rows) == max(0, length - fp.WINDOW - fp.LAG * fp.HOP) // fp.HOP + 1
-    assert fp.same_takes({"a": rows}) == []
+    assert fp.same_recordings({"a": rows}) == []
 
 
 def test_bits_say_what_the_bands_do():
@@ -190,7 +190,7 @@ def test_fingerprints_of_shards_are_made_once_and_follow_their_content(tmp_path,
 def test_takes_are_found_across_directories(tmp_path, voices):
     write(tmp_path / "one", {i: voices[i] for i in ("v0", "v1", "v2")})
     write(tmp_path / "two", {"w0": voices["v7"], "w1": voices["v8"], "w2": VERSIONS["Vorbis"](voices["v1"])})
-    (take,) = fp.same_takes_in([tmp_path / "one", tmp_path / "two"])
+    (take,) = fp.same_recordings_in([tmp_path / "one", tmp_path / "two"])
     assert (take.one, take.other) == ("v1", "w2")
     assert 0 <= take.difference <= fp.THRESHOLD
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray.speech import order, shards
-from ser_ray.speech.stream import Ahead, Batch, Content, Files, batches, joined, read_files, short_to_long
+from ser_ray.speech.stream import Batch, Content, Files, Prefetcher, batches, joined, read_files, short_to_long
 
 RATE = 16_000
 LENGTHS = st.lists(st.integers(1, 4_000), max_size=60)
@@ -158,7 +158,7 @@ def test_variation_meets_each_utterance_once_wherever_it_is_packed():
         seen.append(utterance_id)
         return waveform[: len(waveform) // 2] * 0.5
 
-    for batch in batches(table(lengths), [np.array([5, 0, 2]), np.array([1, 3, 4, 6, 7])], vary=vary):
+    for batch in batches(table(lengths), [np.array([5, 0, 2]), np.array([1, 3, 4, 6, 7])], augmentation=vary):
         assert batch.inputs.shape[1] == int(batch.lengths_B.max())
         for row, length in enumerate(batch.lengths_B.tolist()):
             assert not batch.inputs[row, length:].any()
@@ -170,7 +170,7 @@ def some() -> list[Batch]:
 
 
 def test_ahead_gives_the_same_batches():
-    assert contents(list(Ahead(some()))) == contents(some())
+    assert contents(list(Prefetcher(some()))) == contents(some())
 
 
 def test_ahead_raises_what_its_source_raises():
@@ -178,7 +178,7 @@ def test_ahead_raises_what_its_source_raises():
         yield from itertools.islice(some(), 2)
         raise ValueError("no more")
 
-    reader = Ahead(source())
+    reader = Prefetcher(source())
     next(reader)
     next(reader)
     with pytest.raises(ValueError, match="no more"):
@@ -194,7 +194,7 @@ def test_ahead_ends_its_thread_with_its_reader_and_never_runs_far_ahead():
             yield batch
 
     before = threading.active_count()
-    reader = Ahead(source(), depth=2)
+    reader = Prefetcher(source(), depth=2)
     next(reader)
     for _ in range(20):
         time.sleep(0.01)

@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from ser_ray.config import fingerprint
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raised when `compute` gives something else; part of a cache's name."""
-COLUMN: Final = "kept"
+COLUMN: Final = "features"
 SCHEMA: Final = pa.schema([("utterance_id", pa.string()), ("num_samples", pa.int32()), (COLUMN, pa.large_binary())])
 """num_samples are those of the speech: batches are packed by them, and so are the same as from speech."""
 FRAMES_PER_SECOND: Final = 50

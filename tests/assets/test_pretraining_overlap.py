@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 
 from ser_ray.assets import speech
-from ser_ray.assets.heard import heard
 from ser_ray.corpora import synthetic
 from ser_ray.models import backbones
 from ser_ray.schema import UserError
@@ -25,15 +25,15 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_nothing_is_shared(trained):
-    assert heard([NAME, "openai/whisper-base"], ["synthetic"]) == []
+    assert pretraining_overlap([NAME, "openai/whisper-base"], ["synthetic"]) == []
     assert not any(speech.can_say(sentence) for sentence in synthetic.SENTENCES)
 
 
 def test_a_sentence_that_could_be_drawn_is_found(trained, monkeypatch):
     words = synthetic.SENTENCES[3].rstrip(".").lower()
     monkeypatch.setattr(speech, "LEXICON", {**speech.LEXICON, "en": words})
-    assert heard([NAME], ["ravdess"]) == [], "the corpus that it is about is not used"
-    (line,) = heard([NAME], ["synthetic", "ravdess"])
+    assert pretraining_overlap([NAME], ["ravdess"]) == [], "the corpus that it is about is not used"
+    (line,) = pretraining_overlap([NAME], ["synthetic", "ravdess"])
     assert line.startswith(f"{NAME}: 1 sentences, 0 speakers")
 
 
@@ -45,9 +45,9 @@ def test_a_speaker_of_the_demo_is_found(trained, monkeypatch):
         return synthetic.draw_speaker(0, 5) if number == 7 else own(seed, number)
 
     monkeypatch.setattr(speech, "draw_speaker", borrowed)
-    assert heard([NAME], ["synthetic"]) == [f"{NAME}: 0 sentences, 1 speakers of the synthetic corpus"]
+    assert pretraining_overlap([NAME], ["synthetic"]) == [f"{NAME}: 0 sentences, 1 speakers of the synthetic corpus"]
 
 
 def test_an_unknown_name_is_refused(trained):
     with pytest.raises(UserError, match="not embedded"):
-        heard(["embedded/huge"], ["synthetic"])
+        pretraining_overlap(["embedded/huge"], ["synthetic"])

@@ -1,7 +1,7 @@
 """Figures for papers and for the report, drawn by matplotlib without a display: confusion, curves, calibration.
 
 Each is a `Figure` on a transparent ground: `to_png` puts it on white, `to_svg` lets it take the colours of the page
-around it, light or dark. Those of a search's trials are in `ser_ray.evaluation.trial_figures`.
+around it, light or dark. Those of a search's trials are in `ser_ray.evaluation.trial_plots`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Epoch = Mapping[str, Any]
 """A line of history.jsonl: epoch, train_loss, dev_uar and so on."""
 
 
-def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -> Figure:
+def plot_confusion(confusion: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """Rows are true emotions: the share of each row as colour, from 0 to 1 in every figure, and the counts as text.
 
     Args:
@@ -79,7 +79,7 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
     return figure
 
 
-def learning_curves_figure(histories: Mapping[str, Sequence[Epoch]], winner: str | None, metric: str) -> Figure:
+def plot_learning_curves(histories: Mapping[str, Sequence[Epoch]], winner: str | None, metric: str) -> Figure:
     """The dev metric of all trials, epoch by epoch, the winner in colour; beside it the winner's losses."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 3.3), layout="constrained")
@@ -101,7 +101,7 @@ def learning_curves_figure(histories: Mapping[str, Sequence[Epoch]], winner: str
     return figure
 
 
-def reliability_figure(found: Reliability, title: str) -> Figure:
+def plot_reliability(found: Reliability, title: str) -> Figure:
     """How often the model is right where it is so sure, beside the line where both agree; below, how often it is."""
     bins = len(found.n)
     centres, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
@@ -117,7 +117,7 @@ def reliability_figure(found: Reliability, title: str) -> Figure:
     return figure
 
 
-def winners_figure(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figure:
+def plot_winners(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figure:
     """The dev metric of the winners of several searches, epoch by epoch; told apart by colour, mark and dash."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 3.3), layout="constrained")
@@ -133,7 +133,7 @@ def winners_figure(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Fig
     return figure
 
 
-def intervals_figure(rows: Mapping[str, tuple[float, Sequence[float] | None]], title: str) -> Figure:
+def plot_intervals(rows: Mapping[str, tuple[float, Sequence[float] | None]], title: str) -> Figure:
     """Figures with their intervals, one line each, the first on top."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 0.9 + 0.34 * len(rows)), layout="constrained")

@@ -9,7 +9,7 @@ from ser_ray.corpora import synthetic
 from ser_ray.disk import read_json
 
 
-def heard(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
+def pretraining_overlap(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
     """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
     synthetic corpus; there should be none. Other corpora have no part in that training."""
     from ser_ray.models.backbones import embedded_directory  # brings torch, which not everyone who asks needs

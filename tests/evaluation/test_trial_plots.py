@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ser_ray.config import Distribution
-from ser_ray.evaluation.figures import to_svg
-from ser_ray.evaluation.trial_figures import ABSENT, axis, cost_figure, parallel_figure, pareto_front
+from ser_ray.evaluation.plots import to_svg
+from ser_ray.evaluation.trial_plots import ABSENT, axis, pareto_front, plot_cost, plot_parallel
 
 
 def test_a_range_reaches_from_end_to_end_of_what_is_searched():
@@ -61,7 +61,7 @@ def test_the_front_equals_a_loop():
 def test_a_line_for_every_trial_and_the_winner_thick():
     search = {"lr": Distribution(loguniform=(1e-5, 1e-3)), "rank": Distribution(choice=(4, 8), when={"m": ("lora",)})}
     rows = [{"trial_id": str(i), "lr": "1e-4", "rank": "4" if i % 2 else "", "dev_uar": f"0.{i + 1}"} for i in range(6)]
-    figure = parallel_figure(rows, search, "dev_uar", winner="5")
+    figure = plot_parallel(rows, search, "dev_uar", winner="5")
     (axes,) = figure.axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert len(lines) == 6
@@ -72,6 +72,6 @@ def test_a_line_for_every_trial_and_the_winner_thick():
 
 def test_cost_shows_every_cost_and_one_front():
     rows = [{"dev_uar": f"0.{5 + i}", "seconds_per_epoch": str(10 + i), "memory": str(10**i)} for i in range(3)]
-    figure = cost_figure(rows, ["seconds_per_epoch", "memory"], ["seconds_per_epoch"], "dev_uar")
+    figure = plot_cost(rows, ["seconds_per_epoch", "memory"], ["seconds_per_epoch"], "dev_uar")
     assert [panel.get_xlabel() for panel in figure.axes] == ["seconds per epoch", "memory"]
     assert [len(panel.lines) for panel in figure.axes] == [3, 2]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ser_ray.config import Distribution
-from ser_ray.evaluation.figures import ACCENT, GROUND, INK, MUTED, STYLE, plain
+from ser_ray.evaluation.plots import ACCENT, GROUND, INK, MUTED, STYLE, plain
 from ser_ray.evaluation.results import as_number
 
 ABSENT: Final = -0.14
@@ -64,7 +64,7 @@ def axis(name: str, cells: Sequence[str], distribution: Distribution | None = No
     return Axis(name, positions, tuple((place(tick), f"{tick:.3g}") for tick in _ticks(low, high, log)))
 
 
-def parallel_figure(rows: Sequence[Row], search: Mapping[str, Distribution], metric: str, winner: str | None) -> Figure:
+def plot_parallel(rows: Sequence[Row], search: Mapping[str, Distribution], metric: str, winner: str | None) -> Figure:
     """One line a trial through all that was searched, to the metric; the better, the stronger. The winner is thick.
 
     Args:
@@ -107,7 +107,7 @@ def pareto_front(metric_N: np.ndarray, costs_NC: np.ndarray) -> np.ndarray:
     return np.asarray(~(no_worse & better).any(axis=0))
 
 
-def cost_figure(rows: Sequence[Row], costs: Sequence[str], front: Sequence[str], metric: str) -> Figure:
+def plot_cost(rows: Sequence[Row], costs: Sequence[str], front: Sequence[str], metric: str) -> Figure:
     """The metric against each cost; filled are the trials on the front of the metric and all costs of ``front``.
 
     Args:
