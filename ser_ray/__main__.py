@@ -1,6 +1,7 @@
-"""The ``ser-ray`` command: a table of the verbs, each imported only when it is called.
+"""The ``ser-ray`` command: every verb with its arguments, and nothing of what it does.
 
-``--help`` loads neither torch nor Ray.
+A verb's module is imported when the verb is called: ``--help`` loads neither torch nor Ray. Built with Typer, which
+transformers brings along anyway: help, checked arguments and shell completion come from the signatures below.
 """
 
 from __future__ import annotations
@@ -8,23 +9,195 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ser_ray import __version__, disk
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
-VERBS = {
-    "prepare": "SPACE.yaml [key=value ...]      corpora -> checked 16 kHz shards",
-    "audit": "SPACE.yaml [key=value ...]      what crosses the splits: speakers, recordings, versions of one take",
-    "train": "SPACE.yaml [key=value ...] [--dry-run]   one trial; resources.workers=0: in this process, for a debugger",
-    "tune": "[SPACE.yaml] [key=value ...] [--dry-run]   search, evaluate, report; without a file: the embedded demo",
-    "evaluate": "RESULTS_DIR                     score the finalists on dev, choose, open the test set",
-    "report": "RESULTS_DIR...                  tables, figures, report.html from what is there; several: side by side",
-    "rerun": "RESULTS_DIR [key=value ...]     the same search again, and by how much its figures differ",
-    "cache": "SPACE.yaml [key=value ...]      what frozen layers compute, once for all trials (tune does it as needed)",
-    "premium": "SPACE.yaml [key=value ...]      what shared speakers add: random against disjoint splits",
-    "fetch": "SPACE.yaml [--to DIR]           backbones into a cache that compute nodes without internet read",
-    "predict": "CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]   files or folders -> emotions",
-}
+RENAMED = {"premium": "leakage"}
+"""Old names of verbs, which still work."""
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad configuration or input (one line says which), 130 interrupted."
+
+app = typer.Typer(
+    name="ser-ray",
+    help="Experiments in speech emotion recognition: search, fine-tune, evaluate, report. "
+    "A search space is one YAML file; any of its keys is overridden by key=value, such as experiment.epochs=3. "
+    "python -m ser_ray.VERB is the same as ser-ray VERB.",
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class Format(StrEnum):
+    """How predictions are written."""
+
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
+]
+Results = Annotated[Path, typer.Argument(metavar="RESULTS_DIR", help="The folder of a search: results/NAME.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan (trials at once, GPUs, steps, caches) and stop.")
+]
+
+
+def _epilog(*examples: str) -> str:
+    lines = "\n\n".join(f"`{example}`" for example in examples)
+    return f"Examples:\n\n{lines}\n\n{EXIT_CODES}"
+
+
+def _call(verb: str, *arguments: object, **options: object) -> int:
+    code: int = importlib.import_module(f"ser_ray.{verb}").main(*arguments, **options)
+    return code
+
+
+@app.callback()
+def _ser_ray(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show Ray's own logs as well; anywhere in the line.")
+    ] = False,
+) -> None:
+    if verbose:
+        os.environ["SER_RAY_VERBOSE"] = "1"
+
+
+@app.command(epilog=_epilog("ser-ray new demo > mine.yaml", "ser-ray new ravdess_whisper"))
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `ser-ray spaces`.")],
+) -> int:
+    """Print a built-in search space with its comments, as a start for your own."""
+    return _call("spaces", name)
+
+
+@app.command(epilog=_epilog("ser-ray spaces", "ser-ray new demo > mine.yaml"))
+def spaces() -> int:
+    """List the built-in search spaces: what each is for, what it needs and takes."""
+    return _call("spaces")
+
+
+@app.command(epilog=_epilog("ser-ray config adapter.rank", "ser-ray config optimizer mine.yaml experiment.epochs=3"))
+def config(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key or a section; all keys without it.")] = None,
+    space: Annotated[Path | None, typer.Argument(metavar="SPACE.yaml", help="Show its values as well.")] = None,
+    overrides: Overrides = None,
+) -> int:
+    """Explain keys of the configuration: meaning, type, default and reason; with a file, its values."""
+    return _call("explain", key, space, overrides or [])
+
+
+@app.command(epilog=_epilog("ser-ray prepare mine.yaml", "ser-ray prepare mine.yaml experiment.audio.trim_db=null"))
+def prepare(space: Space, overrides: Overrides = None) -> int:
+    """Decode and check the corpora: 16 kHz shards, made once, and made again only where something changed."""
+    return _call("prepare", space, overrides or [])
+
+
+@app.command(epilog=_epilog("ser-ray audit mine.yaml", "ser-ray audit mine.yaml experiment.protocol.scheme=random"))
+def audit(space: Space, overrides: Overrides = None) -> int:
+    """Look for what crosses the splits: speakers, recordings, versions of one recording, absent emotions."""
+    return _call("audit", space, overrides or [])
+
+
+@app.command(epilog=_epilog("ser-ray cache mine.yaml", "ser-ray cache mine.yaml storage.prefix_gb=200"))
+def cache(space: Space, overrides: Overrides = None) -> int:
+    """Compute the features of frozen layers, once for all trials (tune does it as needed)."""
+    return _call("cache", space, overrides or [])
+
+
+@app.command(
+    epilog=_epilog("ser-ray train mine.yaml", "ser-ray train mine.yaml resources.workers=0 experiment.epochs=1")
+)
+def train(space: Space, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """Train the one experiment of a space; resources.workers=0 trains in this process, for a debugger."""
+    return _call("train", space, overrides or [], dry_run=dry_run)
+
+
+@app.command(epilog=_epilog("ser-ray tune", "ser-ray tune mine.yaml tune.trials=24 --dry-run"))
+def tune(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SPACE.yaml key=value", help="The search space, default the embedded demo; keys."),
+    ] = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Search, evaluate and report. The same command continues a search that was interrupted."""
+    given = arguments or []
+    has_space = bool(given) and "=" not in given[0]
+    return _call("tune", Path(given[0]) if has_space else None, given[has_space:], dry_run=dry_run)
+
+
+@app.command(epilog=_epilog("ser-ray evaluate results/demo", "ser-ray report results/demo"))
+def evaluate(results: Results) -> int:
+    """Score the finalists on dev, choose one, open the test set for it."""
+    return _call("evaluate", results)
+
+
+@app.command(
+    epilog=_epilog("ser-ray report results/demo", "ser-ray report results/one results/other --output both.html")
+)
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS_DIR", help="One folder, or several to compare.")],
+    no_audio: Annotated[
+        bool, typer.Option("--no-audio", help="Leave recordings out: a smaller page, which may be published.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Of several: the page. Default: comparison.html above them all.")
+    ] = None,
+) -> int:
+    """Write report.html from what is there, or compare several searches; print the summary."""
+    return _call("report", results, audio=not no_audio, output=output)
+
+
+@app.command(epilog=_epilog("ser-ray rerun results/demo", "ser-ray rerun results/demo storage.results=/tmp/again"))
+def rerun(results: Results, overrides: Overrides = None) -> int:
+    """Run the same search again, and say by how much its metrics differ."""
+    return _call("rerun", results, overrides or [])
+
+
+@app.command(epilog=_epilog("ser-ray leakage mine.yaml", "ser-ray leakage mine.yaml experiment.protocol.folds=4"))
+def leakage(space: Space, overrides: Overrides = None) -> int:
+    """Measure what shared speakers add: the same experiment under random and speaker-disjoint splits."""
+    return _call("leakage", space, overrides or [])
+
+
+@app.command(epilog=_epilog("ser-ray fetch mine.yaml", "ser-ray fetch mine.yaml --to /shared/hub"))
+def fetch(
+    space: Space,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="The cache directory. Default: Hugging Face's own.")] = None,
+) -> int:
+    """Download the backbones of a space, for compute nodes without internet."""
+    return _call("fetch", space, overrides or [], to=to)
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray predict results/demo/best call.wav", "ser-ray predict results/demo/best calls/ --format csv"
+    )
+)
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    audio: Annotated[
+        list[Path], typer.Argument(metavar="AUDIO", help="Files, or folders that are searched for audio.")
+    ],
+    format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
+) -> int:
+    """Predict the emotion of recordings, with the probability of each."""
+    return _call("predict", checkpoint, audio, format=format.value, output=output)
+
+
+VERBS = tuple(command.callback.__name__ for command in app.registered_commands if command.callback)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,47 +206,32 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
-    wants_help = any(argument in ("-h", "--help") for argument in arguments)
-    if wants_help or not arguments:
-        print(_usage(arguments[0] if arguments and arguments[0] in VERBS else None))
-        return 0 if wants_help else 2
     if "--verbose" in arguments:
-        arguments = [argument for argument in arguments if argument != "--verbose"]
-        os.environ["SER_RAY_VERBOSE"] = "1"
-    verb, *rest = arguments
-    if verb not in VERBS:
-        print(f"ser-ray: unknown command {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+        arguments = ["--verbose", *(argument for argument in arguments if argument != "--verbose")]
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if name in RENAMED:
+        print(f"ser-ray {name} is called ser-ray {RENAMED[name]} now", file=sys.stderr)
+        arguments = [RENAMED[name] if argument == name else argument for argument in arguments]
+        name = RENAMED[name]
+    said = f"ser-ray {name}".strip()
     try:
-        code: int = importlib.import_module(f"ser_ray.{verb}").main(rest)
-        return code
+        code: int | None = app(arguments or ["--help"], prog_name="ser-ray", standalone_mode=False)
+        return (code or 0) if arguments else 2
     except UserError as error:
-        print(f"ser-ray {verb}: {error}", file=sys.stderr)
+        print(f"{said}: {error}", file=sys.stderr)
+        return 2
+    except typer.TyperException as error:
+        help_of = f"ser-ray {name} --help" if name in VERBS else "ser-ray --help"
+        print(f"{said}: {error.format_message()} See {help_of}", file=sys.stderr)
         return 2
     except OSError as error:
         if (line := disk.explain(error)) is None:
             raise
-        print(f"ser-ray {verb}: {line}", file=sys.stderr)
+        print(f"{said}: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nser-ray {verb}: interrupted; the same command continues", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"\n{said}: interrupted; the same command continues", file=sys.stderr)
         return 130
-
-
-def _usage(verb: str | None) -> str:
-    shown = {verb: VERBS[verb]} if verb else VERBS
-    lines = [f"  ser-ray {name:9} {text}" for name, text in shown.items()]
-    return "\n".join(
-        [
-            "usage (python -m ser_ray.<command> is the same):",
-            *lines,
-            "",
-            "A space is one YAML file; any of its keys is overridden by key=value, such as experiment.epochs=3.",
-            "--dry-run prints the plan (trials at once, GPUs in use and idle, steps, caches) and trains nothing.",
-            "--verbose shows Ray's own logs as well.",
-            "Exit codes: 0 done, 1 failed, 2 bad configuration or input, 130 interrupted.",
-        ]
-    )
 
 
 if __name__ == "__main__":

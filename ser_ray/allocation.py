@@ -1,4 +1,4 @@
-"""What a trial takes of a cluster, how many trials run at once, and what stays idle: arithmetic over nodes, no Ray."""
+"""What a trial needs of a cluster, how many trials run at once, and what stays idle: arithmetic over nodes, no Ray."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ser_ray.config import Resources, SearchSpace
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 DATA_CPUS: Final = 1
-"""Logical CPUs of a node that no trial may take: Ray Data's tasks would wait for ever if trainers held every one."""
+"""Logical CPUs of a node that trials leave free: Ray Data's tasks would wait forever if trainers held all of them."""
 MOST_CPUS: Final = 4.0
-"""CPUs of a worker with a GPU, at most: its threads decode and collate, which more of them do no faster."""
+"""Maximum CPUs of a worker with a GPU: its threads decode and collate, and more CPUs do not make that faster."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Worker:
-    """What one training worker takes."""
+    """Resources of one training worker."""
 
     cpus: float
     gpus: float
@@ -37,35 +37,35 @@ class Allocation:
     """How trials share the cluster; made by `allocate`."""
 
     workers: int
-    """Data-parallel processes of a trial; 0: it is trained in this process, without Ray."""
+    """Data-parallel processes per trial; 0: the trial runs in this process, without Ray."""
     worker: Worker
     pool: int
-    """Workers that fit on the cluster at once: the size of a pool of actors while no trial runs."""
+    """Workers that fit on the cluster at once: the size of an actor pool while no trial runs."""
     trials_at_once: int
     total: Node
-    """CPUs for trials and GPUs, over all nodes."""
+    """CPUs available to trials, and GPUs, summed over all nodes."""
     idle: tuple[str, ...] = ()
-    """What stays unused and why, a sentence each."""
+    """Unused resources and the reason, one sentence each."""
     cuda: bool = False
-    """Whether workers see a CUDA device: GPUs that are declared to Ray need not be there."""
+    """Whether workers see a CUDA device: GPUs declared to Ray may not exist."""
     precision: str = "fp32"
-    """What ``precision: auto`` comes to on a worker."""
+    """What ``precision: auto`` resolves to on a worker."""
 
     @property
     def gpus_in_use(self) -> float:
-        """By all trials that run at once."""
+        """GPUs used by all concurrent trials."""
         return self.trials_at_once * max(1, self.workers) * self.worker.gpus
 
 
 def here(cuda: bool, precision: str, cpus: float = 1.0) -> Allocation:
-    """That of a trial in this process, which shares nothing."""
+    """The allocation of a trial in this process, which shares nothing."""
     return Allocation(0, Worker(cpus, float(cuda)), 1, 1, Node(cpus, float(cuda)), cuda=cuda, precision=precision)
 
 
 def allocate(nodes: Sequence[Node], space: SearchSpace, trials: int) -> Allocation:
-    """How ``trials`` of a space share the nodes: every worker on one node, a CPU for the data left on each.
+    """How ``trials`` of a space share the nodes. Each worker is on one node; CPUs for data stay free (`capacity`).
 
-    Raises UserError where not even one trial fits: Ray itself would wait for ever.
+    Raises UserError where not even one trial fits: Ray itself would wait forever.
 
     >>> from ser_ray.config import SearchSpace
     >>> experiment = {"name": "x", "corpora": {"synthetic": None}, "backbone": "embedded/tiny-whisper"}
@@ -81,16 +81,18 @@ def allocate(nodes: Sequence[Node], space: SearchSpace, trials: int) -> Allocati
         raise UserError(_too_large(nodes, worker, workers))
     at_once = min(fits, space.tune.concurrency or fits, trials)
     total = Node(sum(max(0.0, node.cpus - DATA_CPUS) for node in nodes), sum(node.gpus for node in nodes))
-    found = Allocation(space.resources.workers, worker, pool, at_once, total)
-    return replace(found, idle=tuple(_idle(nodes, space, trials, found)))
+    allocation = Allocation(space.resources.workers, worker, pool, at_once, total)
+    return replace(allocation, idle=tuple(_idle(nodes, space, trials, allocation)))
 
 
 def capacity(nodes: Sequence[Node], worker: Worker) -> int:
-    """Workers that fit at once, each on one node, beside a CPU for the data on every node; where the nodes are too
-    small for that, on one of them, where it costs the fewest workers."""
+    """Workers that fit at once, each on one node, with a CPU reserved for data on every node.
+
+    If no worker fits that way, the CPU is reserved on one node only: the one where this costs the fewest workers.
+    """
     room = sorted(nodes, key=lambda node: (node.cpus, node.gpus), reverse=True)
-    beside = sum(_fits(node.cpus - DATA_CPUS, node.gpus, worker) for node in room)
-    return beside or max(
+    all_reserved = sum(_fits(node.cpus - DATA_CPUS, node.gpus, worker) for node in room)
+    return all_reserved or max(
         (
             sum(_fits(node.cpus - DATA_CPUS * (i == reserved), node.gpus, worker) for i, node in enumerate(room))
             for reserved in range(len(room))
@@ -103,7 +105,7 @@ def capacity(nodes: Sequence[Node], worker: Worker) -> int:
 
 
 def _worker(nodes: Sequence[Node], wanted: Resources) -> Worker:
-    """What a worker takes, with ``auto`` resolved: with GPUs as many CPUs as leave none of a node's GPUs without."""
+    """Resources of a worker with ``auto`` resolved. With GPUs: the most CPUs that leave no GPU of a node unused."""
     has_gpu = any(node.gpus for node in nodes)
     gpus = float(has_gpu) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
     if wanted.cpus_per_worker != "auto":
@@ -120,7 +122,7 @@ def _worker(nodes: Sequence[Node], wanted: Resources) -> Worker:
 
 
 def _fits(cpus: float, gpus: float, worker: Worker) -> int:
-    """Workers on one node. Ray shares a GPU among whole parts: of 0.3 each three fit on one."""
+    """Workers that fit on one node. Ray puts a fractional worker on a single GPU: three of 0.3 GPUs fit on one."""
     if 0 < worker.gpus < 1:
         by_gpu = int(gpus) * int(1 / worker.gpus + 1e-9)
     else:
@@ -131,35 +133,35 @@ def _fits(cpus: float, gpus: float, worker: Worker) -> int:
 
 def _too_large(nodes: Sequence[Node], worker: Worker, workers: int) -> str:
     has = ", ".join(f"{max(0.0, node.cpus - DATA_CPUS):g} CPUs and {node.gpus:g} GPUs" for node in nodes)
-    lacking = "GPUs" if worker.gpus > sum(node.gpus for node in nodes) else "room"
+    problem = "has too few GPUs" if worker.gpus > sum(node.gpus for node in nodes) else "is too small"
     return (
-        f"resources: a trial takes {workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node, but the "
-        f"cluster lacks the {lacking}: its {len(nodes)} node{'s have' if len(nodes) > 1 else ' has'} {has}, beside "
+        f"resources: a trial needs {workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node, but the "
+        f"cluster {problem}: its {len(nodes)} node{'s have' if len(nodes) > 1 else ' has'} {has}, beside "
         f"{DATA_CPUS} CPU for data; lower resources.workers, cpus_per_worker or gpus_per_worker"
     )
 
 
-def _idle(nodes: Sequence[Node], space: SearchSpace, trials: int, found: Allocation) -> Iterator[str]:
-    worker, per_trial = found.worker, max(1, found.workers)
-    if found.total.gpus:
-        used, total, unit = found.gpus_in_use, found.total.gpus, "GPUs"
+def _idle(nodes: Sequence[Node], space: SearchSpace, trials: int, allocation: Allocation) -> Iterator[str]:
+    worker, per_trial = allocation.worker, max(1, allocation.workers)
+    if allocation.total.gpus:
+        used, total, unit = allocation.gpus_in_use, allocation.total.gpus, "GPUs"
     else:
-        used, total, unit = found.trials_at_once * per_trial * worker.cpus, found.total.cpus, "cores"
+        used, total, unit = allocation.trials_at_once * per_trial * worker.cpus, allocation.total.cpus, "cores"
     left = total - used
     if left < (0.05 if unit == "GPUs" else 1):
         return
-    fits = found.pool // per_trial
+    fits = allocation.pool // per_trial
     without_cpu_limit = sum(_fits(math.inf, node.gpus, worker) for node in nodes) // per_trial
     if unit == "GPUs" and not worker.gpus:
         reason = "resources.gpus_per_worker is 0"
-    elif found.trials_at_once < fits and found.trials_at_once == trials:
+    elif allocation.trials_at_once < fits and allocation.trials_at_once == trials:
         reason = f"there {'is one trial' if trials == 1 else f'are {trials} trials'} to run"
-    elif found.trials_at_once < fits:
+    elif allocation.trials_at_once < fits:
         reason = f"tune.concurrency is {space.tune.concurrency}"
     elif unit == "GPUs" and without_cpu_limit > fits:
         reason = f"a worker takes {worker.cpus:g} CPUs, and the nodes have no more; lower resources.cpus_per_worker"
-    elif found.pool % per_trial:
-        reason = f"a trial takes {per_trial} workers, and {found.pool} fit; change resources.workers"
+    elif allocation.pool % per_trial:
+        reason = f"a trial takes {per_trial} workers, and {allocation.pool} fit; change resources.workers"
     else:
         part = f"{worker.gpus:g} GPUs" if unit == "GPUs" else f"{worker.cpus:g} CPUs"
         reason = f"workers of {part} do not fill the nodes; change resources"

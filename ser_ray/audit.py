@@ -1,8 +1,8 @@
-"""The audit of a split, before a GPU is used: ``ser-ray audit SPACE.yaml [key=value ...]``.
+"""Audit a split before a GPU is used: ``ser-ray audit SPACE.yaml [key=value ...]``.
 
-Prepares what is missing, splits it by the protocol and shows what crosses the splits or is wrong with the data: shared
-speakers, identical recordings, versions of one take, emotions that are absent. The same audit comes before every
-training. Writes ``audit.json`` to the results folder, unless a search lives there, which has its own.
+Prepares missing corpora, splits them by the protocol and reports leakage between splits and problems with the data:
+shared speakers, identical recordings, versions of one recording, absent emotions. The same audit runs before every
+training. Writes ``audit.json`` to the results folder, unless a search is there, which has its own.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from rich.table import Column, Table
 from ser_ray import cluster, config, disk, prepare
 from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
-from ser_ray.schema import UserError
 from ser_ray.speech.fingerprint import same_recordings_in
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
 
 def run(space: SearchSpace, console: Console) -> dict[str, Any]:
-    """Audit every fold that a space trains, show and write it; returns what `leakage.audit` does."""
+    """Audit every fold that a search space trains, print, write and return the result of `leakage.audit_search`."""
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
     with console.status("fingerprints of the audio"):
@@ -47,17 +47,15 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     for finding in result["findings"]:
         line = f"{finding['level']:5}  {finding['what']}: {finding['detail']}"
         console.print(line, style=STYLES[finding["level"]], markup=False)
-    console.print("LEAKY: figures made from this split are too high" if result["leaky"] else "no leak found")
+    console.print("LEAKY: metrics of this split are too high" if result["leaky"] else "no leak found")
     if target := _write(space, result):
         console.print(f"written to {target}", markup=False)
     return result
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray audit SPACE.yaml [key=value ...]``. Raises UserError for a finding that makes training pointless."""
-    if not arguments:
-        raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.resolve_paths(config.load(arguments[0], arguments[1:]))
+def main(path: Path, overrides: list[str]) -> int:
+    """``ser-ray audit``. Raises UserError for a finding that makes training pointless."""
+    space = cluster.resolve_paths(config.load(path, overrides))
     for finding in run(space, Console(highlight=False, soft_wrap=True))["findings"]:
         if finding["level"] == "error":
             raise UserError(f"{finding['what']}: {finding['detail']}")
@@ -79,7 +77,7 @@ def _write(space: SearchSpace, result: dict[str, Any]) -> Path | None:
 
 
 def _sizes(splits: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column a split, a row a size or an emotion: seven emotions do not fit beside each other."""
+    """One column per split, one row per size or emotion: seven emotions do not fit side by side."""
     table = Table("", *(Column(split, justify="right") for split in splits), box=box.SIMPLE_HEAD)
     parts = list(splits.values())
     table.add_row("speakers", *(str(part["speakers"]) for part in parts))

@@ -1,14 +1,15 @@
-"""What the frozen part of a model computes, once for all epochs and trials: ``ser-ray cache SPACE.yaml``.
+"""Cached features: the output of a model's frozen part, once for all epochs and trials: ``ser-ray cache SPACE.yaml``.
 
-Actors run the part below `adapter.first_layer` (all of the backbone where it is frozen) over the shards and write what
-the rest needs, shard by shard, under ``storage.cache/prefix/<key>``; see `ser_ray.models.prefix` for what that is, and
-`plan.uncacheable_reason` for when there is none. `tune` and `train` make what their plan names before the first trial,
-with all workers that the cluster has room for; this command makes it beforehand. A file is named as the shard that it
-comes from, and holds its rows in the same order; it is written aside and renamed: what was cut off goes on, what
-changed in a corpus is made again, and the rest is found.
+Actors run the layers below `adapter.first_layer` (the whole backbone if it is frozen) over the shards and write the
+features that the rest of the model needs, one file per shard, under ``storage.cache/prefix/<key>``. What they are:
+`ser_ray.models.prefix`; when there are none: `plan.uncacheable_reason`. `tune` and `train` make the caches of their
+plan before the first trial, with all workers that the cluster has room for; this command makes them beforehand.
 
-``storage.prefix_gb`` bounds all caches together. To make room the one that was used longest ago goes first; one that
-a run is reading stays (a lock tells).
+A file has the name of its shard and its rows in the same order. It is written under another name and then renamed:
+an interrupted run continues, what changed in a corpus is computed again, and the rest is reused.
+
+``storage.prefix_gb`` limits the size of all caches together. To make room the least recently used cache is removed
+first; one that a run is reading is locked and stays.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ from ser_ray.config import SearchSpace
 from ser_ray.plan import RunPlan
 from ser_ray.pool import Pool
 from ser_ray.protocols.task import load_task
-from ser_ray.schema import UserError
 from ser_ray.speech import cached_features as form
 from ser_ray.speech import shards
 from ser_ray.speech.cached_features import Prefix
@@ -49,40 +49,38 @@ from ser_ray.speech.cached_features import Prefix
 IN_USE: Final = ".in_use"
 MAKING: Final = ".making"
 BATCH_SECONDS: Final = 60.0
-"""Padded seconds at once: no gradients are kept, so this takes less memory than training."""
+"""Padded seconds per batch: without gradients this takes less memory than training."""
 LINE_S: Final = 10.0
-"""In a log, how far a cache has come is said so often."""
+"""Seconds between lines of progress in a log."""
 
 Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], Console], Iterable[object]]
-"""Makes the files of a frozen part: pairs of a shard and what is written of it -> an item for each that is done."""
+"""Writes the cached features: pairs of a shard and the file to write -> an item for each file that is done."""
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """A cache that is whole for the speech of a run: one file for every shard."""
+    """A cache that is complete for the speech of a run: one file for every shard."""
 
     prefix: Prefix
     paths: tuple[Path, ...]
     made: int = 0
-    """How many of them were made now."""
+    """How many of the files were made now."""
     seconds: float = 0.0
-    """That took."""
+    """How long that took."""
 
     @property
     def gigabytes(self) -> float:
-        """On disk."""
+        """Size on disk."""
         return sum(path.stat().st_size for path in self.paths) / 1e9
 
     def __str__(self) -> str:
-        found = f"made in {self.seconds:.0f} s" if self.made else "found"
-        return f"frozen prefix {self.prefix}: {self.gigabytes:.2f} GB, {found}, in {self.paths[0].parent}"
+        origin = f"made in {self.seconds:.0f} s" if self.made else "found"
+        return f"frozen prefix {self.prefix}: {self.gigabytes:.2f} GB, {origin}, in {self.paths[0].parent}"
 
 
-def main(arguments: list[str]) -> int:
-    """Make every cache that the trials of a search space can ask for."""
-    if not arguments:
-        raise UserError("name a search space, such as search_spaces/ravdess_whisper.yaml")
-    space = cluster.resolve_paths(config.load(arguments[0], arguments[1:]))
+def main(path: Path, overrides: list[str]) -> int:
+    """``ser-ray cache``: make every cache that the trials of a search space can use."""
+    space = cluster.resolve_paths(config.load(path, overrides))
     console = Console(highlight=False, soft_wrap=True)
     plan.check(space)
     cluster.connect(space)
@@ -97,38 +95,38 @@ def main(arguments: list[str]) -> int:
 
 @contextmanager
 def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
-    """Every cache of a plan, made where it is missing by all workers that the cluster has room for, and held while the
-    body runs."""
+    """Make the missing caches of a plan, with all workers that the cluster has room for, and lock them all against
+    removal while the body runs."""
     with ExitStack() as stack:
         for prefix in planned.cacheable():
-            found = stack.enter_context(keep(planned, prefix, console))
-            if found is not None:
-                console.print(str(found))
+            cached = stack.enter_context(keep(planned, prefix, console))
+            if cached is not None:
+                console.print(str(cached))
         yield
 
 
 @contextmanager
 def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False) -> Iterator[CachedFeatures | None]:
-    """The cache of a frozen part, made where it is missing, and held while the body runs.
+    """The cache of a frozen part, made where files are missing, and locked against removal while the body runs.
 
-    It is made by actors on all of the cluster, one process at a time; or with ``here`` by this process, on the device
-    that it holds. Then it waits for nobody, as others may wait for that device: those who make the same cache at once
-    share its shards. None where there is, with a line that says so, no room for it.
+    Actors on the whole cluster make it, for one process at a time. With ``here`` this process makes it, on the device
+    that it holds, and waits for no other, as others may be waiting for that device: processes that make the same cache
+    at the same time share its shards. Gives None, and prints why, where there is no room for the cache.
     """
     directory = _place(planned.space, wanted)
     with disk.locked(directory / IN_USE, shared=True):
         (directory / IN_USE).touch()
-        kept = _whole(wanted, directory, planned.shard_dirs)
-        if kept is None:
+        cached = _whole(wanted, directory, planned.shard_dirs)
+        if cached is None:
             with nullcontext() if here else _alone(directory, wanted, console):
                 extract = by_this_process(planned) if here else by_pool(planned)
-                kept = _make(planned, wanted, directory, console, extract)
-        yield kept
+                cached = _make(planned, wanted, directory, console, extract)
+        yield cached
 
 
 @contextmanager
 def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Iterator[CachedFeatures | None]:
-    """The same where it is whole already, else None."""
+    """The same if the cache is complete already, else None."""
     directory = _place(space, wanted)
     if not (directory / IN_USE).is_file():
         yield None
@@ -138,7 +136,7 @@ def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Itera
 
 
 def by_pool(planned: RunPlan) -> Extract:
-    """By actors on Ray, each with the resources of a training worker."""
+    """Extraction by Ray actors, each with the resources of a training worker."""
 
     def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
         worker, size = planned.allocation.worker, min(planned.allocation.pool, len(work))
@@ -151,12 +149,12 @@ def by_pool(planned: RunPlan) -> Extract:
 
 
 def by_this_process(planned: RunPlan) -> Extract:
-    """Here, on the device that this process has."""
+    """Extraction in this process, on the device that it holds."""
 
     def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
         worker = planned.allocation.worker
         extractor = Extractor(wanted, max(1, int(worker.cpus)), worker.gpus)
-        for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (an order of its own)
+        for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (its own order)
             if not target.is_file():  # another process may have made it meanwhile
                 extractor.extract(source, target)
             yield target
@@ -165,14 +163,14 @@ def by_this_process(planned: RunPlan) -> Extract:
 
 
 class Extractor:
-    """The frozen part in memory, loaded with the first shard, applied to one shard after the other."""
+    """Applies the frozen part of a model to one shard after another; the backbone is loaded with the first shard."""
 
     def __init__(self, wanted: Prefix, threads: int, gpus: float) -> None:
         self.wanted, self.threads, self.gpus = wanted, threads, gpus
         self.backbone: Any = None
 
     def extract(self, source: Path, target: Path) -> None:
-        """Read one shard of speech and write what is cached of it, in the order of its rows."""
+        """Read one shard of speech and write its cached features, in the order of its rows."""
         import torch
 
         from ser_ray.models import backbones, prefix
@@ -180,7 +178,7 @@ class Extractor:
         from ser_ray.speech import order, stream
         from ser_ray.training import memory
 
-        # Ray hides no GPU from a process that asked for none.
+        # Ray hides no GPU from a process that requested none.
         device = torch.device("cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu")
         if self.backbone is None:
             torch.set_num_threads(self.threads)
@@ -201,10 +199,10 @@ class Extractor:
                     arrays[row] = array.tobytes()
             return arrays
 
-        found = memory.with_what_fits(compute, BATCH_SECONDS)
-        columns = [table["utterance_id"], table["num_samples"], pa.array(found, pa.large_binary())]
+        features = memory.with_what_fits(compute, BATCH_SECONDS)
+        columns = [table["utterance_id"], table["num_samples"], pa.array(features, pa.large_binary())]
         with disk.replacing(target) as aside:
-            # Row by row as in the source, so that the fold says where they are, and in groups of the same size.
+            # The same rows as in the source, as the fold gives row numbers, and row groups of the same size.
             pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, row_group_size=order.PIECE, compression="none")
 
 
@@ -215,12 +213,12 @@ _RemoteExtractor = ray.remote(Extractor)
 
 @contextmanager
 def _alone(directory: Path, wanted: Prefix, console: Console) -> Iterator[None]:
-    """The right to make this cache; a line says so where another process is at it."""
+    """Hold the lock for making this cache; prints a line if another process is making it."""
     with disk.locked(directory / MAKING, wait=False) as at_once:
         if at_once is not False:
             yield
             return
-    console.print(f"frozen prefix {wanted}: another process makes it; waiting for that")
+    console.print(f"frozen prefix {wanted}: waiting for another process that is making it")
     with disk.locked(directory / MAKING):
         yield
 
@@ -230,12 +228,12 @@ def _place(space: SearchSpace, wanted: Prefix) -> Path:
 
 
 def _targets(directory: Path, shard_dirs: Iterable[str]) -> dict[Path, Path]:
-    """Shard of speech -> the file of what is cached of it."""
+    """Shard of speech -> the file of its cached features."""
     return {path: directory / path.name for shard_dir in shard_dirs for path in shards.shard_paths(Path(shard_dir))}
 
 
 def _whole(wanted: Prefix, directory: Path, shard_dirs: Iterable[str]) -> CachedFeatures | None:
-    """The cache where no file of it is missing."""
+    """The cache, or None if any file of it is missing."""
     targets = tuple(_targets(directory, shard_dirs).values())
     return CachedFeatures(wanted, targets) if all(target.is_file() for target in targets) else None
 
@@ -252,7 +250,7 @@ def _make(
         if (room := _make_room(directory, needed, limit)) < needed:
             console.print(
                 f"frozen prefix {wanted}: {needed:.2f} GB, but storage.prefix_gb leaves {room:.2f}; "
-                "trained without; raise it, or keep less with head.layer_mix: last"
+                "training without the cache; raise it, or cache fewer states with head.layer_mix: last"
             )
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
@@ -261,14 +259,14 @@ def _make(
 
 
 def _show(done: Iterable[object], total: int, title: str, console: Console) -> None:
-    """Progress while shards are done: a bar in a terminal, a line now and then in a log."""
+    """Show progress: a bar in a terminal, a line now and then in a log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    started = told = time.monotonic()
+    started = last_line = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for number, _ in enumerate(progress.track(done, total=total, description=title), start=1):
             now = time.monotonic()
-            if not console.is_terminal and now - told > LINE_S and number < total:
-                told = now
+            if not console.is_terminal and now - last_line > LINE_S and number < total:
+                last_line = now
                 left = (now - started) / number * (total - number)
                 console.print(f"{title}: {number} of {total} shards, about {left:.0f} s left")
 
@@ -283,9 +281,9 @@ def _size(paths: Iterable[Path]) -> tuple[float, int]:
 
 
 def _make_room(directory: Path, needed: float, limit: float) -> float:
-    """Remove other caches that nobody uses, those used longest ago first, until there is room; returns the GB left.
+    """Remove unused other caches, least recently used first, until there is room; returns the GB that are left.
 
-    Where all of them together would not make room enough, none is removed.
+    If removing all of them would not make enough room, none is removed.
     """
     with ExitStack() as stack:
         sizes = {marker.parent: _gigabytes(marker.parent) for marker in directory.parent.glob(f"*/{IN_USE}")}
@@ -302,7 +300,7 @@ def _make_room(directory: Path, needed: float, limit: float) -> float:
 
 
 def _gigabytes(directory: Path) -> float:
-    """On disk; what another process removes meanwhile counts nothing."""
+    """Size on disk; files that another process removes meanwhile count as 0."""
     total = 0
     for path in directory.glob("*.parquet"):
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Ray, started or joined in one place: the only ``ray.init`` of the project, what fits on it, where paths lead."""
+"""Start or join Ray (the project's only ``ray.init``), allocate its resources to trials, and resolve paths."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from ser_ray import __version__, allocation, disk, nodes
 from ser_ray.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
-from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
+from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.speech import shards
 
 OWN = "ser_ray_started"
-"""A resource of the one node whose Ray this project started: it was told of a CPU more than there are, for the data."""
+"""A resource that marks the node whose Ray this project started: it declares one CPU more than exists, for the data."""
 
 RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
-"""Defaults of its components; 52365, the dashboard agent's, is among the ports that the system gives away."""
+"""Default ports of Ray's components; 52365, the dashboard agent's, is one that the system may assign to any program."""
 PATIENCE_S = 20.0
-"""After so long, and then every so often, a line says what is waited for."""
+"""Seconds of waiting between lines that say what is waited for."""
 ANSWERS_WITHIN_S = 10.0
-"""So long somebody is asked who should be there: Ray would ask for minutes."""
+"""How long to try to reach a cluster that should be up: Ray would try for minutes."""
 SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103
-"""The longest path of a socket: sun_path has a byte more, for the end (unix(7)); of macOS four less."""
+"""Maximum bytes of a socket's path: sun_path has one byte more, for the terminator (unix(7)); macOS has four less."""
 LONGEST_SOCKET = "dash_TaskEventsHead"
-"""Of what Ray 2.60 names its sockets, below the folder of a session: the dashboard's part for events of tasks."""
+"""The longest name of a socket of Ray 2.60, below a session's folder: the dashboard's module for task events."""
 VERBOSE = "SER_RAY_VERBOSE"
-"""Where this is set (by ``--verbose``) Ray's own logs are shown."""
+"""If this is set (by ``--verbose``), Ray's own logs are shown."""
 
-# What Ray's defaults cost a short trial. The health check is also the poll that notices the end of a run: at its
+# Ray's defaults slow down short trials. The health check is also the poll that notices the end of a run: with its
 # default of 2 s a trial of three empty epochs takes twice as long.
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own notes are never read
-    "RAY_AIR_NEW_OUTPUT": "0",  # the other one is silent when told to be
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state is never read
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent with verbose=0
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -62,17 +62,17 @@ _DIED = re.compile(
     r"The (actor|worker) died unexpectedly|The actor is dead|The actor \w+ is unavailable"
     r"|the node it was running on is dead|local raylet died"
 )
-"""What Ray 2.60 says of a process that was ended from outside."""
+"""Messages of Ray 2.60 about a process that was killed from outside."""
 _PACKAGES = ("torch", "torchaudio", "transformers", "peft", "bitsandbytes", "ray", "optuna", "pyarrow", "scikit-learn")
 
 
 def connect(space: SearchSpace | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS or ``ray start`` offers, else start one on this machine; again: nothing.
+    """Join the cluster of RAY_ADDRESS or ``ray start``, else start one on this machine, unless that is done already.
 
-    On its own machine Ray is told of one CPU more than there are, for the data tasks, which mostly wait: so one core
-    is enough for a search. A cluster is waited for, and with a ``space`` every node of it is looked at.
+    A Ray started here declares one CPU more than the machine has, for the data tasks, which mostly wait: so one core
+    is enough for a search. Then waits for all expected nodes, and with a ``space`` checks each of them.
 
-    Raises UserError where no cluster answers, or `nodes.wait` and `nodes.check` do.
+    Raises UserError where no cluster answers, or where `nodes.wait` or `nodes.check` does.
     """
     if not ray.is_initialized():
         _join()
@@ -88,7 +88,7 @@ def _join() -> None:
     if offered is None:
         _check_sockets_fit()
         cpus = _cores()
-        # A nested trial is several small processes, which Ray otherwise warns about as if they were a leak.
+        # A nested trial has several small processes; Ray would otherwise warn about them as if they were a leak.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
         os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
         address = f"127.0.0.1:{port}"
@@ -100,11 +100,11 @@ def _join() -> None:
         }
     else:
         address, options = offered, {"address": offered}
-    # Every process of ours is told which cluster is its own. What frees the workers of a trial that was stopped (Ray
-    # Train's cleaner) asks for it by this variable, and gives up where it is not set and two clusters run on a machine.
+    # Every process of ours gets the address of its cluster. Ray Train's cleaner, which frees the workers of a stopped
+    # trial, reads it from this variable; if it is not set and two clusters run on a machine, the cleaner gives up.
     variables = {key: os.environ[key] for key in _ENVIRONMENT} | {"RAY_ADDRESS": address}
     if offered is None:
-        os.environ["RAY_ADDRESS"] = address  # inherited; by a runtime environment every worker would start twice
+        os.environ["RAY_ADDRESS"] = address  # inherited; with a runtime environment every worker would start twice
     else:
         options["runtime_env"] = {"env_vars": variables}
     try:
@@ -119,7 +119,7 @@ def _join() -> None:
             del os.environ["RAY_ADDRESS"]
     _install_signal_handlers()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if not verbose:  # their progress is Ray's own, ours is for people; and `ser_ray.watch` says what fails in Tune
+    if not verbose:  # hides Ray's own progress; `ser_ray.watch` reports what fails in Tune
         for name, level in (("data", logging.ERROR), ("train", logging.ERROR), ("tune", logging.CRITICAL)):
             logging.getLogger(f"ray.{name}").setLevel(level)
 
@@ -133,27 +133,29 @@ def describe() -> str:
 
 
 def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
-    """How ``trials`` of a space share this cluster, and what their workers find on it.
+    """How ``trials`` of a space share this cluster, with the device and precision of their workers.
 
     Raises UserError where not even one trial fits.
     """
     offers = [node["Resources"] for node in nodes.alive()]
-    found = allocation.allocate([Node(o.get("CPU", 0.0), o.get("GPU", 0.0)) for o in offers], space, trials)
-    if not found.worker.gpus:
-        return found
-    cuda, precision = _device(found.worker, console)
-    return dataclasses.replace(found, cuda=cuda, precision=precision)
+    shared = allocation.allocate([Node(o.get("CPU", 0.0), o.get("GPU", 0.0)) for o in offers], space, trials)
+    if not shared.worker.gpus:
+        return shared
+    cuda, precision = _device(shared.worker, console)
+    return dataclasses.replace(shared, cuda=cuda, precision=precision)
 
 
 def allocate_here() -> Allocation:
-    """The same for a trial in this process."""
+    """The allocation of a trial in this process."""
     return allocation.here(*_look_at_device(), cpus=float(_cores()))
 
 
 def user_error(error: BaseException, where: object = "") -> UserError | None:
-    """The UserError behind what Ray raises when a process of ours failed, if there is one; a StorageError where that
-    process could not write its files, which are ``where`` if the error does not say it; a ProcessDiedError where it
-    was ended from outside."""
+    """The UserError behind an error that Ray raises for a failed process of ours; None if there is none.
+
+    It is a StorageError if the process could not write its files (``where`` they are, if the error does not say it),
+    and a ProcessDiedError if it was killed from outside.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -168,11 +170,10 @@ def user_error(error: BaseException, where: object = "") -> UserError | None:
 
 
 def death(text: str) -> str | None:
-    """A line for people where Ray's ``text`` says that a process was ended from outside, None where it says no such
-    thing."""
+    """A human-readable line if Ray's ``text`` says that a process was killed from outside, else None."""
     if any(words in text for words in ("running low on memory", "ray.exceptions.OutOfMemoryError")):
         return (
-            "Ray ended its process, as the memory of its machine was nearly full; lower tune.concurrency or "
+            "Ray killed its process because the machine's memory was nearly full; lower tune.concurrency or "
             "experiment.batch_seconds, or use a machine with more memory"
         )
     return "its process died" if _DIED.search(text) else None
@@ -182,7 +183,7 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
     """The same space with absolute paths, as workers run in other directories.
 
     Inside a ``ray job submit`` the current directory is a copy that vanishes with the job: results then go to
-    ``~/ser_ray/results`` unless said otherwise, and relative data or storage paths are refused with a UserError.
+    ``~/ser_ray/results`` unless the space sets it, and relative data or storage paths are refused with a UserError.
     """
     storage = space.storage
     if _submitted_job():
@@ -214,7 +215,7 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
 
 
 def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> dict[str, Any]:
-    """What made a result: code, command, packages, hardware, data, seed; as it goes into provenance.json."""
+    """The content of provenance.json: the code, command, packages, hardware, data and seed that made a result."""
     import torch  # here, so that a worker that only prepares data need not load it
 
     manifests = {str(directory): shards.read_manifest(directory) for directory in shard_dirs}
@@ -242,13 +243,15 @@ def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> d
 
 
 def _cores() -> int:
-    """Of this machine, as far as this process may use them."""
+    """CPU cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(worker: Worker, console: Console) -> tuple[bool, str]:
-    """Whether a worker sees a CUDA device, and what ``precision: auto`` is there; asked on one, where the driver has
-    none itself. GPUs may be declared to Ray that are not there."""
+    """Whether a worker sees a CUDA device, and what ``precision: auto`` resolves to there.
+
+    If the driver sees none, a task with the GPUs of a worker looks: GPUs declared to Ray may not exist.
+    """
     if (own := _look_at_device())[0]:
         return own
     asked = ray.remote(_look_at_device).options(num_cpus=0, num_gpus=worker.gpus).remote()
@@ -269,7 +272,7 @@ def _look_at_device() -> tuple[bool, str]:
 
 
 def _offered() -> str | None:
-    """The cluster that somebody offers: by RAY_ADDRESS, or by ``ray start`` on this machine.
+    """The address of a running cluster, from RAY_ADDRESS or from ``ray start`` on this machine; None without either.
 
     Ray's own "auto" would also join the private Ray of any other command that runs here. Raises UserError where nothing
     answers there: Ray itself would try for minutes.
@@ -285,7 +288,7 @@ def _offered() -> str | None:
     if started.stat().st_uid != os.getuid():
         raise UserError(
             f"{started}: belongs to the Ray of another user; set RAY_TMPDIR to a directory of your own, or RAY_ADDRESS "
-            "to the cluster that is meant"
+            "to the cluster to join"
         )
     address = started.read_text(encoding="utf-8").strip()
     if not _answers(address):
@@ -297,16 +300,16 @@ def _offered() -> str | None:
 
 
 def _system_temp() -> Path:
-    """Where Ray keeps its sessions, as it looks for it (``ray._common.utils.get_default_system_temp_dir``)."""
+    """Where Ray keeps its sessions, by Ray's own rule (``ray._common.utils.get_default_system_temp_dir``)."""
     names = ("RAY_TMPDIR", "TMPDIR") if sys.platform.startswith("linux") else ("RAY_TMPDIR",)
     return Path(next((os.environ[name] for name in names if name in os.environ), "/tmp"))  # noqa: S108 (Ray's own)
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody listens there; asked for a while, as a cluster may just be starting."""
+    """Whether a Ray listens at ``address``; tried for a while, as a cluster may just be starting."""
     host, _, port = address.rpartition(":")
     if not address or "://" in address or not port.isdigit():
-        return bool(address)  # Ray's own words for where it is, such as local; Ray knows
+        return bool(address)  # an address in Ray's own terms, such as local: left to Ray
     ends = time.monotonic() + ANSWERS_WITHIN_S
     while True:
         try:
@@ -319,8 +322,8 @@ def _answers(address: str) -> bool:
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:
-    """Whether it is no other program that was given the port since: a server of gRPC begins with a frame of settings
-    (RFC 9113, 3.4)."""
+    """Whether a gRPC server answers, not another program that got the port since: gRPC servers begin with a SETTINGS
+    frame (RFC 9113, 3.4)."""
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return True
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
@@ -328,7 +331,7 @@ def _speaks_grpc(connection: socket.socket) -> bool:
 
 
 def _check_sockets_fit() -> None:
-    """Raises UserError where the paths of Ray's sockets would be longer than the system takes."""
+    """Raises UserError where the paths of Ray's sockets would be longer than the system allows."""
     temp = _system_temp()
     longest = temp / "ray" / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / LONGEST_SOCKET
     over = len(os.fsencode(longest)) - SOCKET_BYTES
@@ -340,21 +343,21 @@ def _check_sockets_fit() -> None:
 
 
 def _install_signal_handlers() -> None:
-    """SIGTERM, and SIGUSR1 as Slurm sends it before the time limit, end a command as Ctrl-C does: in order."""
+    """Make SIGTERM, and SIGUSR1, which Slurm sends before the time limit, end a command cleanly, as Ctrl-C does."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
-    # A job that a script runs in the background ignores Ctrl-C, as it should; this was meant for it.
+    # A background job of a script rightly ignores Ctrl-C, but this signal was sent to it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)  # for whoever heeds it now: Ray Tune has a handler of its own
+    signal.raise_signal(signal.SIGINT)  # for the current handler: Ray Tune installs its own
 
 
 def _free_port() -> int:
-    """One that nobody listens on, nor another part of Ray will."""
+    """A port that nothing listens on and that is not a default of another component of Ray."""
     while True:
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -364,20 +367,20 @@ def _free_port() -> int:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that runs, if it is one."""
+    """The commit of the running checkout; None if it is not one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     except FileNotFoundError:  # no git on this machine
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def _resolve_experiment(experiment: Experiment) -> Experiment:
     corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
     for name, path in corpora.items():
         if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
-            raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus lies")
+            raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus is")
     protocol = experiment.protocol
     if _is_file(protocol.given):
         protocol = protocol.model_copy(update={"given": _absolute(str(protocol.given))})
@@ -395,7 +398,7 @@ def _absolute(path: str) -> str:
 
 
 def _resolve_conditions(distribution: Distribution) -> Distribution:
-    """The backbones of its ``when`` as they then stand in the choice."""
+    """Make the backbones in ``when`` absolute, as they then are in the choice."""
     when = distribution.when
     if "backbone" not in when:
         return distribution

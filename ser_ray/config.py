@@ -1,7 +1,7 @@
-"""The configuration: one YAML file describes an experiment and the space that is searched around it.
+"""The configuration: one YAML file describes an experiment and the search space around it.
 
-This is the only reader of YAML. ``load`` turns a file and ``key=value`` overrides into a frozen `SearchSpace`, or
-raises a `UserError` whose one line names the field. Every default has its reason beside it.
+Only this module reads YAML. ``load`` turns a file and ``key=value`` overrides into a frozen `SearchSpace`, or raises a
+one-line `UserError` that names the field. The docstring of each field gives the reason for its default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ser_ray.schema import EMOTIONS, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import EMOTIONS
 
 
 def _as_tuple(value: object) -> object:
@@ -29,28 +30,29 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused, no silent conversion of types."""
+    """A section of the configuration: immutable, rejects unknown keys, does not convert types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Audio(Section):
-    """What counts as a usable recording. Part of the fingerprint of prepared data."""
+    """Which recordings are usable, and how they are cut. Part of the fingerprint of prepared data."""
 
     min_seconds: float = Field(0.3, gt=0, le=30)
-    """Shorter ones hold less than a syllable, and fewer frames than a backbone's receptive field needs."""
+    """Shorter recordings are rejected: they hold less than a syllable, and fewer frames than a backbone's receptive
+    field needs."""
     max_seconds: float = Field(30.0, gt=0, le=30)
-    """Whisper has positions for 30 s and no more; `too_long` says what becomes of longer recordings."""
+    """Whisper has position embeddings for at most 30 s. `too_long` says what happens to longer recordings."""
     too_long: Literal["reject", "split"] = "reject"
-    """split: into equal windows of at most `max_seconds`, each an utterance of the same speaker and emotion. Not by
-    default: an emotion given to a minute of speech need not hold in each of its parts."""
+    """reject: leave the recording out. split: cut it into equal windows of at most `max_seconds`, each an utterance of
+    the same speaker and emotion. Not the default: the label of a minute of speech may not hold for each part of it."""
     trim_db: float | None = Field(40.0, gt=0)
-    """Leading and trailing parts this far below the peak are cut (RAVDESS begins and ends with about 1 s of
-    silence, a third of its audio); null keeps them."""
+    """Leading and trailing parts that are this many dB below the peak are cut (RAVDESS recordings begin and end with
+    about 1 s of silence, a third of the audio). null: no trimming."""
 
 
 class Protocol(Section):
-    """Who is trained on and who is tested on; see `ser_ray.protocols.folds`."""
+    """How utterances are split into train, dev and test; see `ser_ray.protocols.folds`."""
 
     scheme: Literal[
         "speaker_kfold",
@@ -61,30 +63,30 @@ class Protocol(Section):
         "official",
         "random",
     ] = "speaker_kfold"
-    """Speaker-disjoint by default: speakers shared between splits inflate every figure. ``official``: the split that
-    a table's column says. ``random`` is stamped LEAKY."""
+    """The default is speaker-disjoint: speakers shared between splits inflate every metric. ``official``: the split in
+    the column ``split`` of a corpus table. Results of ``random`` are stamped LEAKY."""
     folds: int = Field(5, ge=2)
-    """Number of folds of ``speaker_kfold`` and ``random``: test is fold `fold`, dev the next one. Where only test is
-    given by the scheme, dev is one of so many balanced groups of the other speakers."""
+    """Number of folds of ``speaker_kfold`` and ``random``: test is fold `fold`, dev the next one. Where the scheme
+    defines only test, the other speakers of each corpus form this many balanced groups, and dev is one of them."""
     fold: int = Field(0, ge=0)
-    """Which fold is tested, from 0; for ``leave_one_speaker_out`` which speaker, in order of name."""
+    """Number of the test fold, from 0; for ``leave_one_speaker_out``, of the test speaker in order of name."""
     dev_after: int = Field(1, ge=1)
-    """Dev is the fold so many places after the tested one, cyclically; where only test is given by the scheme, that
-    group of the other speakers; where dev is given too, it stays. `Tune.rotate_dev` moves it."""
+    """Dev is the fold this many places after the test fold, cyclically. Where the scheme defines only test, dev is the
+    group of other speakers with this number; where it defines dev too, this has no effect. See `Tune.rotate_dev`."""
     given: Annotated[str | tuple[Words, ...] | None, BeforeValidator(_as_tuple)] = None
-    """For ``given_folds``: ``emobox`` (RAVDESS's published folds), lists of speakers such as ``ravdess/01``, or a CSV
-    file with the columns speaker and fold (numbers from 0)."""
+    """For ``given_folds``: ``emobox`` (RAVDESS's published folds), a list of speakers such as ``ravdess/01`` for each
+    fold, or a CSV file with the columns speaker and fold (numbers from 0)."""
     held_out: str | None = None
-    """For ``leave_one_corpus_out`` and ``cross_corpus``: the corpus that is tested on."""
+    """For ``leave_one_corpus_out`` and ``cross_corpus``: the test corpus."""
     train_on: Words | None = None
-    """For ``cross_corpus``: the corpora that are trained on. Only emotions that both sides have are used."""
+    """For ``cross_corpus``: the training corpora. Only emotions that occur both in them and in `held_out` are used."""
     seed: int = Field(0, ge=0)
-    """Of the assignment of speakers to folds; apart from the training seed, so that folds stay put."""
+    """Seed of the assignment to folds; separate from the training seed, which therefore does not change the folds."""
 
     @model_validator(mode="after")
     def _complete(self) -> Protocol:
         if self.scheme == "given_folds" and self.given is None:
-            raise ValueError("scheme given_folds needs protocol.given: emobox, or lists of speakers")
+            raise ValueError("scheme given_folds needs protocol.given: emobox, lists of speakers, or a .csv file")
         if self.scheme in ("leave_one_corpus_out", "cross_corpus") and self.held_out is None:
             raise ValueError(f"scheme {self.scheme} needs protocol.held_out: the corpus to test on")
         if self.scheme == "cross_corpus" and not self.train_on:
@@ -92,7 +94,7 @@ class Protocol(Section):
         if self.train_on and self.held_out in self.train_on:
             raise ValueError(f"protocol.train_on names {self.held_out!r}, which is held out")
         if self.scheme in ("speaker_kfold", "random") and self.fold >= self.folds:
-            raise ValueError(f"protocol.fold is {self.fold}, but folds count from 0 to {self.folds - 1}")
+            raise ValueError(f"protocol.fold is {self.fold}, but the folds are 0 to {self.folds - 1}")
         return self
 
 
@@ -100,36 +102,37 @@ class Adapter(Section):
     """How the backbone is adapted."""
 
     method: Literal["frozen", "lora", "qlora", "full"] = "lora"
-    """frozen: only the head learns; lora; qlora: LoRA over NF4 weights (double quantisation); full: all weights."""
+    """frozen: only the head is trained. lora: low-rank updates. qlora: LoRA on NF4 weights (double quantisation). full:
+    all weights are trained."""
     rank: int = Field(8, ge=1, le=512)
-    """Of the low-rank update. 8 is where LoRA's paper (arXiv 2106.09685, table 6) stops gaining."""
+    """Rank of the low-rank update. In LoRA's paper (arXiv 2106.09685, table 6) more than 8 brings no gain."""
     alpha: float = Field(16.0, gt=0)
-    """The update is scaled by alpha / rank; twice the default rank, as is usual."""
+    """The update is scaled by alpha / rank. The default is twice the default rank, as is usual."""
     dropout: float = Field(0.05, ge=0, lt=1)
-    """On the input of the low-rank update; the QLoRA paper's value for small models."""
+    """Dropout on the input of the low-rank update. The default is the QLoRA paper's value for small models."""
     first_layer: int = Field(0, ge=0)
-    """Layers below this one stay frozen (their weights are not adapted, nor trained under ``full``)."""
+    """Layers below this one stay frozen: they get no LoRA update, and ``full`` does not train them."""
     targets: Words | None = None
-    """Names of the linear layers that get a LoRA update; null: all of attention and feed-forward (QLoRA paper,
-    section 4: all layers are needed to match full fine-tuning), for WavLM the feed-forward ones only."""
+    """Names of the linear layers that get a LoRA update. null: all of attention and feed-forward (QLoRA paper,
+    section 4: all layers are needed to match full fine-tuning); for WavLM only those of feed-forward."""
 
 
 class Head(Section):
     """From hidden states to emotions: layer mix -> masked pooling -> classifier."""
 
     layer_mix: Literal["weighted", "concat", "last"] = "weighted"
-    """weighted: a learned sum of all layers (SUPERB, arXiv 2105.01051): emotion lives in the middle ones. concat: all
-    layers pooled and put side by side, so that the classifier takes from each what it holds."""
+    """weighted: a trainable weighted sum of all layers (SUPERB, arXiv 2105.01051): the middle ones carry most about
+    emotion. concat: all layers are pooled and concatenated, so that the classifier can use each. last: the last one."""
     pooling: Literal["mean", "statistics", "attentive"] = "attentive"
-    """Over real frames only. statistics: mean and standard deviation; attentive: the same under learned weights
-    (Okabe et al. 2018, arXiv 1803.10963), which begin uniform."""
+    """Over real frames only, without padding. statistics: mean and standard deviation. attentive: the same with
+    trainable frame weights (Okabe et al. 2018, arXiv 1803.10963), which are uniform at the start."""
     hidden: int = Field(0, ge=0, le=8192)
-    """Width of a hidden layer; 0 for a linear classifier, which a thousand utterances can fit."""
+    """Width of the classifier's hidden layer. 0: a linear classifier, which can be fitted to a thousand utterances."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """On the pooled vector."""
+    """Dropout on the pooled vector, and on the hidden layer if there is one."""
     init: Literal["random", "probe"] = "random"
-    """probe: start from logistic regression on the frozen backbone's best layer, then fine-tune
-    (arXiv 2202.10054: fine-tuning under a random head distorts good features)."""
+    """probe: start from logistic regression on the frozen backbone's best layer (``concat``: on all layers), then
+    fine-tune (arXiv 2202.10054: fine-tuning with a random head distorts good features)."""
 
     @model_validator(mode="after")
     def _probe_is_linear(self) -> Head:
@@ -141,28 +144,28 @@ class Head(Section):
 
 
 class Augment(Section):
-    """Variation of training speech, seeded; dev and test are never varied. All off by default: what pays depends on the
-    corpus, and a level or a speed can be part of an emotion."""
+    """Seeded augmentation of training recordings; dev and test are never augmented. All off by default: what helps
+    depends on the corpus, and level and speed can be part of an emotion."""
 
     gain_db: float = Field(0.0, ge=0, le=40)
-    """Level, up to so many dB up or down: microphones and distances differ."""
+    """The level changes by up to this many dB up or down: microphones and distances differ."""
     noise_snr_db: Annotated[tuple[float, float] | None, BeforeValidator(_as_tuple)] = None
-    """White noise at a signal-to-noise ratio between these two, in dB."""
+    """[low, high]: adds white noise at a signal-to-noise ratio between these two, in dB."""
     speed: float = Field(0.0, ge=0, le=0.3)
-    """Played slower, as it is, or faster by this share, each a third of the time (Ko et al. 2015, 0.1); moves the pitch
-    too, which carries emotion."""
+    """Plays a recording slower by this share, unchanged, or faster by it, a third of the time each (Ko et al. 2015:
+    0.1). This shifts the pitch too, which carries emotion."""
     crop_seconds: float | None = Field(None, gt=0)
-    """A stretch of at most this length, anywhere in the utterance."""
+    """Trains on a random crop of at most this length."""
     channel_mask: float = Field(0.0, ge=0, le=0.5)
-    """SpecAugment (arXiv 1904.08779) on log-mel bands, or on the channels that wav2vec2's convolutions give: two masks
-    of up to this share."""
+    """SpecAugment (arXiv 1904.08779) on log-mel bands, or on the output channels of wav2vec2's convolutions: two masks,
+    each of up to this share of them."""
     time_mask: float = Field(0.0, ge=0, le=0.5)
-    """The same along time: two masks of up to this share of an utterance."""
+    """The same along time: two masks, each of up to this share of an utterance."""
 
     @model_validator(mode="after")
     def _range(self) -> Augment:
         if self.noise_snr_db is not None and self.noise_snr_db[0] > self.noise_snr_db[1]:
-            raise ValueError("noise_snr_db is [low, high]: the first is above the second")
+            raise ValueError("noise_snr_db is [low, high], but the first value is above the second")
         return self
 
 
@@ -170,64 +173,67 @@ class Optimizer(Section):
     """AdamW with linear warm-up and linear decay to zero."""
 
     lr: float = Field(1.0e-4, gt=0, le=1)
-    """Of the backbone's part (adapters, or all weights)."""
+    """Peak learning rate of the backbone (adapters, or all weights)."""
     head_lr: float = Field(1.0e-3, gt=0, le=1)
-    """Of the head, which starts from nothing and needs larger steps."""
+    """Peak learning rate of the head, which is trained from scratch and needs larger steps."""
     weight_decay: float = Field(0.01, ge=0, le=1)
-    """AdamW's own default; not on biases, norms and layer-mix weights."""
+    """AdamW's default; not applied to biases, norms and layer-mix weights."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of all steps over which the rate rises; Adam's second moment is noise before that."""
+    """Share of all steps over which the learning rate rises; until then Adam's second moment is noisy."""
     clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     accumulate: int = Field(1, ge=1)
-    """Up to so many batches of each worker are one step: a large batch on a small GPU. The steps of an epoch share its
-    batches evenly."""
+    """Gradient accumulation: a step is up to this many batches of each worker, for a large batch on a small GPU. The
+    batches of an epoch are divided evenly among its steps."""
 
 
 class Experiment(Section):
-    """One trial, complete: data, split, model, optimisation."""
+    """The complete configuration of one trial: data, split, model, optimisation."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The folder under `Storage.results`."""
+    """Name of the results folder, below `Storage.results`."""
     corpora: dict[str, str | None]
-    """Corpus: its directory. ``synthetic`` needs none. Under any other name a .csv or .parquet file that lists
-    recordings, as `ser_ray.corpora.table` says."""
+    """Corpus -> its directory; ``synthetic`` needs none. A corpus that is not built in needs a name of its own and a
+    .csv or .parquet file that lists its recordings; `ser_ray.corpora.table` describes the columns."""
     labels: dict[str, dict[str, str]] = {}
-    """For a corpus in a table: the word that stands in its column emotion, and the emotion that it means. A word that
-    is not here must be an emotion already."""
+    """For a corpus in a table, the emotions that values of its column emotion stand for: ``{mine: {ang: angry}}``. A
+    value that is not listed must be the name of an emotion."""
     label: Literal["intended", "perceived"] = "intended"
-    """What the speaker intended, or what most listeners heard where a corpus knows it (CREMA-D): by voice alone most
-    listeners heard the intended one for less than half of it. An utterance whose listeners were undecided is left out;
-    one that nobody was asked about keeps the intended emotion, which the audit counts."""
+    """intended: the emotion that the speaker meant to express. perceived: the one that most listeners heard, where a
+    corpus has listener ratings (CREMA-D: by voice alone, this is the intended one for less than half of it). perceived
+    leaves out utterances with a tie among listeners. Utterances without ratings keep the intended emotion, and the
+    audit counts them."""
     emotions: Words = EMOTIONS[:7]
-    """The labels, in order; utterances of other emotions are dropped, unless merged."""
+    """The classes, in order; utterances of other emotions are dropped, unless merged."""
     merge: dict[str, str] = {}
-    """Emotion: the one it counts as, such as calm: neutral."""
+    """Emotion -> the one that it is relabelled to: ``{calm: neutral}``."""
     audio: Audio = Audio()
     protocol: Protocol = Protocol()
     backbone: str
-    """Hub id, local directory, or an embedded name (``embedded/tiny-whisper``, ``embedded/tiny-wav2vec2``)."""
+    """Hugging Face hub id, local directory, or an embedded backbone (``embedded/tiny-whisper``,
+    ``embedded/tiny-wav2vec2``)."""
     adapter: Adapter = Adapter()
     head: Head = Head()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
     batch_seconds: float = Field(60.0, gt=0)
-    """Padded seconds of audio a batch of one worker: a bound on memory, whatever the lengths."""
+    """Largest batch of one worker, in seconds of audio including padding: bounds memory whatever the lengths."""
     epochs: int = Field(10, ge=1)
-    """At most. It may grow under the same name: trials that ended with their last epoch then go on from its checkpoint.
-    The learning rate is a function of the step and of all steps, so the further epochs are trained at the rate that the
-    longer schedule has there: it is above the (nearly) zero that the shorter one ended with, and the epochs before were
-    trained at lower rates than a run of so many epochs from the start would have had."""
+    """Maximum number of epochs. It may be raised under the same name: trials that ended with their last epoch then
+    continue from its checkpoint. The learning rate depends on the step and on the total number of steps, so the added
+    epochs are trained at the rates of the longer schedule. These are above the (nearly) zero at which the shorter one
+    ended, and the earlier epochs were trained at lower rates than in a run that has the longer schedule from the
+    start."""
     patience: int = Field(4, ge=1)
-    """Epochs without a better dev UAR after which training stops."""
+    """Early stopping: training ends after this many epochs without a better `Tune.metric`."""
     class_weights: Literal["balanced", "none"] = "balanced"
-    """balanced: loss weights inverse to an emotion's frequency in train, as UAR counts emotions equally."""
+    """balanced: loss weights inverse to an emotion's frequency in train, since UAR weighs emotions equally."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
+    """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False
-    """Gradient checkpointing: a third more time for a fraction of the memory. Where a model does not fit otherwise."""
+    """Gradient checkpointing: a third more time for a fraction of the memory. For models that do not fit otherwise."""
     seed: int = Field(0, ge=0)
-    """Of initial weights, dropout and the order of batches."""
+    """Seed of initial weights, dropout, augmentation and the order of batches."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Experiment:
@@ -244,12 +250,12 @@ class Experiment(Section):
             if target not in self.emotions:
                 raise ValueError(f"merge: {source}: {target!r} is not among the experiment's emotions")
             if source in self.emotions:
-                raise ValueError(f"merge: {source!r} is among the experiment's emotions; list it in one place")
+                raise ValueError(f"merge: {source!r} is also in emotions; remove it from one of them")
         return self
 
     def halved(self) -> Experiment:
-        """The same with half of the batch, and twice as many of them in a step: less memory, and a step holds the same
-        utterances, but for those that end it."""
+        """The same with half of `batch_seconds` and twice `accumulate`: less memory, and a step has the same
+        utterances, except for some at its end."""
         optimizer = self.optimizer.model_copy(update={"accumulate": 2 * self.optimizer.accumulate})
         return self.model_copy(update={"batch_seconds": self.batch_seconds / 2, "optimizer": optimizer})
 
@@ -257,11 +263,11 @@ class Experiment(Section):
 THE_SAME_FOR_ALL = frozenset(
     {"name", "corpora", "labels", "label", "emotions", "merge", "audio", "protocol"},
 )
-"""Fields of `Experiment` that say what is learned from and tested on: they are not searched."""
+"""Fields of `Experiment` that define the data and their split: they cannot be searched."""
 
 
 class Distribution(Section):
-    """Where one searched key takes its values from: exactly one of choice, uniform, loguniform, randint."""
+    """The values of one searched key: exactly one of choice, uniform, loguniform, randint."""
 
     choice: Annotated[tuple[Any, ...] | None, BeforeValidator(_as_tuple)] = None
     uniform: Annotated[tuple[float, float] | None, BeforeValidator(_as_tuple)] = None
@@ -269,7 +275,8 @@ class Distribution(Section):
     randint: Annotated[tuple[int, int] | None, BeforeValidator(_as_tuple)] = None
     """Both ends included."""
     when: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_as_tuple)]] = {}
-    """Searched only where every key here has one of these values: ``when: {adapter.method: [lora, qlora]}``."""
+    """Conditions: the key is searched only in trials where every key listed here has one of the given values, such as
+    ``when: {adapter.method: [lora, qlora]}``."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Distribution:
@@ -286,7 +293,7 @@ class Distribution(Section):
         return self
 
     def examples(self) -> tuple[Any, ...]:
-        """Values that every part of the experiment must accept: all choices, or both ends."""
+        """The values that are validated: all choices, or both ends of a range."""
         ends = self.uniform or self.loguniform or self.randint
         return self.choice if self.choice is not None else tuple(ends or ())
 
@@ -295,74 +302,74 @@ class Tune(Section):
     """How the space is searched."""
 
     trials: int = Field(12, ge=1)
-    """How many in all; ``tune.trials=+20`` on the command line adds to a finished search."""
+    """Total number of trials; ``tune.trials=+20`` on the command line adds to a finished search."""
     hours: float | None = Field(None, gt=0)
-    """No trial begins after so many hours of searching in all (continuations included); null: no limit."""
+    """No trial starts after this many hours of searching in total (continuations included); null: no limit."""
     gpu_hours: float | None = Field(None, gt=0)
-    """No trial begins after the trials have held GPUs for so long; null: no limit."""
+    """No trial starts after trials have held GPUs for this many GPU-hours in total; null: no limit."""
     metric: Literal["dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa"] = "dev_uar"
-    """What trials are compared by; always on dev."""
+    """The metric on dev by which trials are compared and stopped."""
     also: Annotated[
         tuple[Literal["seconds_per_epoch", "peak_memory_mb", "trainable_parameters"], ...], BeforeValidator(_as_tuple)
     ] = ()
-    """Costs that the sampler keeps low as well: it then looks for the whole front, which the report shows. The metric
-    alone chooses the winner."""
+    """Costs that the sampler minimises as well: it then searches for the Pareto front, which the report shows. The
+    metric alone decides which trial wins."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """tpe: a model of what was tried (multivariate; arXiv 2304.11127). random and grid are for comparison."""
+    """tpe: a model of the trials so far (multivariate; arXiv 2304.11127). random and grid are for comparison."""
     grid_points: int = Field(3, ge=2)
-    """Values that a grid takes from each range."""
+    """Number of values that a grid takes from each range."""
     warm_start: Words = ()
-    """Results folders of earlier searches, whose trials the sampler learns from; they do not count as trials."""
+    """Results folders of earlier searches, whose trials the sampler learns from; they do not count towards `trials`."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops the worse half of the trials early."""
     grace: int = Field(2, ge=1)
     """Epochs before a trial may be stopped."""
     seed: int = Field(0, ge=0)
+    """Seed of the sampler, and of the order of a grid."""
     concurrency: int | None = Field(None, ge=1)
-    """Trials at once; null: as many as fit the cluster."""
+    """Number of trials that run at once; null: as many as fit on the cluster."""
     finalists: int = Field(3, ge=1)
-    """The best trials by dev, whose checkpoints the evaluation actors score in full."""
+    """How many of the best trials are finalists. Evaluation actors score their checkpoints in full, on dev."""
     final_folds: Annotated[tuple[int, ...] | Literal["all"] | None, BeforeValidator(_as_tuple)] = None
-    """Folds over which finalists are trained again; the mean over them chooses, and is what test gives. null: the
-    experiment's own fold, from the checkpoint that the search left."""
+    """Folds on which the finalists are trained again. The mean over the folds selects the winner on dev and is reported
+    on test. null: only the experiment's own fold, with the checkpoint from the search."""
     final_seeds: int = Field(1, ge=1)
-    """Seeds with which each is trained: the experiment's, and those that follow. The mean of their probabilities is
-    one more figure of test."""
+    """Number of seeds with which each finalist is trained: the experiment's seed and those that follow. On test, the
+    ensemble that averages their probabilities is scored as well."""
     rotate_dev: bool = False
-    """With every further seed dev is the next fold (`Protocol.dev_after`): a finalist is judged by more speakers, and
-    none of those beside the tested ones is left out of training by all seeds."""
+    """With each further seed, dev is the next fold (`Protocol.dev_after`). More speakers then decide between the
+    finalists, and every speaker outside of test is trained on with at least one seed."""
     first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
-    """Points tried before the sampler chooses: searched key -> value; keys left out are sampled."""
-
+    """Points to try before the sampler chooses any: searched key -> value; keys left out are sampled."""
     log: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
-    """Where epochs are logged beside the results folder: results/NAME/tensorboard, results/NAME/mlflow.db."""
+    """Where the epochs are logged as well: results/NAME/tensorboard, results/NAME/mlflow.db."""
 
     @model_validator(mode="after")
     def _rotates_over_seeds(self) -> Tune:
         if self.rotate_dev and self.final_seeds == 1:
-            raise ValueError("rotate_dev: every further seed takes another dev; set final_seeds to 2 or more")
+            raise ValueError("rotate_dev changes dev with each further seed; set final_seeds to 2 or more")
         return self
 
     @model_validator(mode="after")
     def _grid_is_complete(self) -> Tune:
         if self.sampler == "grid" and self.first:
-            raise ValueError("first: a grid lays out all points itself; remove tune.first, or use sampler: tpe")
+            raise ValueError("first: a grid defines all points itself; remove tune.first, or use sampler: tpe")
         return self
 
 
 class Resources(Section):
-    """What one trial takes."""
+    """The resources of one trial."""
 
     workers: int = Field(1, ge=0)
-    """Data-parallel processes a trial: in a search one is Tune's own, several take a trial twenty seconds more; 0 runs
-    in this process, without Ray, for a debugger (train only)."""
+    """Data-parallel processes per trial. In a search, 1 trains in Tune's own process; several add twenty seconds to a
+    trial. 0 trains in this process, without Ray, for a debugger (train only)."""
     cpus_per_worker: float | Literal["auto"] = "auto"
-    """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with one."""
+    """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with a GPU."""
     gpus_per_worker: float | Literal["auto"] = "auto"
-    """auto: 1 where the cluster has a GPU, else 0; 0.25 puts four trials on one."""
+    """auto: 1 if the cluster has a GPU, else 0. 0.25 puts four trials on one GPU."""
     data: Literal["auto", "resident", "streamed"] = "auto"
-    """Between epochs: resident in the object store, or read from the shards again; auto: resident where a trial's data
-    take less than a third of the store, or else its dev where that does."""
+    """resident: a trial's data stay in Ray's object store between epochs. streamed: every epoch reads them from the
+    files. auto: resident if they take at most 30 % of the store; else dev alone is, if it takes no more than that."""
 
     @model_validator(mode="after")
     def _can_be_given(self) -> Resources:
@@ -370,23 +377,25 @@ class Resources(Section):
             raise ValueError(f"cpus_per_worker is {self.cpus_per_worker:g}; give more than 0, or auto")
         gpus = 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-            raise ValueError(f"gpus_per_worker is {gpus:g}; Ray gives a share of one GPU, or whole GPUs")
+            raise ValueError(f"gpus_per_worker is {gpus:g}; give a fraction of one GPU, or a whole number of GPUs")
         return self
 
 
 class Storage(Section):
-    """Where things are written."""
+    """Where files are written."""
 
     results: str = "results"
+    """Directory of the results folders."""
     cache: str = "~/.cache/ser_ray"
-    """Prepared data; on a cluster a path that every node sees."""
+    """Directory of prepared data and cached features; on a cluster, a path that every node can reach."""
     prefix_gb: float = Field(50.0, ge=0)
-    """What the frozen part of a model computes is kept below `cache`, up to so much in all, and trials read it in place
-    of the speech; 0: never. An hour of speech takes 0.14 GB a layer of whisper-tiny, 0.46 GB of whisper-large."""
+    """Maximum size of the feature cache below `cache`, in GB. It holds what the frozen part of a model computes, which
+    trials read in place of the waveforms; 0: no cache. An hour of speech takes 0.14 GB per layer of whisper-tiny and
+    0.46 GB per layer of whisper-large."""
 
 
 class SearchSpace(Section):
-    """A whole YAML file: the experiment, what is searched around it, how, with what, and where to."""
+    """The content of a YAML file: experiment, search space, search settings, resources, storage."""
 
     experiment: Experiment
     search: dict[str, Distribution] = {}
@@ -398,7 +407,7 @@ class SearchSpace(Section):
     def _search_fits(self) -> SearchSpace:
         for key, distribution in self.search.items():
             if key.split(".")[0] in THE_SAME_FOR_ALL:
-                raise ValueError(f"search: {key}: the data are the same for all trials, or they could not be compared")
+                raise ValueError(f"search: {key}: all trials use the same data, to be comparable; remove this key")
             for condition in distribution.when:
                 if condition not in self.search:
                     raise ValueError(f"search: {key}: when names {condition!r}, which is not searched")
@@ -416,9 +425,9 @@ class SearchSpace(Section):
         return self
 
     def trial(self, values: Mapping[str, Any]) -> Experiment:
-        """The experiment of one trial: the base with dotted keys replaced.
+        """The experiment of one trial: the base experiment with dotted keys replaced.
 
-        Raises UserError where a key does not exist or a value does not fit.
+        Raises UserError if a key does not exist or a value is invalid.
         """
         return _validate(Experiment, _with_values(to_dict(self.experiment), values))
 
@@ -444,10 +453,10 @@ class SearchSpace(Section):
 def load(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
     """Read a search space from YAML and apply ``key=value`` overrides.
 
-    An override of a key that is searched fixes it: the key leaves the search, and ``tune.first`` (points that are then
-    alike are tried once); so do keys that are searched only with other values of it.
+    An override of a searched key fixes it: the key is removed from the search and from ``tune.first`` (points that
+    become equal are tried once). Keys that are searched only with other values of it are removed too.
 
-    Raises UserError, in one line, for a file that is missing or no YAML, and for every key or value that does not fit.
+    Raises UserError, in one line, for a file that is missing or not YAML, and for every unknown key or invalid value.
     """
     path = Path(path)
     if not path.is_file():
@@ -488,7 +497,7 @@ def load_experiment(path: str | Path) -> Experiment:
 
 
 def fingerprint(*parts: object) -> str:
-    """Twelve hex digits that name what something was made from; equal content gives equal digits.
+    """Twelve hex digits that identify content; equal content gives equal digits.
 
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True
@@ -516,8 +525,8 @@ MAY_CHANGE = (
     "storage.prefix_gb",
     "experiment.epochs",
 )
-"""Keys that may differ when a search is continued: they say how much is tried and where, not what a trial is. Epochs
-may only grow (`refused`)."""
+"""Keys that may change when a search is continued: they set its budget, resources and logs, not what a trial is. The
+epochs may only grow (`refused`)."""
 
 
 def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
@@ -531,18 +540,18 @@ def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
 
 
 def refused(old: SearchSpace, new: SearchSpace) -> list[str]:
-    """Of their `differences`, those with which ``new`` does not continue what ``old`` began."""
-    found = [change for change in differences(old, new) if not change.startswith(MAY_CHANGE)]
+    """The `differences` that do not let ``new`` continue a search that was started as ``old``."""
+    refusals = [change for change in differences(old, new) if not change.startswith(MAY_CHANGE)]
     if new.experiment.epochs < old.experiment.epochs:
-        found.append(f"experiment.epochs: {old.experiment.epochs} -> {new.experiment.epochs}, which may only grow")
-    return found
+        refusals.append(f"experiment.epochs: {old.experiment.epochs} -> {new.experiment.epochs}, which may only grow")
+    return refusals
 
 
 # -- below: how it is done
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number, 03 and 08 are strings, no and off are strings."""
+    """YAML with less surprising scalars: 1e-5 is a number, 03 and 08 are strings, no and off are strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -580,12 +589,13 @@ def _parse_value(override: str, text: str) -> Any:
 
 
 def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
-    """Search ``key`` no more. What depends on it is searched always, or where ``value`` is none of its, never."""
+    """Remove ``key`` from the search. A key with a condition on it loses the condition if ``value`` meets it, and is
+    removed too if not."""
     search = content["search"]
     search.pop(key, None)
     tune = content.get("tune")
     points = tune.get("first") if isinstance(tune, dict) else None
-    if isinstance(points, list):  # what is none is left for the validation to refuse
+    if isinstance(points, list):  # anything else is left for validation to reject
         for point in points:
             if isinstance(point, dict):
                 point.pop(key, None)
@@ -596,13 +606,13 @@ def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
 
 
 def _depends_on(distribution: object, key: str) -> bool:
-    """Whether its ``when`` names that key; what is no condition is left for the validation to refuse."""
+    """Whether its ``when`` names that key; a malformed condition is left for validation to reject."""
     when = distribution.get("when") if isinstance(distribution, dict) else None
     return isinstance(when, dict) and isinstance(when.get(key), list)
 
 
 def _with_values(content: dict[str, Any], values: Mapping[str, Any], known: bool = True) -> dict[str, Any]:
-    """A copy of nested ``content`` with dotted keys set; with ``known``, only ones that are there already."""
+    """A copy of nested ``content`` with dotted keys set; with ``known``, only keys that exist already."""
     content = json.loads(json.dumps(content))
     for dotted, value in values.items():
         node = content
@@ -621,7 +631,7 @@ def _with_values(content: dict[str, Any], values: Mapping[str, Any], known: bool
 
 
 def _split_key(dotted: str) -> list[str]:
-    """``search.adapter.rank`` names the key ``adapter.rank`` of the search, not a field three deep."""
+    """``search.adapter.rank`` is the key ``adapter.rank`` of the search, not a field three levels deep."""
     head, dot, rest = dotted.partition(".")
     return [head, rest] if head == "search" and dot else dotted.split(".")
 

@@ -1,4 +1,4 @@
-"""Write files so that a reader, or a run after a kill, finds the old one, the new one, or none: never a part."""
+"""Write files atomically: a reader, or a run after a kill, finds the old file, the new one, or none, never a part."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from pathlib import Path
 from typing import Any, Final
 
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE})
-"""What the system says of a disk that is full, read-only, not ours, or broken."""
+"""Errors of a disk that is full, read-only, not ours, or broken."""
 UNREACHABLE: Final = frozenset({errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT})
-"""And of one on another machine; of a file only, as sockets say the same."""
+"""Errors of a disk on another machine; only if they name a file, as sockets raise the same."""
 
 
 def explain(error: OSError, where: object = "") -> str | None:
-    """A line for people on a disk that cannot be used; None for errors of another kind.
+    """A human-readable line about a disk that cannot be used; None for errors of another kind.
 
-    ``where``: the place, if the error does not say it.
+    ``where``: the path, if the error does not contain it.
 
     >>> explain(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
-    '/data/x: No space left on device; make room or choose another place, then give the same command again'
+    '/data/x: No space left on device; make room or choose another path, then run the same command again'
     """
     if error.errno not in UNWRITABLE and not (error.filename and error.errno in UNREACHABLE):
         return None
     assert error.errno is not None
     place = error.filename or where
-    said = f"{place}: " if place else ""
-    # The system's own words: libraries have others.
-    return f"{said}{os.strerror(error.errno)}; make room or choose another place, then give the same command again"
+    prefix = f"{place}: " if place else ""
+    # The system's own text: libraries word it differently.
+    return f"{prefix}{os.strerror(error.errno)}; make room or choose another path, then run the same command again"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path aside to write to; at the end, and only after success, it takes the place of ``path``.
+    """A temporary path to write to; at the end, and only after success, it replaces ``path``.
 
-    Two writers of the same content do no harm. Missing folders are made.
+    Two writers of the same content do no harm. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -53,18 +53,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content``, whole or not at all."""
+    """Write ``content`` atomically."""
     with replacing(path) as aside:
         aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8, whole or not at all."""
+    """Write ``text`` in UTF-8, atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: object) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
+    """`write_text` of indented JSON; NaN and infinity are refused."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -75,10 +75,11 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool | None]:
-    """Hold a lock between processes that ends with its holder, even a killed one; whether it was got.
+    """Hold a lock between processes that ends with its holder, even a killed one; yields whether it was acquired.
 
-    ``shared``: with others who share it. Without ``wait``, False at once where somebody else holds it; None on a file
-    system that has no locks, where whoever must be sure does nothing, and whoever saves work does it twice.
+    ``shared``: hold it together with others who share it. Without ``wait``, False at once if another process holds it.
+    None on a file system without locks: a caller that needs exclusion must then do nothing, and one that only avoids
+    duplicate work proceeds.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,11 +94,11 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
             if _is_at(path, file.fileno()):
                 yield True
                 return
-            # Removed while it was waited for: a lock on it keeps nobody out.
+            # The file was removed during the wait: a lock on it excludes nobody.
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,11 +1,11 @@
-"""Score the finalists on dev, choose one, open the test set for it, and write that down.
+"""Score the finalists on dev, choose one, evaluate it on the test set, and record each step.
 
     python -m ser_ray.evaluate RESULTS_DIR
 
 Ray actors score the checkpoints in parallel. Trials are compared on dev only, by the mean over the folds and seeds that
-``tune.final_folds`` and ``tune.final_seeds`` ask for; the test split is predicted once, by the chosen configuration,
-and every opening is recorded in ``evaluation/test_openings.json``. This command opens it again; an extended search does
-so only where it chooses another model.
+``tune.final_folds`` and ``tune.final_seeds`` set. The test split is predicted once, by the chosen configuration, and
+every opening is recorded in ``evaluation/test_openings.json``. Running this command again opens it again; an extended
+search does so only if it chooses another model.
 """
 
 if __name__ == "__main__":
@@ -34,6 +34,7 @@ from ser_ray import cache, cluster, config, disk, plan
 from ser_ray.allocation import Allocation
 from ser_ray.cache import CachedFeatures
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.evaluation import baselines, egemaps, folder, published
 from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.folder import TrialRecord
@@ -48,7 +49,7 @@ from ser_ray.pool import Pool
 from ser_ray.protocols.finals import dev_after, final_runs
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task, write_fold
-from ser_ray.schema import Predictions, UserError
+from ser_ray.schema import Predictions
 from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch
@@ -68,11 +69,11 @@ class Run:
     fold: int
     seed: int
     checkpoint: str
-    """Below the results folder."""
+    """Path inside the results folder; empty while it is not trained."""
 
 
 class Scorer:
-    """An evaluation actor: predicts a split by a checkpoint, or by a linear probe of a frozen backbone."""
+    """An evaluation actor: predicts a split with a checkpoint, a linear probe of a frozen backbone, or eGeMAPS."""
 
     def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
@@ -83,7 +84,7 @@ class Scorer:
     def score(self, directory: str, split: str, cached: CachedFeatures | None = None) -> Predictions:
         """A checkpoint's predictions on one split of its own fold, in order of utterance id.
 
-        From the speech, or where that is at hand from what was ``kept`` of it for training.
+        From the waveforms, or from the ``cached`` features if they are given.
         """
         model = checkpoint.load(directory, str(self.device))
         task = self._task(model.experiment)
@@ -91,7 +92,7 @@ class Scorer:
         return self._predict(model, task, split, cached)
 
     def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
-        """The same by logistic regression on the experiment's backbone, frozen: the layer that is best on dev."""
+        """The same by logistic regression on the experiment's frozen backbone, on the layer that is best on dev."""
         experiment = Experiment.model_validate(values)
         model, task = build(experiment, self.device), self._task(experiment)
         model.prefix = cached.prefix if cached else None
@@ -122,10 +123,10 @@ class Scorer:
         return Task.read(write_fold(experiment, self.shard_dirs, self.folds))
 
     def _features(self, rows: pa.Table) -> np.ndarray:
-        found: list[np.ndarray] = []
+        features: list[np.ndarray] = []
         for table in stream.read_files(rows, "audio"):
-            found += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
-        return np.stack(found)
+            features += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
+        return np.stack(features)
 
     def _batches(
         self, task: Task, split: str, batch_seconds: float, cached: CachedFeatures | None = None
@@ -138,28 +139,28 @@ class Scorer:
 
     def _predict(self, model: Any, task: Task, split: str, cached: CachedFeatures | None = None) -> Predictions:
         def predict(batch_seconds: float) -> dict[str, np.ndarray]:
-            found: dict[str, np.ndarray] = {}
+            probabilities: dict[str, np.ndarray] = {}
             for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
                 rows = logits_BK.double().softmax(-1).cpu().numpy()
-                found.update(zip(batch.utterance_ids, rows, strict=True))
-            return found
+                probabilities.update(zip(batch.utterance_ids, rows, strict=True))
+            return probabilities
 
         return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
 
 
 def finals(directory: Path, space: SearchSpace, task: Task) -> list[TrialRecord]:
-    """What is to be trained before the choice: the finalists over folds and seeds; nothing where the search's own
-    checkpoints do."""
+    """The trainings that are needed before the choice: the finalists over folds and seeds, except those that the
+    search itself trained."""
     jobs = []
-    for tried in _finalists(directory, space):
-        for run in _runs(space, task, tried):
+    for finalist in _finalists(directory, space):
+        for run in _runs(space, task, finalist):
             if run.checkpoint == "":
-                jobs.append(TrialRecord(_final_id(run), {**tried.values, **_where(space, run)}))
+                jobs.append(TrialRecord(_final_id(run), {**finalist.values, **_where(space, run)}))
     return jobs
 
 
 def is_evaluated(directory: Path, space: SearchSpace) -> bool:
-    """Whether the test figures that are there are those of this search, with this budget."""
+    """Whether test.json holds the test metrics of this search with this budget."""
     path = directory / "evaluation" / "test.json"
     return path.is_file() and disk.read_json(path).get("budget") == _budget(space)
 
@@ -172,18 +173,18 @@ def evaluate(
     reuse: bool = False,
     allocation: Allocation | None = None,
 ) -> dict[str, Any]:
-    """Fill ``best/`` and ``evaluation/`` of a results folder; returns the test figures.
+    """Fill ``best/`` and ``evaluation/`` of a results folder; returns the test metrics.
 
-    ``reuse``: where the choice comes out as before, its test figures stand, and the test set stays closed.
-    ``allocation``: that of the plan, where there is one.
+    ``reuse``: if the choice is the same as before, reuse its test metrics and do not open the test set.
+    ``allocation``: that of the plan, if there is one.
 
-    Raises UserError where no trial left a checkpoint, or a final is missing.
+    Raises UserError if no trial left a checkpoint, or the training of a final is missing.
     """
     finalists = _finalists(directory, space)
     provenance = disk.read_json(directory / "provenance.json")
     shard_dirs = [data["directory"] for data in provenance["data"]]
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
-    runs = {tried.trial_id: _trained(directory, _runs(space, task, tried)) for tried in finalists}
+    runs = {finalist.trial_id: _trained(directory, _runs(space, task, finalist)) for finalist in finalists}
     everything = [run for own in runs.values() for run in own]
     allocation = allocation or cluster.allocate(space, len(everything), console)
     with Pool(
@@ -194,7 +195,7 @@ def evaluate(
         console,
     ) as scorers:
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
-        experiments = {tried.trial_id: space.trial(tried.values) for tried in finalists}
+        experiments = {finalist.trial_id: space.trial(finalist.values) for finalist in finalists}
         with _cached(space, experiments, shard_dirs, allocation) as cached:
             jobs = {run: _by_checkpoint(directory, run, "dev", cached[run.trial_id]) for run in everything}
             dev = _score(scorers, jobs, "dev", console)
@@ -203,7 +204,7 @@ def evaluate(
         answer = record.known(chosen) if reuse else None
         if answer is None:
             probe = the_probe([run.checkpoint for run in runs[chosen]])
-            console.print(f"chosen by dev: trial {chosen}{probe and ', ' + probe}; opening the test set")
+            console.print(f"chosen on dev: trial {chosen}{probe and ', ' + probe}; opening the test set")
             _record_opening(directory, chosen, argv)
             jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
             test = _score(scorers, jobs, "test", console)
@@ -216,29 +217,27 @@ def evaluate(
                 others = {fold: _by_egemaps(space, fold) for fold in sorted(folds)}
                 by_baseline[EGEMAPS] = _score(scorers, others, EGEMAPS, console)
             else:
-                console.print(f"  no baseline {EGEMAPS}: opensmile is not installed", style="dim")
-            parts = {name: [found[fold] for fold in sorted(folds)] for name, found in by_baseline.items()}
+                console.print(f"  baseline {EGEMAPS} skipped: opensmile is not installed", style="dim")
+            parts = {name: [by_fold[fold] for fold in sorted(folds)] for name, by_fold in by_baseline.items()}
             answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
         else:
-            console.print(f"chosen by dev: trial {chosen}, whose test figures are known")
+            console.print(f"chosen on dev: trial {chosen}; its test metrics are already known")
     metric = space.tune.metric.removeprefix("dev_")
     _install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_metrics(chosen), answer, metric)
-    # Last: it says that all else is there.
+    # Written last: its presence means that everything else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": _budget(space)})
     return answer
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray evaluate RESULTS_DIR``."""
-    if len(arguments) != 1:
-        raise UserError("name one results folder, such as results/demo")
-    directory = Path(arguments[0]).resolve()
+def main(results_dir: Path) -> int:
+    """``ser-ray evaluate``: choose on dev, test the chosen one."""
+    directory = results_dir.resolve()
     if not (directory / "trials.csv").is_file():
-        raise UserError(f"{directory}: no trials.csv; this is no results folder of a search")
+        raise UserError(f"{directory}: no trials.csv; this is not the results folder of a search")
     console = Console(highlight=False, soft_wrap=True)
     with folder.alone(directory):
         cluster.connect()
-        answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", *arguments])
+        answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", str(results_dir)])
     low, high = answer["ci95"]["uar"]
     limits = f"[{low:.3f}, {high:.3f}] over {answer['ci95_unit']}"
     console.print(f"test UAR {answer['uar']:.3f} {limits}; next: ser-ray report {directory}")
@@ -250,20 +249,20 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Record:
-    """What is written about the choice and the test."""
+    """Writes the records of the choice and of the test."""
 
     directory: Path
     space: SearchSpace
     task: Task
     dev: Mapping[str, list[Predictions]]
-    """Of every finalist, run by run."""
+    """Dev predictions of every finalist, one entry per run."""
     runs: Mapping[str, list[Run]]
 
     def choose(self, finalists: Sequence[TrialRecord]) -> str:
-        """The best on dev; of equals the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
+        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
         metric = self.space.tune.metric.removeprefix("dev_")
         means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
-        sizes = {tried.trial_id: int(tried.best["trainable_parameters"]) for tried in finalists}
+        sizes = {finalist.trial_id: int(finalist.best["trainable_parameters"]) for finalist in finalists}
         ranked = sorted(means, key=lambda i: (-round(means[i][metric], 12), sizes[i], i))
         chosen: str = ranked[0]
         among = f"{len(ranked)} finalists"
@@ -278,7 +277,7 @@ class _Record:
         if len(ranked) > 1:
             gap = _gap(_pooled(self.dev[chosen]), _pooled(self.dev[ranked[1]]))
             against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
-        why = f"highest dev {metric}{over} of {among}; of equals the one with fewer weights to train"
+        why = f"highest dev {metric}{over} of {among}; ties go to the one with fewer trainable parameters"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
         disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
@@ -286,11 +285,11 @@ class _Record:
         return chosen
 
     def dev_metrics(self, chosen: str) -> dict[str, Any]:
-        """The chosen one's, over all its runs."""
+        """The dev metrics of the chosen trial, over all its runs."""
         return self._summary(_pooled(self.dev[chosen]))
 
     def known(self, chosen: str) -> dict[str, Any] | None:
-        """The test figures of the same models, where the test set was opened for them before."""
+        """The test metrics of the same models, if the test set was opened for them before."""
         path = self.directory / "evaluation" / "test.json"
         before: dict[str, Any] = disk.read_json(path) if path.is_file() else {}
         same = [run["checkpoint"] for run in before.get("runs", [])] == [run.checkpoint for run in self.runs[chosen]]
@@ -299,7 +298,7 @@ class _Record:
     def test(
         self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
     ) -> dict[str, Any]:
-        """The figures of test, with what they must beat; ``by_baseline``: predictions of other models by fold."""
+        """The test metrics, with baselines; ``by_baseline``: predictions of other models by fold."""
         pooled = _pooled(parts)
         answer = self._summary(pooled)
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
@@ -311,8 +310,8 @@ class _Record:
         answer["baselines"] = _simple_baselines(self.task, pooled)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
         own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
-        found = {name: _gap(own, predictions) for name, predictions in others.items()}
-        gaps = {name: gap for name, gap in found.items() if gap}
+        measured = {name: _gap(own, predictions) for name, predictions in others.items()}
+        gaps = {name: gap for name, gap in measured.items() if gap}
         answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
         answer |= self._seen_by_the_choice(pooled)
         experiment = self.space.experiment
@@ -323,14 +322,14 @@ class _Record:
         return answer
 
     def _seen_by_the_choice(self, test: Predictions) -> dict[str, int]:
-        """How many utterances are tested, and how many of them were dev in another run: those chose, too."""
+        """How many utterances are tested, and how many of them were dev in another run and so influenced the choice."""
         dev = set(self.task.labels("dev"))  # of the search itself
         dev |= {i for parts in self.dev.values() for part in parts for i in part.utterance_ids}
         tested = set(test.utterance_ids)
         return {"tested": len(tested), "tested_in_dev": len(tested & dev)}
 
     def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
-        """Figures of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
+        """Metrics of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
         averaged = _averaged_by_fold(runs, parts)
         metrics = _brief(self._summary(_pooled(averaged)))
         return metrics | {"mean": _mean([self._summary(p) for p in averaged])}
@@ -355,43 +354,43 @@ class _Record:
 
 
 def _finalists(directory: Path, space: SearchSpace) -> list[TrialRecord]:
-    tried = [tried for tried in folder.read_trials(directory / "trials") if tried.best and tried.status != "failed"]
-    if not tried:
+    trials = [trial for trial in folder.read_trials(directory / "trials") if trial.best and trial.status != "failed"]
+    if not trials:
         raise UserError(f"{directory}: no trial left a checkpoint; trials.csv says how each ended")
-    tried.sort(key=lambda one: (-float(one.best[space.tune.metric]), one.trial_id))
-    return tried[: space.tune.finalists]
+    trials.sort(key=lambda trial: (-float(trial.best[space.tune.metric]), trial.trial_id))
+    return trials[: space.tune.finalists]
 
 
-def _runs(space: SearchSpace, task: Task, tried: TrialRecord) -> list[Run]:
-    """The models that a finalist is judged by, its own fold and seed first; without checkpoint what is still to train.
+def _runs(space: SearchSpace, task: Task, finalist: TrialRecord) -> list[Run]:
+    """The models that a finalist is compared by, its own fold and seed first; one still to train has no checkpoint.
 
     What the search itself finished is not trained again.
     """
     own = (space.experiment.protocol.fold, space.experiment.seed)
     pairs = final_runs(space, task.unsplit)
-    found = f"trials/{tried.trial_id}/{folder.checkpoint_name(tried.best['epoch'])}"
-    reused = own if tried.status == "finished" or pairs == [own] else None
-    return [Run(tried.trial_id, *pair, found if pair == reused else "") for pair in pairs]
+    trained = f"trials/{finalist.trial_id}/{folder.checkpoint_name(finalist.best['epoch'])}"
+    reused = own if finalist.status == "finished" or pairs == [own] else None
+    return [Run(finalist.trial_id, *pair, trained if pair == reused else "") for pair in pairs]
 
 
 def _trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
-    """The same with the checkpoints of what was trained meanwhile."""
-    known = {tried.trial_id: tried for tried in folder.read_trials(directory / "finals")}
-    whole = []
+    """The same runs, with the checkpoints of the finals that have been trained."""
+    known = {final.trial_id: final for final in folder.read_trials(directory / "finals")}
+    complete = []
     for run in runs:
         if run.checkpoint == "":
-            tried = known.get(_final_id(run))
-            if tried is None or tried.status != "finished":
-                state = "missing" if tried is None else f"{tried.status} {tried.error}"
+            final = known.get(_final_id(run))
+            if final is None or final.status != "finished":
+                state = "missing" if final is None else f"{final.status} {final.error}"
                 raise UserError(f"{directory}/finals/{_final_id(run)}: {state}; run ser-ray tune again")
-            name = folder.checkpoint_name(tried.best["epoch"])
+            name = folder.checkpoint_name(final.best["epoch"])
             run = Run(run.trial_id, run.fold, run.seed, f"finals/{_final_id(run)}/{name}")
-        whole.append(run)
-    return whole
+        complete.append(run)
+    return complete
 
 
 def _where(space: SearchSpace, run: Run) -> dict[str, Any]:
-    """What a run has other than its finalist, as dotted keys."""
+    """The settings of a run that differ from its finalist's, as dotted keys."""
     own = {"protocol.fold": run.fold, "seed": run.seed}
     if not space.tune.rotate_dev:
         return own
@@ -408,7 +407,7 @@ def _budget(space: SearchSpace) -> dict[str, Any]:
 
 
 def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, console: Console) -> dict[Any, Predictions]:
-    """Name of a job -> its predictions; progress is shown."""
+    """Name of a job -> its predictions; prints progress."""
     done: dict[Any, Predictions] = {}
     for name, predictions in pool.map(jobs, what):
         done[name] = predictions
@@ -420,14 +419,14 @@ def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, cons
 def _cached(
     space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str], allocation: Allocation
 ) -> Iterator[dict[str, CachedFeatures | None]]:
-    """Name of an experiment -> what is cached of the frozen part of its model, as far as that is still there."""
-    found: dict[str, CachedFeatures | None] = {}
+    """Name of an experiment -> the cached features of the frozen part of its model; None if they are not there."""
+    features: dict[str, CachedFeatures | None] = {}
     with ExitStack() as stack:
         for name, experiment in experiments.items():
             wanted = plan.prefix_of(experiment, allocation, space.storage.prefix_gb)
             cached = stack.enter_context(cache.find(space, wanted, shard_dirs)) if wanted else None
-            found[name] = cached
-        yield found
+            features[name] = cached
+        yield features
 
 
 def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures | None = None) -> Callable[[Any], Any]:
@@ -435,7 +434,7 @@ def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures
 
 
 def _frozen(experiment: Experiment) -> Experiment:
-    """The same with a linear classifier on the frozen backbone."""
+    """The same experiment with a linear classifier on the frozen backbone."""
     plain = {
         "adapter": Adapter(method="frozen"),
         "head": Head(init="probe", pooling="statistics", dropout=0.0),
@@ -459,7 +458,7 @@ def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -
     rows = task.rows(split).sort_by("utterance_id")
     ids = rows["utterance_id"].to_pylist()
     assert len(ids) == len(probabilities), (len(ids), len(probabilities))
-    found = Predictions(
+    predictions = Predictions(
         task.emotions,
         tuple(ids),
         tuple(rows["corpus"].to_pylist()),
@@ -467,7 +466,7 @@ def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -
         rows["label"].to_numpy(),
         np.stack([probabilities[i] for i in ids]),
     )
-    return found.over(counted_emotions(task.index, task.emotions, task.fold))
+    return predictions.over(counted_emotions(task.index, task.emotions, task.fold))
 
 
 def _pooled(parts: Sequence[Predictions]) -> Predictions:
@@ -488,20 +487,20 @@ def _pooled(parts: Sequence[Predictions]) -> Predictions:
 
 def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:
     """For every fold the mean of its seeds' probabilities."""
-    found = []
+    averaged = []
     for fold in sorted({run.fold for run in runs}):
         own = [part for run, part in zip(runs, parts, strict=True) if run.fold == fold]
         assert len({part.utterance_ids for part in own}) == 1, "one order for all seeds"
         mean = np.mean([part.probabilities for part in own], axis=0)
         first = own[0]
-        found.append(
+        averaged.append(
             Predictions(first.emotions, first.utterance_ids, first.corpora, first.speakers, first.labels, mean)
         )
-    return found
+    return averaged
 
 
 def _gap(one: Predictions, other: Predictions) -> dict[str, Any] | None:
-    """How far one is ahead of another on the same utterances; None for a single speaker, who says nothing of others."""
+    """The gap of one to another on the same utterances; None for a single speaker, as it is tested over speakers."""
     if len(set(one.speakers)) < 2:
         return None
     assert one.utterance_ids == other.utterance_ids, "both of the same utterances"
@@ -526,7 +525,7 @@ def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:
 
 
 def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
-    """Written before the test set is predicted, so that no opening goes unrecorded."""
+    """Called before the test set is predicted, so that no opening goes unrecorded."""
     path = directory / "evaluation" / "test_openings.json"
     openings = disk.read_json(path) if path.is_file() else []
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -534,7 +533,7 @@ def _record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
 
 
 def _install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
-    """Copy the chosen checkpoint to ``best/`` with a model card; without the state to resume from."""
+    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from."""
     aside, best = directory / ".best.partial", directory / "best"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns("training", ".*"))

@@ -1,8 +1,8 @@
-"""What the workers of a trial are fed: the rows of a fold, from the object store or streamed by Ray Data, in batches.
+"""The data loader of a trial's workers: batches of a fold's rows, from the object store or streamed by Ray Data.
 
-What fits the object store stays there between epochs and is read without a copy, in any order. The rest is streamed
-window by window from the files, with the next windows on their way: only the rows of a worker's own batches travel to
-it. Either way the batches are those of `ser_ray.speech.order`, whatever the number of workers and readers.
+Data that fit the object store stay there between epochs and are read without a copy, in any order. Other data are
+streamed from the files window by window, and the next windows are prefetched; a worker receives only the rows of its
+own batches. Either way the batches are those of `ser_ray.speech.order`, for any number of workers and readers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ser_ray.protocols.task import Task
 from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.order import PIECE, Window, epoch, steps
 
-# torch takes seconds to import, and the processes that only start and watch a trial are many.
+# torch takes seconds to import, and many processes only start and watch a trial.
 if TYPE_CHECKING:
     from ser_ray.speech.stream import Batch, Content, Prefetcher, Source
     from ser_ray.training import loop
 
 RESIDENT_SHARE: Final = 0.3
-"""Data up to this share of the object store are kept there between epochs; more are streamed from the files."""
+"""Data up to this share of the object store stay there between epochs; more are streamed from the files."""
 LOCAL_SHARE: Final = 0.1
-"""The same of the machine's memory, without Ray; its object store takes about a third of that."""
+"""Without Ray: the same as a share of the machine's memory, of which Ray's object store takes about a third."""
 PREFETCHED_TABLES: Final = 4
-"""Tables of up to `PIECE` rows that wait for the next window, or the next epoch: 100 MB of speech."""
+"""Tables of up to `PIECE` rows that are prefetched for the next window or epoch: 100 MB of speech."""
 READERS: Final = 2
-"""Tasks that read files for one worker at once. They wait for disks, and ask for no CPU of their own: on a cluster
-whose CPUs all work on trials they would not be run."""
+"""Concurrent tasks that read files for one worker. They wait for disks and request no CPU: on a cluster whose CPUs all
+work on trials, tasks that request one would not run."""
 
 
 def resident_splits(space: SearchSpace, task: Task, prefix: Prefix | None) -> tuple[str, ...]:
     """Which of train and dev stay in memory between epochs, as `resources.data` says: both, dev, or none.
 
-    ``prefix``: what a trial is fed, where that is not the speech.
+    ``prefix``: the cached features that a trial reads; None if it reads waveforms.
     """
     if space.resources.data != "auto":
         return ("train", "dev") if space.resources.data == "resident" else ()
@@ -57,9 +57,9 @@ def resident_splits(space: SearchSpace, task: Task, prefix: Prefix | None) -> tu
 def load_resident(
     task: Task, splits: Iterable[str], column: str, cached: Path | None = None
 ) -> dict[str, ray.data.Dataset]:
-    """What ``splits`` hold as Ray datasets in the object store, in the order of the fold, for every worker.
+    """The ``splits`` as Ray datasets in the object store, in the order of the fold, for every worker.
 
-    They are read in this process: an hour of speech takes pyarrow milliseconds, and Ray Data the start of its tasks.
+    They are read in this process: pyarrow reads an hour of speech in milliseconds; Ray Data would have to start tasks.
     """
     from ser_ray.speech import stream
 
@@ -67,17 +67,17 @@ def load_resident(
 
 
 def held(rows: pa.Table, dataset: Any) -> Source:
-    """A split that `load_resident` has put into the object store; its bytes are not copied."""
+    """A split that `load_resident` has put into the object store, read without a copy."""
     from ser_ray.speech import stream
 
     return stream.Held(stream.joined(rows, dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
 
 
 class Streamed:
-    """A split whose files Ray Data reads, a window after the other.
+    """A split that Ray Data reads from its files, one window after another.
 
-    The windows that follow are begun as soon as these have all been read: Ray Data takes seconds to start, and the last
-    window is still to be trained on. `close` ends what was begun and is not wanted any more.
+    Reading of the following windows starts as soon as the current ones have been read: Ray Data takes seconds to start,
+    and the last window is still to be trained on. `close` ends reading that was started and is no longer needed.
     """
 
     def __init__(self, rows: pa.Table, column: str, cached: Path | None = None) -> None:
@@ -99,7 +99,7 @@ class Streamed:
             yield table, stream.within(window, own)
 
     def close(self) -> None:
-        """Nothing follows."""
+        """End the reading ahead: no windows follow."""
         while self.begun:
             self.begun.pop().close()
 
@@ -112,7 +112,7 @@ class Streamed:
         asked = list(self._asked(windows))
         if not asked:
             return
-        # Not from_arrow, which counts rows in a task that wants a CPU.
+        # Not from_arrow, which counts rows in a task that requests a CPU.
         dataset = ray.data.from_blocks(asked).map_batches(
             _read,
             fn_args=(self.column, self.cached),
@@ -126,12 +126,12 @@ class Streamed:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
     def _asked(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
-        """What is to be read, one table a task."""
+        """The rows to read, one table per task."""
         from ser_ray.speech import stream
 
         for window in windows:
             chosen = self.rows.select(["utterance_id", "shard", "row"]).take(stream.rows_of(window))
-            # As plain strings: every block would hold the names of all files.
+            # As plain strings: dictionary-encoded, every block would hold the names of all files.
             chosen = chosen.set_column(1, "shard", chosen["shard"].cast(pa.string())).combine_chunks()
             for first in range(0, chosen.num_rows, PIECE):
                 yield chosen.slice(first, PIECE)
@@ -140,9 +140,9 @@ class Streamed:
 def data(
     experiment: Experiment, train: Source, dev: Source, content: Content, rank: int = 0, size: int = 1
 ) -> loop.Data:
-    """Batches for one of ``size`` processes: those of its steps, and every ``size``-th of dev.
+    """Batches for one of ``size`` processes: those of its optimiser steps, and every ``size``-th batch of dev.
 
-    They are put together in a thread, while the step before runs; on a machine with a GPU in page-locked memory.
+    A thread prepares them while the previous step runs; on a machine with a GPU they are in page-locked memory.
     """
     import torch
 
@@ -163,7 +163,7 @@ def data(
         windows = ordered(number)
         batches = sum(map(len, windows))
         taken = steps(batches, experiment.optimizer.accumulate, rank, size)
-        # Epoch 0 is the probe's, which takes no steps.
+        # Epoch 0 is the linear probe's, which takes no optimiser steps.
         return _only(windows, [b for step in taken for b in step.read] if number else range(rank, batches, size))
 
     def prefetched(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -171,7 +171,7 @@ def data(
 
     def train_batches(number: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + number
-        # The probe sees the speech as it is.
+        # The probe is fitted without augmentation.
         augmentation = partial(augment.augmented, settings=experiment.augment, seed=seed) if number else None
         following = partial(share, number + 1) if number < experiment.epochs else None
         return prefetched(
@@ -203,20 +203,20 @@ def _bytes(rows: pa.Table, prefix: Prefix | None) -> float:
 
 
 def _only(windows: Sequence[Window], numbers: Iterable[int]) -> list[Window]:
-    """The windows with the batches of these numbers alone, counted over all; without those that have none of them."""
-    wanted, found, first = set(numbers), [], 0
+    """The windows with only the batches of these numbers, counted over all windows; empty windows are left out."""
+    wanted, chosen, first = set(numbers), [], 0
     for window in windows:
-        found.append([batch for number, batch in enumerate(window, start=first) if number in wanted])
+        chosen.append([batch for number, batch in enumerate(window, start=first) if number in wanted])
         first += len(window)
-    return [window for window in found if window]
+    return [window for window in chosen if window]
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> list[pa.Table]:
-    """The next tables, which hold so many rows."""
-    found: list[pa.Table] = []
-    while sum(table.num_rows for table in found) < rows:
-        found.append(next(tables))
-    return found
+    """The next tables, which together hold this many rows."""
+    gathered: list[pa.Table] = []
+    while sum(table.num_rows for table in gathered) < rows:
+        gathered.append(next(tables))
+    return gathered
 
 
 def _read(rows: pa.Table, column: str, cached: Path | None) -> pa.Table:

@@ -1,10 +1,10 @@
-"""Bring the backbones that a search space names to where compute nodes without internet find them.
+"""Download the backbones that a search space names into a cache for compute nodes without internet.
 
     python -m ser_ray.fetch SPACE.yaml [--to DIR] [key=value ...]
 
-On a node with internet, such as a cluster's login node. They go into Hugging Face's cache, or the one at ``--to``, in
-its own layout. Each is loaded as a trial would load it, which brings exactly the files that are needed; then again by
-a process that is told to stay offline, as the compute nodes will.
+Run it on a node with internet, such as a cluster's login node. The files go into Hugging Face's cache, or into ``--to``
+in the same layout. Each backbone is loaded as a trial would load it, which downloads exactly the files that are needed;
+then again by a process in offline mode, as on the compute nodes.
 """
 
 if __name__ == "__main__":
@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     sys.exit(command(["fetch", *sys.argv[1:]]))
 
-import argparse
 import os
 import subprocess
 import sys
@@ -24,27 +23,23 @@ from pathlib import Path
 from rich.console import Console
 
 from ser_ray import config
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 CACHE = "HF_HUB_CACHE"
 OFFLINE = "HF_HUB_OFFLINE"
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray fetch SPACE.yaml [--to DIR] [key=value ...]``."""
-    parser = argparse.ArgumentParser(prog="ser-ray fetch", description="Bring the backbones of a search space.")
-    parser.add_argument("space", type=Path)
-    parser.add_argument("--to", type=Path, help="the cache directory; default: Hugging Face's own")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_args(arguments)
-    space = config.load(given.space, given.overrides)
+def main(path: Path, overrides: list[str], to: Path | None = None) -> int:
+    """``ser-ray fetch``: download the backbones of a space into the cache directory ``to``, by default Hugging Face's
+    own."""
+    space = config.load(path, overrides)
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
         raise UserError(f"{OFFLINE} is set: unset it here, and set it on the compute nodes")
-    if given.to is not None:
-        os.environ[CACHE] = str(given.to.expanduser().resolve())  # before Hugging Face's library reads it
+    if to is not None:
+        os.environ[CACHE] = str(to.expanduser().resolve())  # before Hugging Face's library reads it
     from huggingface_hub import constants
 
-    from ser_ray.models import backbones  # after it
+    from ser_ray.models import backbones  # after HF_HUB_CACHE is set
 
     console = Console(highlight=False, soft_wrap=True)
     for name in space.backbones():
@@ -64,4 +59,5 @@ def _check_offline(name: str) -> None:
     command = [sys.executable, "-c", code, name]
     done = subprocess.run(command, env={**os.environ, OFFLINE: "1"}, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise UserError(f"backbone {name}: came, but does not load offline: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip().splitlines()[-1]
+        raise UserError(f"backbone {name}: downloaded, but does not load offline: {reason}")

@@ -1,7 +1,7 @@
-"""What every node of a cluster must have alike, looked at before the first trial: it is there, and sees the same files,
-packages and code, and its GPUs.
+"""Check the nodes of a cluster before the first trial: all are up, see the same files, have the same packages and code,
+and have the GPUs that they offer.
 
-A path that one node does not see, or another version of a package there, otherwise shows hours later, in the trials
+Otherwise a path that one node does not see, or another version of a package there, shows hours later, in the trials
 that happen to run on it.
 """
 
@@ -24,14 +24,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ser_ray.config import SearchSpace
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 EXPECTED: Final = "SER_RAY_NODES"
-"""So many nodes are waited for; ``cluster/slurm.sbatch`` sets it."""
+"""How many nodes to wait for; ``cluster/slurm.sbatch`` sets it."""
 PATIENCE: Final = "SER_RAY_WAIT"
-"""For so many seconds."""
+"""For how many seconds to wait for them."""
 PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "ray", "pyarrow", "numpy")
-"""Those whose difference changes figures, or breaks what travels between processes."""
+"""Packages whose version changes metrics, or breaks what is sent between processes."""
 
 
 def alive() -> list[dict[str, Any]]:
@@ -40,27 +40,27 @@ def alive() -> list[dict[str, Any]]:
 
 
 def wait() -> None:
-    """Until as many nodes are up as were asked for. Raises UserError where they do not come."""
+    """Wait until as many nodes are up as were asked for. Raises UserError where they do not come up in time."""
     expected, patience = int(os.environ.get(EXPECTED, "1")), float(os.environ.get(PATIENCE, "300"))
-    started, told = time.monotonic(), False
+    started, printed = time.monotonic(), False
     while (count := len(alive())) < expected:
         if time.monotonic() - started > patience:
             names = ", ".join(name(node) for node in alive())
             raise UserError(
-                f"cluster: {count} of {expected} nodes came up within {patience:g} s ({names}); the log of Ray says "
-                f"why the others did not; {PATIENCE} sets how long to wait"
+                f"cluster: {count} of {expected} nodes came up within {patience:g} s ({names}); Ray's log says why "
+                f"the others did not; {PATIENCE} sets how long to wait"
             )
-        if not told:
-            told = True
+        if not printed:
+            printed = True
             print(f"waiting for nodes: {count} of {expected} are up", file=sys.stderr, flush=True)
         time.sleep(0.5)
 
 
 def check(space: SearchSpace) -> None:
-    """Look at every node of a cluster of several.
+    """Check every node of a cluster that has several.
 
     Raises UserError, naming the node, for a path that it does not see, a package or code that differs from this
-    process's, and GPUs that it offers but has not.
+    process's, and GPUs that it offers but does not have.
     """
     nodes = alive()
     if len(nodes) < 2:
@@ -68,8 +68,8 @@ def check(space: SearchSpace) -> None:
     needed = _needed(space)
     with _left_in({"storage.results": space.storage.results, "storage.cache": space.storage.cache}) as traces:
         own = _look({})
-        found = [(node, _ask(node, needed | traces)) for node in nodes]
-        for node, answer in [(node, _answer(node, asked)) for node, asked in found]:
+        pending = [(node, _ask(node, needed | traces)) for node in nodes]
+        for node, answer in [(node, _answer(node, asked)) for node, asked in pending]:
             if answer["unseen"]:
                 key = answer["unseen"][0]
                 path = needed.get(key) or getattr(space.storage, key.partition(".")[2])
@@ -79,12 +79,12 @@ def check(space: SearchSpace) -> None:
             if offered > answer["gpus"]:
                 raise UserError(
                     f"node {name(node)}: offers {offered:g} GPUs, but nvidia-smi lists {answer['gpus']}; start its "
-                    "ray with the GPUs that it has (--num-gpus), or mend its driver"
+                    "Ray with the GPUs that it has (--num-gpus), or fix its driver"
                 )
 
 
 def name(node: Mapping[str, Any]) -> str:
-    """A node's name and address, for people."""
+    """A node's name and address, human-readable."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
@@ -93,17 +93,17 @@ def name(node: Mapping[str, Any]) -> str:
 
 def _needed(space: SearchSpace) -> dict[str, str]:
     """Key -> a path that trials read."""
-    found = {f"experiment.corpora.{key}": path for key, path in space.experiment.corpora.items() if path}
-    found |= {f"backbone {name}": name for name in space.backbones() if Path(name).is_absolute()}
+    paths = {f"experiment.corpora.{key}": path for key, path in space.experiment.corpora.items() if path}
+    paths |= {f"backbone {name}": name for name in space.backbones() if Path(name).is_absolute()}
     given = space.experiment.protocol.given
-    return found | (
+    return paths | (
         {"experiment.protocol.given": given} if isinstance(given, str) and Path(given).is_absolute() else {}
     )
 
 
 @contextmanager
 def _left_in(places: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Key -> a file that this process wrote there: another disk may have a directory of the same name."""
+    """Key -> a new file there while the body runs; a node that does not see it has another disk under the same name."""
     left: dict[str, Path] = {}
     try:
         for key, place in places.items():
@@ -144,7 +144,7 @@ def _compare(node: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> N
 
 
 def _look(paths: Mapping[str, str]) -> dict[str, Any]:
-    """What this machine has."""
+    """Missing paths, versions and GPUs of this machine."""
     return {
         "unseen": [key for key, path in paths.items() if not Path(path).exists()],
         "versions": {"python": sys.version.split()[0], "ser_ray's code": _code()} | _versions(PACKAGES),
@@ -158,13 +158,13 @@ def _look_there(paths: dict[str, str]) -> dict[str, Any]:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            versions[package] = "missing"
+    return versions
 
 
 def _code() -> str:
@@ -176,7 +176,7 @@ def _code() -> str:
 
 
 def _gpus() -> int:
-    """Ray hides GPUs from a task that asked for none, so torch cannot be asked."""
+    """GPUs that nvidia-smi lists, whatever devices Ray lets this task see."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return 0

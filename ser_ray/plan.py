@@ -1,8 +1,8 @@
-"""The plan of a run: all that is decided before the first trial, made once in the driver and handed to every process.
+"""The plan of a run: all decisions before the first trial, made once in the driver and passed to every process.
 
-It knows the space with every ``auto`` resolved, the shards, the folds that are trained, what of a frozen backbone is
-cached, what a trial takes and how many run at once, and how many steps there are. ``plan.json`` in the results folder
-is the same for people; ``--dry-run`` prints it and stops.
+It holds the space with a worker's CPUs and GPUs resolved, the shards, the split, the frozen parts that can be cached,
+the resources of a trial, how many trials run at once, and the number of optimiser steps. ``plan.json`` in the results
+folder is its human-readable form; ``--dry-run`` prints the plan and stops.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, Final
 from ser_ray import config
 from ser_ray.allocation import Allocation
 from ser_ray.config import Distribution, Experiment, SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.protocols.task import Task, write_fold
-from ser_ray.schema import SAMPLING_RATE, SPLITS, UserError
+from ser_ray.schema import SAMPLING_RATE, SPLITS
 from ser_ray.speech import order, shards
 from ser_ray.speech.cached_features import Prefix
 
@@ -33,9 +34,9 @@ CACHE_KEY_FIELDS: Final = (
 )
 """The keys on which the output of the frozen part of a model depends."""
 STEP_FIELDS: Final = ("batch_seconds", "optimizer.accumulate", "epochs")
-"""Those on which the number of steps depends."""
+"""The keys on which the number of steps depends."""
 NOT_SEARCHED: Final = object()
-"""In place of a value: the key's conditions do not hold, and it is what the experiment says."""
+"""In place of a searched value where the key's conditions do not hold: the experiment's own value applies."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Steps:
     """How many optimiser steps a trial takes."""
 
     epoch: int
-    """The first; the number of batches differs by a few from epoch to epoch."""
+    """Steps of the first epoch; the number of batches differs by a few from epoch to epoch."""
     total: int
 
 
@@ -52,7 +53,7 @@ class RunPlan:
     """What a search, or a single trial, will run; see the module's docstring."""
 
     space: SearchSpace
-    """With CPUs and GPUs of a worker resolved."""
+    """The search space, with CPUs and GPUs of a worker resolved."""
     allocation: Allocation
     shard_dirs: tuple[str, ...]
     prefixes: Mapping[str, Prefix]
@@ -60,57 +61,57 @@ class RunPlan:
     splits: Mapping[str, int]
     """Utterances of train, dev and test."""
     fold: str
-    """The split in words."""
+    """A description of the split."""
     steps: tuple[Steps, ...]
-    """The fewest and the most that a trial of the space takes; one entry where they are the same."""
+    """The fewest and the most steps of any trial of the space; one entry if they are equal."""
     seconds: float
-    """Of all speech in the shards."""
+    """Duration of all speech in the shards."""
     utterances: int
-    """In the shards."""
+    """Number of utterances in the shards."""
 
     def directory(self, kind: str = "trials") -> Path:
-        """Where the folders of trials lie."""
+        """The directory with the folders of trials."""
         return self.space.results_dir() / kind
 
     def write_fold(self, experiment: Experiment) -> Path:
-        """The column file of an experiment's split, written where it is missing."""
+        """The Parquet file of an experiment's split (`ser_ray.protocols.task`), written if it is missing."""
         return write_fold(experiment, [Path(shard_dir) for shard_dir in self.shard_dirs], self.directory("folds"))
 
     def prefix(self, experiment: Experiment) -> Prefix | None:
-        """What is cached for an experiment; None where nothing can be."""
+        """The frozen part that is cached for an experiment; None if nothing can be cached."""
         if uncacheable_reason(experiment, self.space.storage.prefix_gb) is not None:
             return None
         return self.prefixes[cache_key(experiment)]
 
     def cacheable(self) -> list[Prefix]:
         """Every frozen part whose output can be cached for some trial, once each."""
-        found = [self.prefix(experiment) for experiment in self._fed_differently()]
-        return list({prefix.key(): prefix for prefix in found if prefix is not None}.values())
+        prefixes = [self.prefix(experiment) for experiment in self._fed_differently()]
+        return list({prefix.key(): prefix for prefix in prefixes if prefix is not None}.values())
 
     def uncacheable_reasons(self) -> list[str]:
         """Why nothing is cached for some of the trials, or for all."""
-        found = {uncacheable_reason(e, self.space.storage.prefix_gb) for e in self._fed_differently()}
-        return sorted(filter(None, found))
+        reasons = {uncacheable_reason(e, self.space.storage.prefix_gb) for e in self._fed_differently()}
+        return sorted(filter(None, reasons))
 
     def _fed_differently(self) -> list[Experiment]:
-        """An experiment for every combination of what decides on the cache of a trial, and on whether it has one."""
+        """One experiment for every combination of the keys that decide whether a trial has a cache, and which one."""
         augmented = [key for key in self.space.search if key.startswith("augment.")]
         return variants(self.space, (*CACHE_KEY_FIELDS, *augmented))
 
     def cached_first(self) -> bool:
-        """Whether caches are made before the first trial, by all workers that fit the cluster.
+        """Whether caches are made before the first trial, by all workers that fit on the cluster.
 
-        With more frozen parts than trials most would never be used: a trial of one worker then makes the one that it
-        needs, on the device that it holds.
+        If there are more frozen parts than trials, some caches would never be used: a trial of one worker then makes
+        the cache that it needs, on the device that it holds.
         """
         return self.allocation.workers != 1 or len(self.cacheable()) <= self.space.tune.trials
 
     def gigabytes(self, prefix: Prefix) -> float:
-        """What a cache of all speech takes."""
+        """Size of a cache of all speech."""
         return prefix.gigabytes(self.seconds, self.utterances)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types, as plan.json holds them."""
+        """The content of plan.json, in JSON types."""
         return {
             "space": config.to_dict(self.space),
             "allocation": asdict(self.allocation),
@@ -125,7 +126,7 @@ class RunPlan:
         }
 
     def lines(self) -> Iterator[str]:
-        """The plan for people, a fact a line."""
+        """The human-readable plan, one fact per line."""
         own, space = self.allocation, self.space
         worker = f"{own.worker.cpus:g} CPU{'s' * (own.worker.cpus != 1)}"
         worker += f" and {own.worker.gpus:g} GPU{'s' * (own.worker.gpus > 1)}" if own.worker.gpus else ""
@@ -146,7 +147,7 @@ class RunPlan:
         yield f"speech: {self.seconds / 3600:.2f} h, {gigabytes:.2f} GB; resources.data: {space.resources.data}"
         each = " to ".join(str(steps.epoch) for steps in self.steps)
         total = " to ".join(str(steps.total) for steps in self.steps)
-        yield f"steps: {each} an epoch, {total} in all, a trial"
+        yield f"steps per trial: {each} an epoch, {total} in all"
         caches = self.cacheable()
         for prefix in caches:
             yield f"cache: {prefix}: {self.gigabytes(prefix):.2f} GB"
@@ -197,9 +198,9 @@ def prefix_of(experiment: Experiment, allocation: Allocation, prefix_gb: float) 
 
 
 def check(space: SearchSpace) -> None:
-    """Look at every combination of backbone and adapter that a trial can have, before anything is prepared.
+    """Check every combination of backbone and adapter that a trial can have, before anything is prepared.
 
-    Raises UserError where a backbone cannot be found, or `adapter.first_layer` lies beyond its last block.
+    Raises UserError where a backbone cannot be found, or `adapter.first_layer` is beyond its last block.
     """
     from ser_ray.models import backbones
 
@@ -215,11 +216,11 @@ def check(space: SearchSpace) -> None:
 def variants(space: SearchSpace, keys: Iterable[str]) -> list[Experiment]:
     """One experiment for every combination of values that these keys can have in the trials of a space.
 
-    A condition on another key may hold or not, so both are there.
+    A condition on a key outside of ``keys`` may hold or not, so both cases are included.
     """
     keys = tuple(keys)
     searched = [key for key in space.search if key in keys]
-    found: dict[str, Experiment] = {}
+    experiments: dict[str, Experiment] = {}
     for values in itertools.product(*(_values(space.search[key], keys) for key in searched)):
         point: dict[str, Any] = {}
         for key, value in zip(searched, values, strict=True):
@@ -229,22 +230,22 @@ def variants(space: SearchSpace, keys: Iterable[str]) -> list[Experiment]:
             ):
                 point[key] = value
         experiment = space.trial(point)
-        found.setdefault(_fingerprint(experiment, keys), experiment)
-    return list(found.values())
+        experiments.setdefault(_fingerprint(experiment, keys), experiment)
+    return list(experiments.values())
 
 
 def cache_key(experiment: Experiment) -> str:
-    """Names the frozen part of an experiment's model: equal for experiments that share it."""
+    """A name for the frozen part of an experiment's model: equal for experiments that share it."""
     return _fingerprint(experiment, CACHE_KEY_FIELDS)
 
 
 def uncacheable_reason(experiment: Experiment, prefix_gb: float) -> str | None:
-    """Why nothing of an experiment's model is computed beforehand; None where it is."""
-    varied = sorted(key for key, value in config.to_dict(experiment.augment).items() if value)
-    if varied:
-        return f"augment.{varied[0]} varies what the frozen part sees"
+    """Why no features of an experiment's model can be cached; None if they can."""
+    augmented = sorted(key for key, value in config.to_dict(experiment.augment).items() if value)
+    if augmented:
+        return f"augment.{augmented[0]} changes the input of the frozen part"
     if not _is_frozen_somewhere(experiment):
-        return "every weight learns"
+        return "every weight is trained"
     return None if prefix_gb else "storage.prefix_gb is 0"
 
 
@@ -258,10 +259,10 @@ def _fingerprint(experiment: Experiment, keys: Iterable[str]) -> str:
 
 def _values(distribution: Distribution, keys: Sequence[str]) -> list[Any]:
     if distribution.randint is not None:
-        found: list[Any] = list(range(distribution.randint[0], distribution.randint[1] + 1))
+        values: list[Any] = list(range(distribution.randint[0], distribution.randint[1] + 1))
     else:
-        found = list(distribution.examples())
-    return [*found, NOT_SEARCHED] if distribution.when.keys() - set(keys) else found
+        values = list(distribution.examples())
+    return [*values, NOT_SEARCHED] if distribution.when.keys() - set(keys) else values
 
 
 def _precision(experiment: Experiment, allocation: Allocation) -> str:
@@ -280,11 +281,11 @@ def _steps(space: SearchSpace, task: Task, workers: int) -> tuple[Steps, ...]:
     def batches(seconds: float, seed: int, epoch: int) -> int:
         return sum(map(len, order.epoch(rows, seconds, (seed, epoch))))
 
-    found = []
+    counts = []
     for experiment in variants(space, STEP_FIELDS):
         accumulate = experiment.optimizer.accumulate
         numbers = (batches(experiment.batch_seconds, experiment.seed, e + 1) for e in range(experiment.epochs))
         steps = [len(order.steps(number, accumulate, size=workers)) for number in numbers]
-        found.append(Steps(steps[0], sum(steps)))
-    least, most = min(found, key=lambda s: (s.total, s.epoch)), max(found, key=lambda s: (s.total, s.epoch))
+        counts.append(Steps(steps[0], sum(steps)))
+    least, most = min(counts, key=lambda s: (s.total, s.epoch)), max(counts, key=lambda s: (s.total, s.epoch))
     return (least,) if least == most else (least, most)

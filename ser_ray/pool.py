@@ -1,4 +1,4 @@
-"""Ray actors that share a list of jobs: what fits runs, a process that dies is started again, all is given back."""
+"""A pool of Ray actors for a list of jobs: uses the free resources, restarts dead processes, frees all at the end."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from rich.console import Console
 
 from ser_ray import cluster
 from ser_ray.allocation import Worker
-from ser_ray.schema import ProcessDiedError, UserError
+from ser_ray.errors import ProcessDiedError, UserError
 
 RESTARTS: Final = 3
-"""An actor whose process dies is started again, and its job done again, so often."""
+"""How often an actor whose process dies is restarted and its job repeated."""
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class Pool:
-    """Up to ``size`` actors, each holding one ``worker``'s resources, for the length of a ``with`` block.
+    """Up to ``size`` actors, each with the resources of one ``worker``, for the duration of a ``with`` block.
 
-    Jobs are handed to actors that are up, so that a pool works with what a busy cluster has room for. When the block
-    ends, in order or not, the actors are killed and hold nothing any more.
+    Jobs go to the actors that are up, so that a pool works with what a busy cluster has room for. When the block ends,
+    by an exception or not, the actors are killed and their resources are free again.
     """
 
     def __init__(self, actor: Any, arguments: tuple[Any, ...], size: int, worker: Worker, console: Console) -> None:
@@ -48,13 +48,13 @@ class Pool:
             ray.kill(actor)
 
     def map(self, jobs: Mapping[Name, Callable[[Any], Any]], what: str) -> Iterator[tuple[Name, Any]]:
-        """Name -> a job, which is handed an actor -> the names and results, as they come.
+        """Run named jobs, functions of an actor; yields names and results as they arrive.
 
-        Raises UserError where a job did, or where its processes keep dying; ``what`` the jobs do, for that line.
+        Raises UserError where a job did, or where its processes keep dying. ``what``: what the jobs do, for messages.
         """
         waiting = list(jobs)
         running: dict[Any, tuple[Name, Any]] = {}
-        told = time.monotonic()
+        last_line = time.monotonic()
         while waiting or running:
             while waiting and self.free:
                 name, actor = waiting.pop(0), self.free.pop()
@@ -68,8 +68,8 @@ class Pool:
                 else:
                     actor = self.starting.pop(ref)
                 self.free.append(actor)
-            if not running and not self.free and time.monotonic() - told > cluster.PATIENCE_S:
-                told = time.monotonic()
+            if not running and not self.free and time.monotonic() - last_line > cluster.PATIENCE_S:
+                last_line = time.monotonic()
                 self.console.print(
                     f"  {what}: waiting for {self.worker.cpus:g} CPUs and {self.worker.gpus:g} GPUs on one node; "
                     "other work holds the cluster"
@@ -86,7 +86,7 @@ def _result(ref: Any, what: str) -> Any:
         cause = cluster.user_error(error)
         if isinstance(cause, ProcessDiedError):
             raise UserError(
-                f"{what}: {cause} ({RESTARTS + 1} times); where memory is short, raise resources.cpus_per_worker, so "
-                "that fewer work on a node"
+                f"{what}: {cause} ({RESTARTS + 1} times); if memory is short, raise resources.cpus_per_worker, so "
+                "that fewer workers run on a node"
             ) from error
         raise cause or error from None

@@ -1,9 +1,9 @@
-"""Any audio -> emotions: a checkpoint and files or folders in; a table, JSON lines or CSV out, with probabilities.
+"""Predict the emotions of audio files with a checkpoint; prints a table, JSON lines or CSV, with probabilities.
 
     python -m ser_ray.predict CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]
 
-CHECKPOINT is a directory such as results/demo/best. Audio is decoded, resampled and trimmed as the training data was.
-No Ray in here: one process, the GPU where there is one.
+CHECKPOINT is a directory such as results/demo/best, AUDIO a file or a folder. Audio is decoded, resampled and trimmed
+as the training data was. It runs without Ray, in one process, on the GPU if there is one.
 """
 
 if __name__ == "__main__":
@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
     sys.exit(command(["predict", *sys.argv[1:]]))
 
-import argparse
 import csv
 import io
 import json
@@ -21,7 +20,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pyarrow as pa
 import torch
@@ -29,22 +27,22 @@ from rich.console import Console
 from rich.table import Table
 
 from ser_ray.disk import write_text
+from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier
-from ser_ray.schema import UserError
 from ser_ray.speech import stream
 from ser_ray.speech.audio import Unusable, load_waveform, to_int16
 from ser_ray.training.loop import predict_batches
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")
-"""What a folder is searched for; a file that is named is tried whatever its suffix."""
+"""Suffixes of the files that are read from a folder; a file that is named is read whatever its suffix."""
 GROUP = 256
-"""Files decoded at a time: sorted by length among themselves, and all that is held in memory."""
+"""Files decoded at a time: they are sorted by length, and no others are held in memory."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was made of one file: probabilities by emotion, or the reason why there are none."""
+    """The result for one file: probabilities by emotion, or the reason why there are none."""
 
     path: str
     probabilities: dict[str, float]
@@ -52,49 +50,48 @@ class Answer:
 
     @property
     def emotion(self) -> str:
-        """The most probable one; empty where the file could not be used."""
+        """The most probable emotion; empty if the file could not be used."""
         return max(self.probabilities, key=self.probabilities.__getitem__, default="")
 
 
 def predict(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[Answer]:
-    """An answer for every file, in the order given; decoding in groups keeps memory level."""
+    """An answer for every file, in the order given; decoding in groups bounds the memory."""
     for start in range(0, len(paths), GROUP):
         yield from _predict_group(model, paths[start : start + GROUP])
 
 
 def find_audio(inputs: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders searched to any depth for `AUDIO_SUFFIXES`.
+    """Named files as they are, and all files in folders, to any depth, that have one of `AUDIO_SUFFIXES`.
 
     Raises UserError for a path that does not exist, and for a folder without audio.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in inputs:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
             if not inside:
                 raise UserError(f"{path}: no audio in this folder (looked for {', '.join(AUDIO_SUFFIXES)})")
-            found += inside
+            files += inside
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
-    return found
+    return files
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray predict CHECKPOINT AUDIO...``; returns 1 where a file could not be used."""
-    options = _parse(arguments)
-    paths = find_audio([Path(name) for name in options.audio])
-    model = checkpoint.load(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+def main(directory: Path, audio: list[Path], format: str = "table", output: Path | None = None) -> int:
+    """``ser-ray predict``: predictions of the checkpoint in ``directory``; returns 1 if a file could not be used."""
+    paths = find_audio(audio)
+    model = checkpoint.load(directory, "cuda" if torch.cuda.is_available() else "cpu")
     progress = Console(stderr=True)
     answers: list[Answer] = []
     with progress.status("") as status:
         for answer in predict(model, paths):
             answers.append(answer)
             status.update(f"{len(answers)} of {len(paths)} files")
-    text = _FORMATS[options.format](answers, model.experiment.emotions)
-    if options.output:
-        write_text(Path(options.output), text)
+    text = _FORMATS[format](answers, model.experiment.emotions)
+    if output:
+        write_text(output, text)
     else:
         sys.stdout.write(text)
     failed = [answer for answer in answers if answer.reason]
@@ -160,17 +157,3 @@ def _csv(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
 
 
 _FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see ser-ray predict --help")
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="ser-ray predict", add_help=False)
-    parser.add_argument("checkpoint")
-    parser.add_argument("audio", nargs="+")
-    parser.add_argument("--format", choices=sorted(_FORMATS), default="table")
-    parser.add_argument("--output")
-    return parser.parse_args(arguments)

@@ -1,11 +1,13 @@
 """Corpora -> shards of checked speech, with Ray Data: ``ser-ray prepare SPACE.yaml [key=value ...]``.
 
-One directory of shards a corpus, under ``storage.cache``, named by a fingerprint of everything it is made from: files,
-labels, audio settings. A second run finds it and does nothing; a changed input makes another directory. Recordings
-are decoded in chunks; a chunk writes its own shard and then a note of what it rejected and flagged, so that a run that
-was cut off goes on where it stopped, a retried task overwrites what it left, and two runs at once write the same bytes.
-A shard's name is the fingerprint of its chunk: after a change, the shards of chunks that are as before are linked from
-the older directory, and only the others are made. The manifest comes last and alone declares the directory whole.
+Every corpus gets one directory of shards under ``storage.cache``, named by a fingerprint of everything it is made from:
+files, labels, audio settings. A second run finds it and does nothing; a changed input makes another directory.
+
+Recordings are decoded in chunks. A chunk writes its own shard and then a note of what it rejected and flagged, so that
+an interrupted run continues where it stopped, a retried task overwrites its earlier output, and two runs at once write
+the same bytes. A shard's name is the fingerprint of its chunk: after a change, the shards of unchanged chunks are
+linked from the older directory, and only the others are made. The manifest is written last: only with it is the
+directory complete.
 """
 
 from __future__ import annotations
@@ -37,17 +39,18 @@ from ser_ray import cluster, config, corpora
 from ser_ray.corpora import synthetic
 from ser_ray.corpora.describe import differences
 from ser_ray.disk import read_json, replacing, write_json
-from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import SAMPLING_RATE, Rejected, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 
 CHUNK: Final = 64
-"""Utterances a task and a shard, about: 6 MB of 3 s each; seconds of work, which is what a retry costs."""
+"""Approximate utterances per task and shard: 6 MB at 3 s each; seconds of work, which is the cost of a retry."""
 MOST_SHARDS: Final = 4096
-"""Of a corpus: beyond about 200 hours shards become larger instead of more, as every process opens each of them once
-and shared file systems are slow at that."""
+"""Approximate maximum per corpus: beyond about 200 hours shards become larger instead of more, as every process opens
+each of them once and shared file systems are slow at that."""
 CHUNK_BYTES: Final = 2**28
-"""A chunk of long recordings ends here, counting the files: it is held in memory, decoded."""
+"""A chunk of long recordings ends at this total size of its files, as it is held in memory, decoded."""
 
 UTTERANCE: Final = tuple(field.name for field in fields(Utterance))
 CHUNK_SCHEMA: Final = pa.schema(
@@ -58,9 +61,8 @@ CHUNK_SCHEMA: Final = pa.schema(
 )
 
 
-def main(arguments: list[str]) -> int:
-    """The command: prepare every corpus of a search space."""
-    path, *overrides = arguments or [str(config.default_space())]
+def main(path: Path, overrides: list[str]) -> int:
+    """``ser-ray prepare``: prepare every corpus of a search space."""
     console = Console(stderr=True)
     directories = prepare(cluster.resolve_paths(config.load(path, overrides)), console=console)
     console.print(summary(shards.read_index(directories)))
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(space: config.SearchSpace, use_ray: bool = True, console: Console | None = None) -> list[Path]:
-    """Make sure that every corpus of the experiment is there as shards; returns their directories, one a corpus.
+    """Make sure that every corpus of the experiment exists as shards; returns their directories, one per corpus.
 
     With ``use_ray`` False the work is done in this process, with the same result.
 
@@ -82,7 +84,7 @@ def prepare(space: config.SearchSpace, use_ray: bool = True, console: Console | 
 
 
 def summary(index: pa.Table) -> Table:
-    """Utterances, speakers and hours by corpus and emotion, for people."""
+    """A human-readable table of utterances, speakers and hours by corpus and emotion."""
     table = Table("corpus", "emotion", box=box.SIMPLE_HEAD)
     for header in ("utterances", "speakers", "hours"):
         table.add_column(header, justify="right")
@@ -102,7 +104,7 @@ def summary(index: pa.Table) -> Table:
 
 
 def chunk_size(utterances: int) -> int:
-    """Utterances a shard, about; in powers of two, so that a corpus that grows keeps most of its shards.
+    """Approximate utterances per shard, in powers of two, so that a corpus that grows keeps most of its shards.
 
     >>> chunk_size(1440), chunk_size(4_500_000)
     (64, 2048)
@@ -114,14 +116,14 @@ def chunk_size(utterances: int) -> int:
 
 
 def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, audio: config.Audio) -> pa.Table:
-    """Decode the utterances of one chunk and write them as one shard, then beside it what was rejected and why.
+    """Decode the utterances of one chunk and write them as one shard, then a note of what was rejected and flagged.
 
     ``chunk`` has the columns of `CHUNK_SCHEMA` and one shard name throughout. Returns that name, as one row.
     """
     (name,) = set(chunk["shard"].to_pylist())
     directory = Path(corpus_directory)
     if not directory.is_dir():
-        return pa.table({"shard": [name]})  # no note is written: `_notes` tells the user
+        return pa.table({"shard": [name]})  # no note is written: `_notes` raises for that
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, str]] = []
     flagged: list[dict[str, str]] = []
@@ -149,7 +151,7 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
 
 
 def _place(utterance: Mapping[str, Any]) -> str:
-    """The path of a recording and, where only a part of it is meant, from where to where in seconds."""
+    """The path of a recording and, for a part of one, where the part starts and ends in seconds."""
     start, end = utterance["start"], utterance["end"]
     part = "" if start is None and end is None else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
     return f"{utterance['path']}{part}"
@@ -162,7 +164,7 @@ def _row(utterance: dict[str, Any], samples: np.ndarray) -> dict[str, Any]:
 
 
 def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> Path:
-    """Where a corpus lies, a directory or a table; the synthetic one is made first where nobody gave a directory."""
+    """The directory or table of a corpus; the synthetic one is made first if no directory is given."""
     if given is not None:
         return Path(given).expanduser().resolve()
     if name != "synthetic":
@@ -170,8 +172,8 @@ def _corpus_path(name: str, given: str | None, cache: Path, console: Console) ->
     directory = cache / "corpora" / f"synthetic-{synthetic.VERSION}"
     if (directory / synthetic.MANIFEST).is_file():
         return directory
-    with _progress(console, "synthetic: speaking") as progress:
-        task = progress.add_task("synthetic: speaking", total=None)
+    with _progress(console, "synthetic: generating speech") as progress:
+        task = progress.add_task("synthetic: generating speech", total=None)
         synthetic.make(directory, on_progress=lambda done, total: progress.update(task, completed=done, total=total))
     return directory
 
@@ -194,32 +196,32 @@ def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: b
             [Rejected(**entry) for note in notes for entry in note[k]] for k in ("rejected", "flagged")
         )
         if not any(note["utterances"] for note in notes):
-            such = f"{unusable[0].path}: {unusable[0].reason}"
-            raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording, such as {such}")
+            example = f"{unusable[0].path}: {unusable[0].reason}"
+            raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording; for example {example}")
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged)
     console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
 
 
 def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audio) -> dict[str, pa.Table]:
-    """Shard name -> its utterances. The name is a fingerprint of all that the shard is made from: what the corpus says
-    of each file, its size, its time of change, and the audio settings."""
+    """Shard name -> its utterances. The name is a fingerprint of all that the shard is made from: the corpus's metadata
+    of each file, its size and modification time, and the audio settings."""
     chunks = {}
     for run in _runs(utterances, directory, chunk_size(len(utterances))):
-        told = [{name: getattr(utterance, name) for name in UTTERANCE} for utterance, _ in run]
+        metadata = [{name: getattr(utterance, name) for name in UTTERANCE} for utterance, _ in run]
         stats = [stat and [stat.st_size, stat.st_mtime_ns] for _, stat in run]
-        rows = [[*utterance.values(), stat] for utterance, stat in zip(told, stats, strict=True)]
+        rows = [[*utterance.values(), stat] for utterance, stat in zip(metadata, stats, strict=True)]
         shard = f"{config.fingerprint(shards.FORMAT, audio, rows)}.parquet"
-        chunks[shard] = pa.Table.from_pylist([{"shard": shard} | u for u in told], schema=CHUNK_SCHEMA)
+        chunks[shard] = pa.Table.from_pylist([{"shard": shard} | u for u in metadata], schema=CHUNK_SCHEMA)
     return chunks
 
 
 def _runs(
     utterances: Iterable[Utterance], directory: Path, chunk: int
 ) -> Iterator[list[tuple[Utterance, os.stat_result | None]]]:
-    """Half to one and a half times ``chunk`` utterances each, in an order as good as random, always the same: so that
-    every shard, and every window of the stream, holds a mix of speakers and emotions. Where a run ends depends on ids
-    near by, not on how many come before: an utterance more or less changes one run or two, not all that follow."""
+    """Runs of half to one and a half times ``chunk`` utterances, ordered by a hash of their ids, so that every shard,
+    and every window of the stream, holds a mix of speakers and emotions. Where a run ends depends on nearby ids, not on
+    how many come before: adding or removing an utterance changes one run or two, not all that follow."""
     run: list[tuple[Utterance, os.stat_result | None]] = []
     size = 0
     for utterance in sorted(utterances, key=_digest):
@@ -240,14 +242,14 @@ def _digest(utterance: Utterance) -> bytes:
 
 
 def _found(target: Path, shard: str) -> bool:
-    """Whether a shard and its note are there; if an older directory has them, they are linked from it."""
+    """Whether a shard and its note exist; if only an older directory has them, they are linked from there."""
     note = Path(shard).with_suffix(".json").name
     if (target / note).is_file():
         return True
     corpus = target.name.rpartition("-")[0]
     for older in sorted(target.parent.glob(f"{corpus}-*/{note}")):
         if (older.parent / shard).is_file():
-            for name in (shard, note):  # the note last, as it says that the shard is whole
+            for name in (shard, note):  # the note last, as it marks the shard as complete
                 with replacing(target / name) as aside:
                     try:
                         aside.hardlink_to(older.parent / name)
@@ -269,7 +271,7 @@ def _write_chunks(
 
 
 def _with_ray(chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[object]:
-    """One block a chunk and one task a block."""
+    """One block per chunk and one task per block."""
     cluster.connect()
     dataset = ray.data.from_arrow(list(chunks)).map_batches(
         write_chunk, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
@@ -278,7 +280,7 @@ def _with_ray(chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[obje
 
 
 def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
-    """What the chunks wrote beside their shards."""
+    """The notes that the chunks wrote with their shards."""
     notes = []
     for name in names:
         path = (target / name).with_suffix(".json")
@@ -293,12 +295,12 @@ def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 
 def _line(manifest: Mapping[str, Any], target: Path) -> str:
     differs = differences(manifest["corpus"], manifest)
-    ties = manifest.get("ties", 0)  # written since ties are told apart; a corpus without listeners has none
+    ties = manifest.get("ties", 0)  # older manifests lack it; a corpus without listeners has none
     return (
         f"{manifest['corpus']}: {manifest['utterances']} utterances, {manifest['speakers']} speakers, "
         f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
-        + (f"\n{manifest['corpus']}: {ties} ties of its listeners, which label: perceived leaves out" if ties else "")
-        + (f"\n{manifest['corpus']} is not as published: {', '.join(differs)}" if differs else "")
+        + (f"\n{manifest['corpus']}: listeners tied on {ties} utterances; label: perceived omits them" if ties else "")
+        + (f"\n{manifest['corpus']} differs from the published corpus: {', '.join(differs)}" if differs else "")
     )
 
 
@@ -310,7 +312,7 @@ def _some(what: str, manifest: Mapping[str, Any]) -> str:
 
 
 def _progress(console: Console, title: str) -> Progress:
-    """A bar on a terminal; in a job's log, where a bar cannot move, the title as a line."""
+    """A progress bar in a terminal; in a job's log, where a bar cannot move, the title as a line."""
     if not console.is_terminal:
         console.print(f"{title} ...", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,23 +1,22 @@
-"""A results folder as one page, figures and a terminal summary; or several searches side by side.
+"""Report a results folder as one page, plots and a terminal summary; or several searches side by side.
 
     ser-ray report results/ravdess-whisper [--no-audio]
     ser-ray report results/one results/other [--output comparison.html]
 
-It only reads what the other verbs wrote, needs neither Ray nor a GPU, and may be run at any time: of a search that is
-still running, or was interrupted, it shows what there is and says what is missing. The page is a single file that
+It only reads what the other commands wrote, needs neither Ray nor a GPU, and may be run at any time: for a search that
+is still running, or was interrupted, it shows what there is and says what is missing. The page is a single file that
 opens without a network.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # one command line for all verbs: it turns a UserError into one line
+if __name__ == "__main__":  # the command line of all commands prints a UserError as one line
     import sys
 
     from ser_ray.__main__ import main as command
 
     sys.exit(command(["report", *sys.argv[1:]]))
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ser_ray.disk import write_bytes, write_text
+from ser_ray.errors import UserError
 from ser_ray.evaluation import comparison
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, read_trials
@@ -49,22 +49,21 @@ from ser_ray.evaluation.page import (
 from ser_ray.evaluation.plots import to_png
 from ser_ray.evaluation.results import Results, read_results
 from ser_ray.evaluation.verdicts import limits_of, p_of, signed, verdicts
-from ser_ray.schema import UserError
 
 FILES = {
     "test": "evaluation/confusion_test.png",
     "dev": "evaluation/confusion_dev.png",
     "curves": "learning_curves.png",
 }
-"""Figures that are files as well, for papers and slides."""
+"""Plots that are also written as files, for papers and slides."""
 
 
 def build(results_dir: Path, audio: bool = True) -> Path:
     """Write ``report.html``, ``learning_curves.png`` and ``evaluation/confusion_{dev,test}.png``; returns the page.
 
-    With ``audio`` the most confident mistakes can be listened to, where the prepared speech is still there.
+    With ``audio`` the page holds the recordings of the most confident mistakes, if the prepared speech still exists.
 
-    Raises UserError where ``results_dir`` is no results folder, or a file in it is broken.
+    Raises UserError if ``results_dir`` is not a results folder, or a file in it is broken.
     """
     results = read_results(results_dir)
     parts = search_parts(results)
@@ -76,9 +75,9 @@ def build(results_dir: Path, audio: bool = True) -> Path:
 
 
 def compare(results_dirs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write a page that puts searches side by side, by default ``comparison.html`` in the folder above them all.
+    """Write a page that compares searches, by default ``comparison.html`` in their common parent folder.
 
-    Raises UserError where one is no results folder, or is named twice.
+    Raises UserError if one is not a results folder, or is named twice.
     """
     if len({results_dir.resolve() for results_dir in results_dirs}) < len(results_dirs):
         raise UserError("a search is named twice; name each once")
@@ -89,10 +88,10 @@ def compare(results_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def print_summary(results_dir: Path, console: Console) -> None:
-    """Print the trials, the chosen configuration, its figures with intervals, and where everything is."""
+    """Print the trials, the chosen configuration, its metrics with intervals, and where everything is."""
     results = read_results(results_dir)
     if results.leaky:
-        console.print("[bold red]LEAKY[/]: train and test share speakers or recordings; do not compare these figures")
+        console.print("[bold red]LEAKY[/]: train and test share speakers or recordings; do not compare these metrics")
     console.print(f"[bold]{escape(results.space.experiment.name)}[/]: {escape(trial_counts(results))}")
     if results.trials:
         console.print(_trials_table(results))
@@ -105,7 +104,7 @@ def print_summary(results_dir: Path, console: Console) -> None:
     for sentence in verdicts(results):
         console.print(escape(sentence))
     if not results.test:
-        console.print("[yellow]no test figures yet[/]: the search was interrupted, or is still running")
+        console.print("[yellow]no test metrics yet[/]: the search was interrupted, or is still running")
     if results.test:
         console.print(escape(what_chose(results.test, results.metric)))
     if results.openings:
@@ -119,7 +118,7 @@ def print_summary(results_dir: Path, console: Console) -> None:
 
 
 def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
-    """Print the test figures of several searches with intervals, what differs, and the gaps between them."""
+    """Print the test metrics of several searches with intervals, what differs, and the gaps between them."""
     searches = [read_results(results_dir) for results_dir in results_dirs]
     names = comparison.labels(searches)
     titles = ("test " + TITLES[name] for name in ("uar", "accuracy"))
@@ -143,30 +142,28 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
             uar = gap.metrics["uar"]
             tested = f", {p_of(uar)}" if limits(uar) else ""
             said = f"{signed(uar['difference'])} points UAR {limits_of(uar)}{tested}"
-        console.print(escape(f"{gap.one} less {gap.other}: {said}"))
+        console.print(escape(f"{gap.one} minus {gap.other}: {said}"))
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray report RESULTS_DIR...``: write the page and the figures, print the summary; 0, or UserError."""
-    parser = argparse.ArgumentParser(prog="ser-ray report", description="Write report.html, or compare searches.")
-    parser.add_argument("results_dirs", type=Path, nargs="+", help="the folder of a search, results/<name>; or several")
-    parser.add_argument("--no-audio", action="store_true", help="leave recordings out: smaller, and may be published")
-    parser.add_argument("--output", type=Path, help="of several: the page, default comparison.html above them all")
-    given = parser.parse_args(arguments)
-    if len(given.results_dirs) > 1:
-        page = compare(given.results_dirs, given.output)
-        print_comparison(given.results_dirs, console := terminal())
+def main(results_dirs: list[Path], audio: bool = True, output: Path | None = None) -> int:
+    """``ser-ray report``: write the page and the plots of a search, or a page that compares several; print the summary.
+
+    ``audio``: with recordings. ``output``: the page of several, default comparison.html in their parent.
+    """
+    if len(results_dirs) > 1:
+        page = compare(results_dirs, output)
+        print_comparison(results_dirs, console := terminal())
         console.print(f"comparison: {escape(str(page))}", soft_wrap=True, highlight=False)
         return 0
-    if given.output is not None:
+    if output is not None:
         raise UserError("--output: the report of one search is report.html in its folder; name several to compare them")
-    build(given.results_dirs[0], audio=not given.no_audio)
-    print_summary(given.results_dirs[0], terminal())
+    build(results_dirs[0], audio=audio)
+    print_summary(results_dirs[0], terminal())
     return 0
 
 
 def terminal() -> Console:
-    """A console for summaries; a log file has no width of its own, and tables need some."""
+    """A console for summaries, 110 columns wide where the output is not a terminal, because tables need a width."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
@@ -182,7 +179,7 @@ def _importances(results: Results) -> Any:
 
 
 def _trials_table(results: Results) -> Table:
-    # A terminal is narrow: of the figures only the one that trials are compared by; the page has them all.
+    # A terminal is narrow: it shows only the metric that trials are compared by; the page shows all.
     others = {f"dev_{name}" for name in HEADLINE} - {results.space.tune.metric}
     columns = [c for c in trial_columns(results) if c not in {*others, *COSTS, "best_epoch"}]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -191,7 +188,7 @@ def _trials_table(results: Results) -> Table:
         title = column.replace(".", ".\n") if searched else TITLES.get(column, column)
         table.add_column(escape(title), overflow="fold", no_wrap=not searched)
     for row in results.trials:
-        # Of a hub id or a directory the last part tells backbones apart.
+        # The last part of a hub id or a directory distinguishes backbones.
         short = row | {"backbone": row.get("backbone", "").rsplit("/", 1)[-1]}
         cells = [escape(show(column, short.get(column))) for column in columns]
         winner = row["trial_id"] == results.leader.get("trial_id")
@@ -201,7 +198,7 @@ def _trials_table(results: Results) -> Table:
 
 def _metrics_table(results: Results) -> Table:
     units = interval_units(results.metrics)
-    if len(results.metrics) > 4:  # with intervals beside one another they would not fit a terminal
+    if len(results.metrics) > 4:  # side by side with intervals they would not fit a terminal
         table = Table("", *(TITLES[name] for name in HEADLINE), "95 % over", box=SIMPLE_HEAD, pad_edge=False)
         for title, row in results.metrics.items():
             cells = [f"{show(name, row.get(name))}\n{interval(row, name)}".strip() for name in HEADLINE]

@@ -1,11 +1,11 @@
-"""Run a search again as it was, and say by how much the figures differ.
+"""Run a search again with the same settings, and report by how much the metrics differ.
 
     python -m ser_ray.rerun RESULTS_DIR [key=value ...]
 
-First it is checked that the data are the same (by the fingerprints of what was prepared) and said which packages, code
-or hardware differ. The new results lie beside the old ones, as ``<name>-rerun``; the old ones stay as they are. With
-one worker on the same machine a trial takes the same steps; a search with several trials at once may learn of them in
-another order, and then tries other points.
+First it checks that the data are the same, by the fingerprints of the prepared corpora; after the run it reports which
+packages, code or hardware differ. The new results are beside the old ones, as ``<name>-rerun``; the old ones are not
+changed. With one worker on the same machine a trial takes the same steps. A search with several trials at once may
+receive their results in another order, and then tries other points.
 """
 
 if __name__ == "__main__":
@@ -25,24 +25,22 @@ from rich.table import Table
 
 from ser_ray import cluster, config, disk, prepare, report, tune
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.metrics import HEADLINE
-from ser_ray.schema import UserError
 from ser_ray.train import train
 
 WHERE = ("version", "git", "python", "gpus", "host")
-"""What of provenance.json may explain a difference, beside the packages."""
+"""Keys of provenance.json that may explain a difference, besides the packages."""
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray rerun RESULTS_DIR [key=value ...]``; overrides such as ``storage.results=DIR`` or another name."""
-    if not arguments:
-        raise UserError("name one results folder, such as results/demo")
-    old = Path(arguments[0]).resolve()
-    space = again(old, arguments[1:])
+def main(results_dir: Path, overrides: list[str]) -> int:
+    """``ser-ray rerun``; ``overrides`` such as ``storage.results=DIR`` or another name."""
+    old = results_dir.resolve()
+    space = again(old, overrides)
     console = report.terminal()
     provenance = disk.read_json(old / "provenance.json")
-    argv = ["rerun", *arguments]
+    argv = ["rerun", str(results_dir), *overrides]
     if provenance["argv"][0] != "train" or space.resources.workers:
         cluster.connect(space)
     _check_data(space, provenance, console)
@@ -51,17 +49,17 @@ def main(arguments: list[str]) -> int:
     for line in surroundings(provenance, disk.read_json(new / "provenance.json")):
         console.print(f"differs: {line}", style="yellow")
     rows = list(compare(old, new))
-    disk.write_json(new / "rerun.json", {"of": str(old), "argv": argv, "figures": [dict(row) for row in rows]})
+    disk.write_json(new / "rerun.json", {"of": str(old), "argv": argv, "metrics": [dict(row) for row in rows]})
     console.print(_table(rows))
     largest = max((abs(row["difference"]) for row in rows if row["difference"] is not None), default=0.0)
-    console.print("all figures are the same" if largest == 0 else f"largest difference: {largest:.3g}")
+    console.print("all metrics are the same" if largest == 0 else f"largest difference: {largest:.3g}")
     return 0
 
 
 def again(old: Path, overrides: list[str]) -> SearchSpace:
-    """The space of a results folder under the name ``<name>-rerun``."""
+    """The search space of a results folder under the name ``<name>-rerun``."""
     if not (old / "search.yaml").is_file() or not (old / "provenance.json").is_file():
-        raise UserError(f"{old}: no results folder (it holds no search.yaml or provenance.json); give results/<name>")
+        raise UserError(f"{old}: not a results folder (no search.yaml or provenance.json in it); give results/<name>")
     name = config.load(old / "search.yaml").experiment.name
     beside = [f"experiment.name={name}-rerun", f"storage.results={old.parent}"]
     return cluster.resolve_paths(config.load(old / "search.yaml", [*beside, *overrides]))
@@ -78,14 +76,14 @@ def surroundings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def compare(old: Path, new: Path) -> Iterator[dict[str, Any]]:
-    """Then, now and the difference: of every trial's best dev UAR, and of the figures of dev and test."""
-    trials = ({tried.trial_id: tried for tried in folder.read_trials(path / "trials")} for path in (old, new))
+    """The old and the new value and their difference: of each trial's best dev UAR, and of the dev and test metrics."""
+    trials = ({trial.trial_id: trial for trial in folder.read_trials(path / "trials")} for path in (old, new))
     before, after = trials
     for trial_id in sorted(before.keys() | after.keys()):
-        found = (before.get(trial_id), after.get(trial_id))
-        same = None not in found and found[0].values == found[1].values  # type: ignore[union-attr]
+        pair = (before.get(trial_id), after.get(trial_id))
+        same = None not in pair and pair[0].values == pair[1].values  # type: ignore[union-attr]
         name = f"trial {trial_id}" + ("" if same else " (other values)")
-        yield _row(name, *(tried.best.get("dev_uar") if tried else None for tried in found))
+        yield _row(name, *(trial.best.get("dev_uar") if trial else None for trial in pair))
     for split in ("dev", "test"):
         paths = [path / "evaluation" / f"{split}.json" for path in (old, new)]
         if all(path.is_file() for path in paths):
@@ -104,14 +102,14 @@ def _row(name: str, then: float | None, now: float | None) -> dict[str, Any]:
 
 def _check_data(space: SearchSpace, provenance: dict[str, Any], console: Console) -> None:
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
-    found = {data["corpus"]: data["fingerprint"] for data in cluster.provenance(space, shard_dirs, [])["data"]}
+    prepared = {data["corpus"]: data["fingerprint"] for data in cluster.provenance(space, shard_dirs, [])["data"]}
     for data in provenance["data"]:
-        if found.get(data["corpus"]) != data["fingerprint"]:
+        if prepared.get(data["corpus"]) != data["fingerprint"]:
             raise UserError(
                 f"the data of {data['corpus']} are not those of that run (fingerprint {data['fingerprint']} then, "
-                f"{found.get(data['corpus'])} now): name the same files by experiment.corpora.{data['corpus']}=DIR"
+                f"{prepared.get(data['corpus'])} now): set experiment.corpora.{data['corpus']}=DIR to the same files"
             )
-    console.print(f"the data are the same: {', '.join(found)}")
+    console.print(f"the data are the same: {', '.join(prepared)}")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

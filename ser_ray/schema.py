@@ -1,6 +1,6 @@
-"""The words of the project: utterances, folds, predictions, and the names that they may carry.
+"""The data types of the project: utterances, folds, predictions, and the names of emotions and splits.
 
-Everything here is plain data that any other part may import; it imports nothing of the project.
+Every other module may import this one; of the project's it imports the errors alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 SAMPLING_RATE: Final = 16_000
-"""Hz. What every supported backbone was pre-trained on, and what the shards hold."""
+"""Hz: the rate on which every supported backbone was pre-trained, and the rate of the shards."""
 
 EMOTIONS: Final = (
     "angry",
@@ -29,23 +29,7 @@ EMOTIONS: Final = (
 
 SPLITS: Final = ("train", "dev", "test")
 TIE: Final = "tie"
-"""In place of a perceived emotion: listeners were asked, and no emotion was heard more often than every other."""
-
-
-class UserError(ValueError):
-    """Something that the user can mend: shown as one line (what, where, what to do), exit code 2."""
-
-
-class StorageError(UserError):
-    """A place where files go that cannot be written any more: nobody else could write there either."""
-
-
-class MemoryShortageError(UserError):
-    """A model and its batch did not fit the memory: with smaller batches they may."""
-
-
-class ProcessDiedError(UserError):
-    """A process was ended from outside, as by a lost machine or Ray's guard of its memory: trying again may help."""
+"""In place of a perceived emotion: listeners voted, and no emotion got more votes than every other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +37,8 @@ class Utterance:
     """One recording of one speaker, as a corpus describes it.
 
     ``utterance_id`` and ``speaker`` begin with the corpus's name (``ravdess/03-01-05-01-01-01-12``,
-    ``ravdess/12``), so that both are unique over all corpora of an experiment; a speaker of two corpora has one name.
+    ``ravdess/12``), so that both are unique over all corpora of an experiment; a speaker of two corpora has the same
+    name in both.
     """
 
     utterance_id: str
@@ -66,13 +51,13 @@ class Utterance:
     gender: str | None = None
     language: str | None = None
     split: str | None = None
-    """Where the corpus itself says which split it belongs to."""
+    """The split that the corpus itself assigns, if any."""
     perceived: str | None = None
-    """The emotion that most listeners heard, or `TIE`, where they were asked."""
+    """The emotion that most listeners perceived, or `TIE`; None if none voted."""
     agreement: float | None = None
-    """The share of listeners who heard it."""
+    """The share of listeners who perceived it."""
     start: float | None = None
-    """Seconds into the recording at which the utterance begins, where it is a part of one; and where it ends."""
+    """Seconds into the recording at which the utterance begins, if it is a part of one; ``end``: at which it ends."""
     end: float | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +67,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A file that is not used, and why, in words for the user."""
+    """A file that is not used, and the reason, human-readable."""
 
     path: str
     reason: str
@@ -90,7 +75,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Fold:
-    """Which split every utterance belongs to; an index over ids, never baked into shards."""
+    """The split of every utterance, by id; never stored in shards."""
 
     splits: Mapping[str, str]
     leaky: bool
@@ -101,7 +86,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said about N utterances, K emotions; columns of equal length.
+    """A model's predictions for N utterances and K emotions; columns of equal length.
 
     ``labels`` (N,) int64 are indices into ``emotions``; ``probabilities`` (N, K) float64 rows sum to 1.
     """
@@ -125,7 +110,7 @@ class Predictions:
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
     def over(self, emotions: tuple[str, ...]) -> Predictions:
-        """The same where no other emotion can be said: the probabilities of these, made to sum to 1. All labels are
+        """The predictions restricted to ``emotions``: their probabilities, normalised to sum to 1. All labels must be
         among them."""
         if emotions == self.emotions:
             return self

@@ -6,7 +6,7 @@ python -m ser_ray.train SPACE.yaml resources.workers=0        # in this process:
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # hand over at once: workers find everything in ser_ray.train, not in __main__
+if __name__ == "__main__":  # hand over at once, so that workers find everything in ser_ray.train, not in __main__
     import sys
 
     from ser_ray.__main__ import main as command
@@ -32,18 +32,18 @@ from rich.console import Console
 from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
 from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.config import Experiment, SearchSpace
+from ser_ray.errors import MemoryShortageError, UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.results import the_probe
 from ser_ray.plan import RunPlan
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.schema import MemoryShortageError, UserError
 from ser_ray.search.trials import Trials
 from ser_ray.speech import cached_features
 from ser_ray.speech.fingerprint import same_recordings_in
 
-# The model and its loop take seconds to import. They are imported where they run, for the processes that only start
-# and watch a trial are many.
+# The model and its loop take seconds to import. They are imported where they run, as many processes only start and
+# watch a trial.
 if TYPE_CHECKING:
     import torch
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 EpochCallback = Callable[[folder.Record], None]
-"""Hears of an epoch that is written."""
+"""Receives the record of an epoch after it is written."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +63,31 @@ class Trial:
     experiment: dict[str, Any]
     metric: str
     fold: str
-    """The file of its utterances by split, and of where their speech is (`ser_ray.protocols.task`)."""
+    """The file with its utterances by split and where their speech is (`ser_ray.protocols.task`)."""
     cached: str | None
-    """The directory of what a frozen prefix kept of the speech, where that is what the trial is fed."""
+    """The directory of the cached features, if the trial is trained on them."""
     directory: str
     """Where its history and checkpoints go: ``results/<name>/trials/<trial_id>``."""
     workers: int
     cpus: float
     gpus: float
     cuda: bool
-    """Whether its workers see a CUDA device: GPUs that are declared to Ray need not be there."""
+    """Whether its workers see a CUDA device: GPUs declared to Ray may not exist."""
     resident: tuple[str, ...]
     """Which splits stay in memory between epochs."""
     prefix: dict[str, Any] | None
-    """The fields of a `ser_ray.models.prefix.Prefix`, where ``cached`` is of one."""
+    """The fields of the `ser_ray.speech.cached_features.Prefix` that ``cached`` belongs to, if it is set."""
 
     def load(self) -> tuple[Experiment, Task]:
         """The experiment and its utterances by split."""
         return Experiment.model_validate(self.experiment), Task.read(Path(self.fold))
 
     def files(self) -> tuple[str, Path | None]:
-        """The column of what the model is fed, and the directory of its files where that is not the speech's own."""
+        """The column of the model's input, and the directory of the cached features, None if the input is waveforms."""
         return (cached_features.COLUMN, Path(self.cached)) if self.cached is not None else ("audio", None)
 
     def model(self, experiment: Experiment, device: torch.device) -> tuple[EmotionClassifier, Content]:
-        """The model before training, and how what it is fed is read."""
+        """The model before training, and how to read its input."""
         from ser_ray.models.classifier import build
         from ser_ray.speech.stream import content_of
 
@@ -100,24 +100,24 @@ class Trial:
 def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, console: Console) -> Iterator[Trial]:
     """A trial of a plan that can be trained while the body runs.
 
-    It is fed what is cached of the frozen part of its model. A cache that is still missing is made here, on the device
-    that this process holds; the process behind a trial of several workers holds none, and makes none.
+    It is trained on the cached features of its model's frozen part, if there are any. A missing cache is made here, on
+    the device that this process holds; the process behind a trial of several workers holds none, and makes none.
     """
     allocation, wanted = planned.allocation, planned.prefix(experiment)
     if wanted is None:
-        cached: AbstractContextManager[cache.CachedFeatures | None] = nullcontext()
+        opened: AbstractContextManager[cache.CachedFeatures | None] = nullcontext()
     elif allocation.workers <= 1:
-        cached = cache.keep(planned, wanted, console, here=True)
+        opened = cache.keep(planned, wanted, console, here=True)
     else:
-        cached = cache.find(planned.space, wanted, planned.shard_dirs)
-    with cached as found:
+        opened = cache.find(planned.space, wanted, planned.shard_dirs)
+    with opened as cached:
         fold = planned.write_fold(experiment)
-        prefix = None if found is None else found.prefix
+        prefix = None if cached is None else cached.prefix
         yield Trial(
             config.to_dict(experiment),
             planned.space.tune.metric,
             str(fold),
-            None if found is None else str(found.paths[0].parent),
+            None if cached is None else str(cached.paths[0].parent),
             str(directory),
             max(1, allocation.workers),
             allocation.worker.cpus,
@@ -134,11 +134,11 @@ def fit_on_ray(
     callbacks: Iterable[Any] = (),
     callback: EpochCallback | None = None,
 ) -> None:
-    """Train on Ray: data-parallel workers fed by Ray Data; continues by itself where the trial left off.
+    """Train on Ray: data-parallel workers fed by Ray Data; continues from the trial's last checkpoint, if it has one.
 
-    ``datasets``: what stays in the object store, where it is loaded already. With ``tell`` there is one worker, and it
-    is this process (Ray Train's local mode): it holds what the worker takes, and hears of every epoch.
-    Raises UserError where a worker did (an adapter that never learns, a loss that is not finite), else Ray's error.
+    ``datasets``: what stays in the object store, if it is loaded already. With ``callback`` this process is the only
+    worker (Ray Train's local mode): it holds the worker's resources, and calls ``callback`` after every epoch.
+    Raises UserError where a worker did (an adapter without a gradient, a loss that is not finite), else Ray's error.
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -153,16 +153,16 @@ def fit_on_ray(
             use_gpu=trial.gpus > 0,
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
-        # Ray goes by what was declared to it; and NCCL takes no two processes on one GPU.
+        # Ray would go by the GPUs declared to it; and NCCL does not allow two processes on one GPU.
         torch_config=TorchConfig(backend="nccl" if trial.cuda and trial.gpus >= 1 else "gloo"),
         datasets=dict(datasets),
-        # Ray's split gives blocks to whoever asks first, and drops rows to make shares equal.
+        # Ray's split gives blocks to whichever worker asks first, and drops rows to make shares equal.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         run_config=ray.train.RunConfig(
             name=directory.name,
             storage_path=str(directory.parent),
             callbacks=list(callbacks),
-            # One that fails is continued by whoever started it: a search, or the same command.
+            # A trial that fails is continued by its caller: a search, or the same command.
             failure_config=ray.train.FailureConfig(max_failures=0),
             logging_config=ray.train.LoggingConfig("ERROR"),
         ),
@@ -177,12 +177,12 @@ def fit_on_ray(
 
 
 def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[str, ray.data.Dataset]) -> None:
-    """One trial of a search, as Tune calls it, whose epochs travel back to Tune: a TorchTrainer of its own.
+    """Train one trial of a search, as Tune calls it, with a TorchTrainer of its own that reports epochs to Tune.
 
-    One worker is this process; several are processes of their own, which takes a trial some twenty seconds more.
-    ``point``: its trial_id, below ``plan.directory(kind)``, the values of the searched keys, and whether its batches
-    are halved. ``speech``: the datasets of waveforms where trials share them. Raises UserError, also where the results
-    folder cannot be written any more.
+    A single worker is this process; several are processes of their own, which adds some twenty seconds to a trial.
+    ``point``: its trial_id, the folder below ``plan.directory(kind)``; the values of the searched keys; and whether its
+    batches are halved. ``speech``: the datasets of waveforms, if trials share them. Raises UserError, also where the
+    results folder can no longer be written.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -225,7 +225,7 @@ def fit_here(trial: Trial, callback: EpochCallback = lambda record: None) -> Non
 
 
 def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
-    """The audit of every fold that the space trains, its findings shown.
+    """Audit every fold that the space trains and print the findings; returns the audit.
 
     Raises UserError for a finding that makes training pointless.
     """
@@ -248,7 +248,7 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
 
 def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any], argv: list[str]) -> Path:
     """Create the results folder with search.yaml, plan.json, provenance.json and audit.json; an existing one is
-    continued, by the plan of today.
+    continued with the current plan.
 
     Raises UserError where the folder belongs to another configuration, or cannot be written.
     """
@@ -279,10 +279,10 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
 
 
 def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
-    """One trial from prepared data to the row in ``trials.csv``; returns its results folder.
+    """Prepare data and train one trial, up to its row in ``trials.csv``; returns its results folder.
 
-    On the Ray that `cluster.connect` joined, or in this process where ``resources.workers`` is 0. A trial that was cut
-    off is continued, and one that ended with its last epoch where ``experiment.epochs`` has grown.
+    Runs on the Ray that `cluster.connect` joined, or in this process if ``resources.workers`` is 0. An interrupted
+    trial is continued, and so is one that ran all its epochs if ``experiment.epochs`` has grown.
 
     Raises UserError, also where another process works on that folder.
     """
@@ -326,7 +326,7 @@ def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, a
 
 
 def alone(space: SearchSpace) -> SearchSpace:
-    """The space of its one experiment: nothing is searched, and no other fold or seed is trained."""
+    """The space reduced to its own experiment: nothing is searched, and no other fold or seed is trained."""
     tune = space.tune.model_copy(update={"trials": 1, "final_folds": None, "final_seeds": 1, "rotate_dev": False})
     return space.model_copy(update={"search": {}, "tune": tune})
 
@@ -334,7 +334,7 @@ def alone(space: SearchSpace) -> SearchSpace:
 def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[RunPlan, Task]:
     """Prepare what is missing and plan ``trials`` of a space over it; returns the plan and the utterances by split.
 
-    Raises UserError for what can never run: a backbone that is not there, resources that the cluster has not.
+    Raises UserError for what can never run: a backbone that is missing, resources that the cluster does not have.
     """
     plan.check(space)
     here = space.resources.workers == 0
@@ -347,20 +347,16 @@ def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[Ru
     return plan.make(space, allocation, shard_dirs, task), task
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray train SPACE.yaml [key=value ...] [--dry-run]``."""
-    dry_run = "--dry-run" in arguments
-    given = [argument for argument in arguments if argument != "--dry-run"]
-    if not given:
-        raise UserError("name a search space, such as search_spaces/demo.yaml")
-    space = cluster.resolve_paths(config.load(given[0], given[1:]))
+def main(path: Path, overrides: list[str], dry_run: bool = False) -> int:
+    """``ser-ray train``: one trial; with ``dry_run`` only its plan."""
+    space = cluster.resolve_paths(config.load(path, overrides))
     console = Console(highlight=False, soft_wrap=True)
     if space.resources.workers > 0:
         cluster.connect(space)
     if dry_run:
         show_plan(make_plan(alone(space), console)[0], console)
         return 0
-    directory = train(space, console, ["train", *given])
+    directory = train(space, console, ["train", str(path), *overrides])
     console.print(f"next: ser-ray evaluate {directory}")
     return 0
 
@@ -376,7 +372,7 @@ def show_plan(planned: RunPlan, console: Console) -> None:
 
 
 def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> None:
-    """What every worker runs; in local mode, where Ray Train passes nothing on, epochs go to ``tell``."""
+    """What every worker runs; in local mode, where Ray Train passes nothing on, ``callback`` gets the records."""
     import torch
     from ray.train.torch import get_device
 
@@ -403,7 +399,7 @@ def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> No
             _write_epoch(directory, record, save)
         callback(record)
 
-    loop.forget_peak()  # of the trial before, where a process trains one after the other
+    loop.forget_peak()  # that of the previous trial, if this process trained one
     model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
     data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size)
     try:
@@ -421,7 +417,7 @@ def _work_explained(settings: dict[str, Any], callback: EpochCallback | None = N
 
 @contextmanager
 def _memory_explained(trial: Trial) -> Iterator[None]:
-    """What cannot be allocated in the body is a MemoryShortageError: one line that says what to change."""
+    """Turn an out-of-memory error of the body into a MemoryShortageError: one line that says what to change."""
     from ser_ray.training.memory import is_out_of_memory
 
     try:
@@ -436,23 +432,23 @@ def _memory_explained(trial: Trial) -> Iterator[None]:
         ) from error
 
 
-def _train_single(trials: Trials, whole: Experiment, attempt: Callable[[Experiment], None], console: Console) -> None:
-    """Train the trial ``single``; where memory is short, once more with half of the batch, from its last checkpoint."""
+def _train_single(trials: Trials, full: Experiment, attempt: Callable[[Experiment], None], console: Console) -> None:
+    """Train the trial ``single``; if memory is short, once more from its last checkpoint, with half of the batch."""
     try:
-        attempt(whole.halved() if trials.known["single"].halved else whole)
+        attempt(full.halved() if trials.known["single"].halved else full)
         return
     except MemoryShortageError as error:
         if trials.short_of_memory("single", str(error)).over:
             raise
-        console.print(f"{error}; tried again with half of batch_seconds, twice as many batches a step")
-    # Not in the handler: its error holds on to the model.
-    _train_single(trials, whole, attempt, console)
+        console.print(f"{error}; retrying with half of batch_seconds and twice as many batches per step")
+    # Not in the handler: its error keeps a reference to the model.
+    _train_single(trials, full, attempt, console)
 
 
 def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> None:
-    """An epoch's checkpoint and its line; of the earlier checkpoints the best stays."""
+    """Write an epoch's checkpoint and its line of the history; of the earlier checkpoints only the best stays."""
     if record in folder.trial_history(directory):
-        return  # told again, as whoever watched may have died before it heard
+        return  # reported again: the driver may have died before it received the record
     target = directory / folder.checkpoint_name(record["epoch"])
     aside = directory / f".{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -467,14 +463,14 @@ def _write_epoch(directory: Path, record: folder.Record, save: loop.Save) -> Non
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
-    """That of the last epoch that was told; of one whose line is missing nobody has heard."""
-    told = [directory / folder.checkpoint_name(record["epoch"]) for record in folder.trial_history(directory)]
-    return next((path for path in reversed(told) if path.is_dir()), None)
+    """The checkpoint of the last epoch in the history; an epoch without a line there was never reported."""
+    recorded = [directory / folder.checkpoint_name(record["epoch"]) for record in folder.trial_history(directory)]
+    return next((path for path in reversed(recorded) if path.is_dir()), None)
 
 
 @contextmanager
 def _explained(directory: Path) -> Iterator[None]:
-    """What cannot be written in the body is a StorageError."""
+    """Turn an error of the body about files that cannot be written into a StorageError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield

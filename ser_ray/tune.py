@@ -1,9 +1,9 @@
-"""Search: Ray Tune and Optuna over many trials, each a TorchTrainer; then evaluation actors choose, then the report.
+"""Search: Ray Tune and Optuna over many trials, each a TorchTrainer; then evaluation by Ray actors, then the report.
 
     python -m ser_ray.tune [SPACE.yaml] [key=value ...]           # without a file: the embedded demo
     ray job submit --working-dir . -- python -m ser_ray.tune SPACE.yaml
 
-The same command again continues an interrupted search, and shows a finished one.
+The same command again continues an interrupted search, and shows the results of a finished one.
 """
 
 if __name__ == "__main__":
@@ -35,47 +35,47 @@ from rich.console import Console
 from ser_ray import cache, cluster, config, disk, feed, report
 from ser_ray.allocation import Allocation
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.models import backbones
 from ser_ray.plan import RunPlan
 from ser_ray.protocols.task import Task
-from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
 from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
 from ser_ray.watch import Watch
 
 TRAINABLE: Final = "SER_RAY_TRAINABLE"
-"""Where this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same
+"""If this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same
 arguments: for tests of what happens around training."""
 TUNE_STATE = ".tune"
-"""Where Tune keeps its own notes while it runs. They are never read: a search continues from its trials' folders."""
+"""Where Tune keeps its own state while it runs. It is never read: a search continues from its trials' folders."""
 
 
 class OptunaSearcher(Searcher):
-    """Hands trials to Tune: first those that were cut off, then what the study suggests, until the budget is spent."""
+    """Gives trials to Tune: first the interrupted ones, then what the study suggests, until the budget is spent."""
 
     def __init__(self, space: SearchSpace, trials: Trials, gpus: float = 0.0) -> None:
-        """``gpus``: what a trial holds."""
+        """``gpus``: how many GPUs a trial holds."""
         super().__init__(metric=f"best_{space.tune.metric}", mode="max")
         self.space, self.trials, self.gpus = space, trials, gpus
         self.study = study.make(space, trials)
         self.first = study.first_points(space)
-        # Those that were cut off are open in the study as well: the sampler keeps away from them.
+        # Interrupted trials are open in the study as well, so that the sampler stays away from them.
         self.asked = {t.trial_id: study.begin(self.study, space, 0, t.values)[0] for t in trials if not t.over}
         self.live: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial; None: not yet; FINISHED: no more."""
         self._report_failed()
-        waiting = [tried for tried in self.trials if not tried.over and tried.trial_id not in self.live.values()]
+        waiting = [trial for trial in self.trials if not trial.over and trial.trial_id not in self.live.values()]
         if waiting:
             return self._hand_out(trial_id, waiting[0].trial_id)
         number = len(self.trials.known) + 1
         if number > self._most() or self._spent():
-            return None if self.live else Searcher.FINISHED  # one that runs may be cut off, and come again
+            return None if self.live else Searcher.FINISHED  # a running trial may be interrupted and come again
         point = self.first[number - 1] if number <= len(self.first) else None
         name = f"{number:03d}"
         self.asked[name], values = study.begin(self.study, self.space, number, point)
@@ -83,29 +83,29 @@ class OptunaSearcher(Searcher):
         return self._hand_out(trial_id, name)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report an epoch to the study, which learns from trials before they end."""
-        if not self.space.tune.also:  # Optuna takes no such reports with several objectives
+        """Report an epoch to the study, whose sampler also uses trials that have not ended."""
+        if not self.space.tune.also:  # Optuna accepts no such reports with several objectives
             self.asked[self.live[trial_id]].report(result[str(self.metric)], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended; of one that broke off `Watch` says afterwards what becomes of it."""
+        """Report a trial's end to the study; if it ended with an error, `Watch` decides afterwards what follows."""
         name = self.live.pop(trial_id)
         if not error:
-            tried = self.trials.update(name)
-            study.end(self.study, self.space, self.asked.pop(name), tried)
+            record = self.trials.update(name)
+            study.end(self.study, self.space, self.asked.pop(name), record)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is made from the trials."""
+        """Does nothing: the study is made from the trials."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Does nothing, as above."""
 
     def _hand_out(self, trial_id: str, name: str) -> dict[str, Any]:
         self.live[trial_id] = name
         return _begin(self.trials, name)
 
     def _report_failed(self) -> None:
-        """Tell the study of those that failed since: it must not count them as running while it looks for the next."""
+        """Report new failures to the study: it must not count these trials as running when it suggests the next."""
         for name in [name for name in self.asked if name not in self.live.values() and self.trials.known[name].over]:
             study.end(self.study, self.space, self.asked.pop(name), self.trials.known[name])
 
@@ -115,7 +115,7 @@ class OptunaSearcher(Searcher):
 
     def _spent(self) -> bool:
         budget = self.space.tune
-        gpu_hours = sum(tried.seconds for tried in self.trials) * self.gpus / 3600
+        gpu_hours = sum(trial.seconds for trial in self.trials) * self.gpus / 3600
         return bool(
             (budget.hours is not None and self.trials.hours() >= budget.hours)
             or (budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours)
@@ -123,37 +123,37 @@ class OptunaSearcher(Searcher):
 
 
 class FixedQueue(Searcher):
-    """Hands given trials to Tune, and again those that were cut off."""
+    """Gives a fixed list of trials to Tune, the interrupted ones again."""
 
     def __init__(self, trials: Trials) -> None:
         super().__init__(metric="epoch", mode="max")
         self.trials, self.live = trials, dict[str, str]()
 
     def suggest(self, trial_id: str) -> Any:
-        """The next one that is not over."""
-        for tried in self.trials:
-            if not tried.over and tried.trial_id not in self.live.values():
-                self.live[trial_id] = tried.trial_id
-                return _begin(self.trials, tried.trial_id)
+        """The next trial that is not over."""
+        for trial in self.trials:
+            if not trial.over and trial.trial_id not in self.live.values():
+                self.live[trial_id] = trial.trial_id
+                return _begin(self.trials, trial.trial_id)
         return None if self.live else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """It runs no more."""
+        """Note that the trial no longer runs."""
         del self.live[trial_id]
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials are in their folders."""
+        """Does nothing: the trials are in their folders."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Does nothing, as above."""
 
 
 class ReplayingASHA(ASHAScheduler):
-    """ASHA over our own epochs and the running best, told what earlier sessions saw."""
+    """ASHA over our own epochs and the best metric so far; it replays the epochs of earlier sessions."""
 
     def __init__(self, space: SearchSpace, trials: Trials) -> None:
         super().__init__(
-            time_attr="epoch",  # ours: training_iteration starts again at 1 when a trial is continued
+            time_attr="epoch",  # ours: training_iteration restarts at 1 when a trial is continued
             metric=f"best_{space.tune.metric}",
             mode="max",
             max_t=max(space.most_epochs(), space.tune.grace + 1),
@@ -161,53 +161,53 @@ class ReplayingASHA(ASHAScheduler):
             reduction_factor=2,
         )
         self.trials = trials
-        for tried in trials:
-            if tried.over:
-                self._replay(tried)
+        for trial in trials:
+            if trial.over:
+                self._replay(trial)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A new trial, or one that goes on: the scheduler sees its earlier epochs first."""
+        """Add a new or a continued trial: the scheduler sees its earlier epochs first."""
         self._replay(self.trials.known[trial.config["trial_id"]])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether it goes on after an epoch."""
+        """Whether a trial continues after an epoch."""
         return str(super().on_trial_result(tune_controller, _ours(trial), result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """It has ended."""
+        """The trial has ended."""
         super().on_trial_complete(tune_controller, _ours(trial), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """It never ran."""
+        """The trial never ran."""
         super().on_trial_remove(tune_controller, _ours(trial))
 
-    def _replay(self, tried: TrialRecord) -> None:
-        own = SimpleNamespace(trial_id=tried.trial_id)
+    def _replay(self, trial: TrialRecord) -> None:
+        own = SimpleNamespace(trial_id=trial.trial_id)
         super().on_trial_add(None, own)
-        for record in tried.history:
+        for record in trial.history:
             super().on_trial_result(None, own, record)
 
 
 def _ours(trial: Any) -> SimpleNamespace:
-    """The trial under our id: under Tune's, one that is begun again would count twice in the rungs."""
+    """The trial under our id: under Tune's, a restarted trial would count twice in the rungs."""
     return SimpleNamespace(trial_id=trial.config["trial_id"])
 
 
 def _begin(trials: Trials, name: str) -> dict[str, Any]:
-    """What `run_trial` is told of a trial whose next attempt begins."""
-    tried = trials.begin(name)
-    return {"trial_id": name, "values": dict(tried.values), "halved": tried.halved}
+    """Begin a trial's next attempt; returns the ``point`` for `run_trial`."""
+    trial = trials.begin(name)
+    return {"trial_id": name, "values": dict(trial.values), "halved": trial.halved}
 
 
 def search(planned: RunPlan, task: Task, console: Console) -> None:
     """Run the trials, or what is left of them after an interruption.
 
-    Raises UserError where the results folder cannot be written any more, KeyboardInterrupt where somebody stopped it.
+    Raises UserError where the results folder can no longer be written, KeyboardInterrupt where the user stopped it.
     """
     space, directory = planned.space, planned.space.results_dir()
     trials = Trials(directory, space.search, argv=sys.argv[1:])
     trials.resume(space.trial)
-    done = sum(tried.over for tried in trials)
+    done = sum(trial.over for trial in trials)
     if trials.known:
         console.print(f"continuing the search in {directory}: {done} of {space.tune.trials} trials done")
     searcher = OptunaSearcher(space, trials, planned.allocation.worker.gpus * planned.allocation.workers)
@@ -222,19 +222,15 @@ def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console
     trials.resume(planned.space.trial, wanted)
     for trial_id in wanted.keys() - trials.known.keys():
         trials.add(trial_id, wanted[trial_id])
-    left = sum(not tried.over for tried in trials)
+    left = sum(not trial.over for trial in trials)
     console.print(f"training the finalists over folds and seeds: {left} of {len(trials.known)} to do")
     if left:
         _run(planned, trials, FixedQueue(trials), FIFOScheduler(), {}, console)
 
 
-def main(arguments: list[str]) -> int:
-    """``ser-ray tune [SPACE.yaml] [key=value ...] [--dry-run]``."""
-    dry_run = "--dry-run" in arguments
-    given = [argument for argument in arguments if argument != "--dry-run"]
-    has_file = bool(given) and "=" not in given[0]
-    path = Path(given[0]) if has_file else config.default_space()
-    space = _load(path, given[has_file:])
+def main(path: Path | None, overrides: list[str], dry_run: bool = False) -> int:
+    """``ser-ray tune``: a search over a space, by default the embedded demo; with ``dry_run`` only its plan."""
+    space = _load(path or config.default_space(), overrides)
     if space.resources.workers == 0:
         raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
     if dry_run:
@@ -242,12 +238,12 @@ def main(arguments: list[str]) -> int:
         cluster.connect(space)
         show_plan(make_plan(space, console, space.tune.trials)[0], console)
         return 0
-    run(space, report.terminal(), ["tune", *given])
+    run(space, report.terminal(), ["tune", *([str(path)] if path else []), *overrides])
     return 0
 
 
 def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
-    """A whole search, or what is left of one: prepare, search, evaluate, report; returns its results folder."""
+    """Run a search, or what is left of one: prepare, search, evaluate, report; returns its results folder."""
     started = time.monotonic()
     console.print(f"[bold]ser-ray tune[/bold] {space.experiment.name} -> {space.results_dir()}")
     _check_backbones(space, console)
@@ -306,7 +302,7 @@ def _run(
             max_concurrent_trials=at_once,
             search_alg=searcher,
             scheduler=scheduler,
-            reuse_actors=True,  # to start a process and import torch and transformers takes eight seconds
+            reuse_actors=True,  # starting a process and importing torch and transformers takes eight seconds
         ),
         run_config=tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[watch]),
     )
@@ -323,16 +319,17 @@ def _run(
         shutil.rmtree(state, ignore_errors=True)
     if trials.error is not None:
         raise trials.error
-    # Tune returns quietly from a Ctrl-C, with trials half done.
-    if any(not tried.over for tried in trials):
+    # After Ctrl-C Tune returns without an error, with unfinished trials.
+    if any(not trial.over for trial in trials):
         trials.release()
         raise KeyboardInterrupt
 
 
 @contextmanager
 def _every_death_heeded() -> Iterator[None]:
-    """Tune goes on after an actor's death only where Ray calls it one: a process that Ray ended for its memory, or that
-    went with its node, raises another error, which ends all trials (RayActorManager of Ray 2.60)."""
+    """Make Tune survive every death of an actor. By itself it continues only after a RayActorError: a process that Ray
+    killed for its memory, or that was lost with its node, raises another error, which ends all trials (RayActorManager
+    of Ray 2.60)."""
     original = RayActorManager._actor_task_failed
 
     def heeded(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
@@ -349,19 +346,19 @@ def _every_death_heeded() -> Iterator[None]:
 
 
 def _trainable() -> Callable[..., None]:
-    """`run_trial`, or what is named in its place."""
+    """`run_trial`, or the function that `TRAINABLE` names."""
     module, _, function = os.environ.get(TRAINABLE, "").partition(":")
     return getattr(importlib.import_module(module), function) if module else run_trial
 
 
 def _resources(allocation: Allocation) -> dict[str, float]:
-    """What the process of a trial takes: its only worker's share; of several it waits for, and they have their own."""
+    """Resources of a trial's process: those of its only worker. With several it just waits; they have their own."""
     one = allocation.worker
     return {"cpu": one.cpus, "gpu": one.gpus} if allocation.workers == 1 else {"cpu": 0.01}
 
 
 def _load(path: Path, overrides: list[str]) -> SearchSpace:
-    """The space, with ``tune.trials=+N`` counted from what the search of that name has already."""
+    """The space, with the N of ``tune.trials=+N`` added to the trials that the search of that name has already."""
     relative = [text for text in overrides if text.startswith("tune.trials=+")]
     space = cluster.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
     home = space.results_dir()
@@ -371,21 +368,21 @@ def _load(path: Path, overrides: list[str]) -> SearchSpace:
         more = relative[-1].partition("+")[2]
         if not more.isdigit():
             raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
-        over = [tried for tried in folder.read_trials(home / "trials") if tried.over]
-        # Of an unfinished search the rest comes first: the same command, given again after a kill, adds nothing.
+        over = [trial for trial in folder.read_trials(home / "trials") if trial.over]
+        # An unfinished search is finished first: the same command, given again after a kill, adds nothing.
         trials += int(more) if len(over) >= trials and is_evaluated(home, known) else 0
     return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
 def _speech(planned: RunPlan, task: Task) -> dict[str, ray.data.Dataset]:
-    """The waveforms that trials share, as far as they stay in the object store; none where all are fed from a cache."""
+    """The waveforms that trials share, as far as they stay in the object store; none if all trials read a cache."""
     space = planned.space
-    asked = bool(planned.uncacheable_reasons())
-    return feed.load_resident(task, feed.resident_splits(space, task, None), "audio") if asked else {}
+    needed = bool(planned.uncacheable_reasons())
+    return feed.load_resident(task, feed.resident_splits(space, task, None), "audio") if needed else {}
 
 
 def _check_backbones(space: SearchSpace, console: Console) -> None:
-    """Load every backbone that the space names, once, before any trial: what is missing shows here."""
+    """Load every backbone that the space names once before any trial, so that a missing one is an error here."""
     for name in space.backbones():
         backbone = backbones.load(name)
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ser_ray import config
 from ser_ray.allocation import DATA_CPUS, Node, Worker, allocate, capacity
 from ser_ray.config import SearchSpace
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 
 def space(concurrency: int | None = None, **resources) -> SearchSpace:
@@ -43,7 +43,7 @@ def test_what_fits_is_counted_node_by_node(nodes, worker, fits):
     if fits:
         assert allocate(offered, wanted, trials=100).trials_at_once == fits
     else:
-        with pytest.raises(UserError, match="lacks the GPUs" if worker[1] else "lacks the room"):
+        with pytest.raises(UserError, match="has too few GPUs" if worker[1] else "is too small"):
             allocate(offered, wanted, trials=100)
 
 

@@ -119,9 +119,9 @@ def as_louder_telephone(waveform: np.ndarray, path: Path) -> Path:
     ("copy", "what", "sign"),
     [
         (as_flac, "identical audio across splits", "="),
-        (as_vorbis, "the same take across splits", "~"),
-        (as_cut, "the same take across splits", "~"),
-        (as_louder_telephone, "the same take across splits", "~"),
+        (as_vorbis, "versions of one recording across splits", "~"),
+        (as_cut, "versions of one recording across splits", "~"),
+        (as_louder_telephone, "versions of one recording across splits", "~"),
     ],
 )
 def test_a_planted_copy_is_the_one_leak(corpus, tmp_path, capsys, copy, what, sign):
@@ -178,7 +178,7 @@ def test_the_audit_before_training_finds_the_same_and_stamps_the_results(corpus,
     alone = audited(path)
     out = io.StringIO()
     results = train(config.load(path), Console(file=out, soft_wrap=True), ["train"])
-    assert "audit leak: the same take across splits" in out.getvalue()
+    assert "audit leak: versions of one recording across splits" in out.getvalue()
     assert json.loads((results / "audit.json").read_text()) == alone
     # A search lives there now: its audit is left alone.
     (results / "audit.json").write_text("{}")

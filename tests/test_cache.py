@@ -22,11 +22,11 @@ from test_verbs import write_space
 from ser_ray import allocation, cache, config, disk, plan
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.models import backbones, prefix
 from ser_ray.plan import RunPlan
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
-from ser_ray.schema import UserError
 from ser_ray.speech import shards, stream
 from ser_ray.speech.cached_features import Prefix
 
@@ -354,7 +354,7 @@ def test_where_no_room_can_be_made_nothing_is_removed(load):
     assert old is not None
     refused, said = keep(load(FROZEN, "storage.prefix_gb=1e-7"))
     assert refused is None
-    assert "trained without" in said
+    assert "training without the cache" in said
     assert all(path.is_file() for path in old.paths)
 
 
@@ -381,7 +381,7 @@ def test_memory_that_is_short_while_a_cache_is_made_halves_its_batches(load, mon
     for path in again.paths:
         path.unlink()
     monkeypatch.setattr(prefix, "compute", lambda *_: short_of_everything())
-    with pytest.raises(UserError, match="out of memory with an utterance at a time"):
+    with pytest.raises(UserError, match="out of memory with one utterance per batch"):
         keep(load(LORA))
 
 

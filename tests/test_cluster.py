@@ -19,7 +19,7 @@ from ray._common.utils import get_ray_address_file
 from ray._private.utils import validate_socket_filepath
 
 from ser_ray import cluster
-from ser_ray.schema import StorageError, UserError
+from ser_ray.errors import StorageError, UserError
 
 
 @pytest.mark.ray

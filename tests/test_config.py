@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ser_ray import config
 from ser_ray.config import Experiment, SearchSpace, load
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 MINIMAL = """
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_one_line_that_names_it(space_file, override, words
     ],
 )
 def test_what_the_data_are_is_not_searched(space_file, key, values):
-    with pytest.raises(UserError, match=f"search: {key}: the data are the same for all trials"):
+    with pytest.raises(UserError, match=f"search: {key}: all trials use the same data"):
         load(space_file, [f"search.{key}={json.dumps({'choice': values})}"])
 
 
@@ -285,8 +285,8 @@ def test_dev_rotates_over_seeds_only(space_file):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("gpus_per_worker=1.5", "a share of one GPU, or whole GPUs"),
-        ("gpus_per_worker=-1", "a share of one GPU, or whole GPUs"),
+        ("gpus_per_worker=1.5", "a fraction of one GPU, or a whole number of GPUs"),
+        ("gpus_per_worker=-1", "a fraction of one GPU, or a whole number of GPUs"),
         ("cpus_per_worker=0", "more than 0, or auto"),
     ],
 )

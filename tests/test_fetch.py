@@ -69,7 +69,7 @@ def test_a_backbone_that_is_not_there_is_named_before_any_trial(space, tmp_path,
             done = ser_ray("fetch", str(space), HF_ENDPOINT=endpoint, **own)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert f"backbone {NAME}: no such directory, and not to be had from the hub" in line
+    assert f"backbone {NAME}: no such directory, and not available from the hub" in line
     assert ("HF_HUB_OFFLINE is set" in line) is offline
     assert not (tmp_path / "results").exists()
 

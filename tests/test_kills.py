@@ -91,8 +91,8 @@ def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
     workers[0].kill()
     rest, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, text + rest
-    assert "goes on from its last epoch" in rest
-    assert "goes on after epoch" in rest
+    assert "continues from its last epoch" in rest
+    assert "continues after epoch" in rest
     (row,) = csv.DictReader((results_of(space, "two") / "trials.csv").open())
     assert row["status"] == "finished"
     lines = (results_of(space, "two") / "trials" / "001" / "history.jsonl").read_text().splitlines()
@@ -112,7 +112,7 @@ def test_a_trial_whose_worker_was_killed_comes_to_the_same_numbers(space):
     unbroken = train(space, "undisturbed", "resources.workers=0", *own)
     rest, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, text + rest
-    assert "goes on after epoch" in rest
+    assert "continues after epoch" in rest
     lines = (results_of(space, "worker") / "trials" / "001" / "history.jsonl").read_text().splitlines()
     for ours, theirs in zip(map(json.loads, lines), unbroken, strict=True):
         assert ours["epoch"] == theirs["epoch"]

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from ser_ray import config, nodes
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 
 def node(number: int, gpus: float = 0) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from test_verbs import write_space
 from ser_ray import allocation, cache, config, plan
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.plan import RunPlan
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
-from ser_ray.schema import UserError
 from ser_ray.speech import order
 
 ONE_GPU = allocation.Allocation(
@@ -82,7 +82,7 @@ def test_what_differs_between_trials_is_told_as_a_range(path):
     assert least.total < most.total
     assert least.total == least.epoch
     text = "\n".join(made(config.load(path, [search, "tune.first=[]"])).lines())
-    assert f"steps: {least.epoch} to {most.epoch} an epoch, {least.total} to {most.total} in all" in text
+    assert f"steps per trial: {least.epoch} to {most.epoch} an epoch, {least.total} to {most.total} in all" in text
 
 
 def test_with_more_frozen_parts_than_trials_the_trials_make_their_own(path):
@@ -167,4 +167,4 @@ def test_augmentation_that_is_searched_is_part_of_the_plan(path):
     search = "search={augment.gain_db: {choice: [0.0, 6.0]}}"
     found = made(config.load(path, [search, "tune.first=[]", "experiment.adapter={method: lora, first_layer: 1}"]))
     assert len(found.cacheable()) == 1
-    assert found.uncacheable_reasons() == ["augment.gain_db varies what the frozen part sees"]
+    assert found.uncacheable_reasons() == ["augment.gain_db changes the input of the frozen part"]

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from ser_ray import cluster
 from ser_ray.allocation import Worker
+from ser_ray.errors import UserError
 from ser_ray.pool import RESTARTS, Pool
-from ser_ray.schema import UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

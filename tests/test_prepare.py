@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ser_ray import prepare as verb
 from ser_ray.config import Audio, SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.prepare import main, prepare
 from ser_ray.protocols.folds import labelled
-from ser_ray.schema import UserError, Utterance
+from ser_ray.schema import Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
 
@@ -330,7 +331,7 @@ def test_nothing_usable_is_an_error_every_time(corpus, tmp_path):
     for path in corpus.rglob("*.wav"):
         soundfile.write(path, np.zeros(8_000), 16_000)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds no usable recording, such as Actor_01/.*: silent"):
+        with pytest.raises(UserError, match=r"holds no usable recording; for example Actor_01/.*: silent"):
             prepare_here(tmp_path, corpus)
 
 
@@ -361,7 +362,7 @@ def test_rates_come_out_right(tmp_path, rate):
 def test_the_command(tiny_corpus, tmp_path, capsys):
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(space(tmp_path / "cache", tiny_corpus).model_dump(mode="json")))
-    assert main([str(path), "experiment.audio.max_seconds=20"]) == 0
+    assert main(path, ["experiment.audio.max_seconds=20"]) == 0
     (target,) = (tmp_path / "cache" / "shards").iterdir()
     assert shards.read_manifest(target)["audio"]["max_seconds"] == 20
     assert "96 utterances" in capsys.readouterr().err
@@ -401,7 +402,7 @@ def test_the_ties_of_listeners_are_counted_and_left_out_of_what_they_heard(tmp_p
     (tmp_path / "crema" / "processedResults" / "summaryTable.csv").write_text("\n".join(lines) + "\n")
     (target,) = prepare(space(tmp_path / "cache", tmp_path / "crema", "crema_d"), use_ray=False)
     assert shards.read_manifest(target)["ties"] == 1
-    assert "crema_d: 1 ties of its listeners, which label: perceived leaves out" in capsys.readouterr().err
+    assert "crema_d: listeners tied on 1 utterances; label: perceived omits them" in capsys.readouterr().err
     index = shards.read_index([target])
     heard = labelled(index, ("angry", "sad"), {}, "perceived")
     assert set(index["utterance_id"].to_pylist()) - set(heard["utterance_id"].to_pylist()) == {f"crema_d/{clips[0]}"}

@@ -291,7 +291,7 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
 def test_a_search_ends_wherever_a_process_of_it_dies(dying, point, status, attempts):
     trials, said = dying(point)
     assert [tried.status for tried in trials] == [status, "finished"]
-    assert said.count("trial 001  starts") + said.count("trial 001  goes on after") == attempts
+    assert said.count("trial 001  starts") + said.count("trial 001  continues after") == attempts
     assert "docs.ray.io" not in said
     if status == "finished":
         assert [line["epoch"] for line in trials.known["001"].history] == [1, 2, 3]

@@ -76,7 +76,7 @@ def test_a_trial_that_is_short_of_memory_goes_on_with_half_of_the_batch(space, m
     assert train(space, name) == 0
     said = capsys.readouterr().out
     assert "out of memory: lower experiment.batch_seconds (8)" in said
-    assert "tried again with half of batch_seconds" in said
+    assert "retrying with half of batch_seconds" in said
     assert [record["epoch"] for record in history(space, name)] == [1, 2]
     assert tried_with == [8]
     folders = trial(space, name)

@@ -351,9 +351,9 @@ def test_a_rerun_says_that_nothing_differs(space, local, capsys):
     assert main(["rerun", str(results_of(space, "local"))]) == 0
     said = capsys.readouterr().out
     assert "the data are the same: ravdess" in said
-    assert "all figures are the same" in said
+    assert "all metrics are the same" in said
     again = json.loads((results_of(space, "local-rerun") / "rerun.json").read_text())
-    assert [row["difference"] for row in again["figures"]] == [0.0]
+    assert [row["difference"] for row in again["metrics"]] == [0.0]
 
 
 def test_a_rerun_on_other_data_is_refused(space, local, tiny_corpus, tmp_path, capsys):
@@ -541,7 +541,7 @@ def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster,
 
 def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
     from ser_ray import cluster
-    from ser_ray.schema import UserError
+    from ser_ray.errors import UserError
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     settled = cluster.resolve_paths(config.load(config.default_space()))

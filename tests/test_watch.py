@@ -16,8 +16,8 @@ from search_fixtures import SEARCH, record, space
 
 import ser_ray.watch
 from ser_ray import cluster
+from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
-from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.search.trials import ATTEMPTS, Trials
 from ser_ray.watch import Watch
 
@@ -100,7 +100,7 @@ def test_a_trial_that_goes_on_says_after_what(tmp_path):
     seen, text = watch(tmp_path)
     folder.append_history(tmp_path / "trials" / "001", record(3, 0.4, 0.4))
     seen.on_trial_start(0, [], trial(1))
-    assert "goes on after epoch 3: " in text.getvalue()
+    assert "continues after epoch 3: " in text.getvalue()
 
 
 def test_a_stopped_trial_is_no_finished_one(tmp_path):
@@ -125,7 +125,7 @@ def test_what_died_goes_on_and_what_was_refused_does_not(tmp_path):
     )
     assert seen.trials.known["002"].status == "failed"
     assert seen.trials.known["002"].error == "epoch 3: the loss is nan; lower optimizer.lr"
-    assert text.getvalue().count("goes on from its last epoch: its process died") == ATTEMPTS - 1
+    assert text.getvalue().count("continues from its last epoch: its process died") == ATTEMPTS - 1
 
 
 def test_a_full_disk_ends_the_search(tmp_path):
@@ -141,7 +141,7 @@ def test_an_error_of_ours_says_its_last_line(tmp_path):
     seen, text = watch(tmp_path)
     seen.on_trial_start(0, [], trial(1))
     seen.on_trial_error(0, [], failed(1, task_error(RuntimeError("boom")), tmp_path))
-    assert "goes on from its last epoch: RuntimeError: boom" in text.getvalue()
+    assert "continues from its last epoch: RuntimeError: boom" in text.getvalue()
 
 
 RAYS_ADVICE = (
@@ -149,7 +149,7 @@ RAYS_ADVICE = (
     "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/debug.html. "
     "To adjust the kill threshold, set the environment variable `RAY_memory_usage_threshold` when starting Ray."
 )
-FULL = "Ray ended its process, as the memory of its machine was nearly full; lower tune.concurrency"
+FULL = "Ray killed its process because the machine's memory was nearly full; lower tune.concurrency"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_reason_is_one_line_and_no_advertisement(tmp_path, error, said):
     assert "\n" not in reason
     assert "docs.ray.io" not in reason
     shown = " ".join(text.getvalue().split())
-    assert shown.endswith(f"trial 001 was cut off and goes on from its last epoch: {reason}")
+    assert shown.endswith(f"trial 001 was interrupted and continues from its last epoch: {reason}")
 
 
 def test_short_memory_is_tried_again_with_half_once(tmp_path):
@@ -193,7 +193,7 @@ def test_short_memory_is_tried_again_with_half_once(tmp_path):
         seen.on_trial_start(0, [], trial(1))
         seen.on_trial_error(0, [], failed(1, short, tmp_path))
     first, second = (line for line in text.getvalue().splitlines() if "out of memory" in line)
-    assert "is tried again with half of batch_seconds: out of memory: lower experiment.batch_seconds (60)" in first
+    assert "is retried with half of batch_seconds: out of memory: lower experiment.batch_seconds (60)" in first
     assert "failed: out of memory: lower experiment.batch_seconds (60) (half of batch_seconds was tried)" in second
     assert seen.trials.known["001"].status == "failed"
 

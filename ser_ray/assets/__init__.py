@@ -1,1 +1,2 @@
-"""Where the embedded backbones come from: made-up speech (speech), and what happens to it on its way (channel)."""
+"""How the embedded backbones are trained: synthetic speech (speech), its voice and channel (channel), batches
+(material), losses (objectives), the training itself (recipe)."""

@@ -1,8 +1,8 @@
-"""What happens to dry speech before it is heard: a manner of speaking, then a room, noise, filters and a telephone.
+"""Random changes to dry speech: a manner of speaking, then a channel of room, noise, filters and telephone.
 
-The manner is what emotion may be heard in, so it is part of what the embedded backbones learn to tell; the channel is
-what they learn to ignore. All amounts are drawn from the generator that is handed in; nothing moves in time by more
-than a millisecond, so that targets of 20 ms frames stay valid.
+The manner can carry emotion, so the embedded backbones are trained to predict it; the channel is what they are trained
+to ignore. All amounts are drawn from the generator that is passed in. Nothing moves in time by more than a millisecond,
+so targets of 20 ms frames stay valid.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ser_ray.schema import SAMPLING_RATE
 FRAME: Final = SAMPLING_RATE // 50
 """Samples of a frame of 20 ms; frame f of a target covers those from ``FRAME * f`` on."""
 MANNER: Final = ("tilt", "breath", "tremor", "tremor_rate", "creak", "slope", "level")
-"""dB per octave above 500 Hz; share of the envelope; depth; Hz (0 without tremor); depth; dB per second; dBFS (rms)."""
+"""In dB per octave above 500 Hz; share of the envelope; depth; Hz (0 without tremor); depth; dB per s; dBFS (rms)."""
 MU: Final = 255
-"""Of the mu-law (ITU-T G.711)."""
+"""Parameter of the mu-law (ITU-T G.711)."""
 A: Final = 87.6
-"""Of the A-law (ITU-T G.711)."""
+"""Parameter of the A-law (ITU-T G.711)."""
 PEAK: Final = 0.99
-"""Held below full scale."""
+"""Largest magnitude of a waveform, below full scale."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Dry speech with a manner, (T,) float32; the same as it is heard; the amounts of `MANNER`."""
+    """Dry speech with a manner, (T,) float32; the same after the channel; the amounts of `MANNER`."""
 
     clean_T: np.ndarray
     waveform_T: np.ndarray
@@ -40,7 +40,7 @@ class Rendered:
 def render(waveform_T: np.ndarray, rng: np.random.Generator) -> Rendered:
     """Draw a manner and a channel for dry speech at 16 kHz, (T,) float; it must not be silent.
 
-    The level that is told is the one reached: a peaky voice stays below what was drawn.
+    The returned level is the measured one: a waveform with high peaks stays below the level that was drawn.
     """
     assert waveform_T.ndim == 1
     assert waveform_T.any(), "nothing to render"
@@ -51,7 +51,7 @@ def render(waveform_T: np.ndarray, rng: np.random.Generator) -> Rendered:
 
 
 def frame_energy(clean_T: np.ndarray) -> np.ndarray:
-    """(T,) -> (T // 320,) float32: dBFS of every frame of 20 ms, -100 at least."""
+    """(T,) -> (T // 320,) float32: dBFS of every frame of 20 ms, at least -100."""
     frames_FT = clean_T[: len(clean_T) // FRAME * FRAME].reshape(-1, FRAME)
     return (10 * np.log10(np.mean(frames_FT**2, axis=1) + 1e-10)).astype(np.float32)
 
@@ -60,7 +60,8 @@ def frame_energy(clean_T: np.ndarray) -> np.ndarray:
 
 
 def _draw_manner(seconds: float, rng: np.random.Generator) -> dict[str, float]:
-    """Half of the voices have no breath, tremor or creak, each by itself; a slope moves a waveform by 18 dB at most."""
+    """Breath, tremor and creak are each absent from half of the voices, independently; a slope changes the level of a
+    waveform by 18 dB at most."""
     breath, tremor, creak = rng.uniform(0, (0.3, 0.5, 0.6)) * (rng.random(3) < 0.5)
     steepest = min(6.0, 18 / seconds)
     return {
@@ -75,7 +76,7 @@ def _draw_manner(seconds: float, rng: np.random.Generator) -> dict[str, float]:
 
 
 def _speak(waveform_T: np.ndarray, manner: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """(T,) float32 with the manner; its level last."""
+    """(T,) float32 with the manner applied, its level last."""
     size = len(waveform_T)
     seconds_T = np.arange(size, dtype=np.float32) / SAMPLING_RATE
     spoken_T = _filtered(waveform_T, _tilt(_frequencies(size), manner["tilt"]))
@@ -94,7 +95,8 @@ def _speak(waveform_T: np.ndarray, manner: dict[str, float], rng: np.random.Gene
 
 
 def _transmit(clean_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(T,) float32: half in a room, three quarters noisy, half band-limited, one in six over a telephone."""
+    """(T,) float32: half in a room, three quarters noisy, half band-limited, one in six over a telephone, one in twenty
+    clipped."""
     gain_W = _draw_filter(_frequencies(len(clean_T)), rng)
     room_R = _room(rng.uniform(0.1, 0.8), rng.uniform(-3, 15), rng) if rng.random() < 0.5 else np.ones(1, np.float32)
     recorded_T = _filtered(clean_T, gain_W, room_R)
@@ -110,9 +112,9 @@ def _transmit(clean_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_filter(frequencies_W: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(W,) gain: 2 dB of unevenness over six places between 60 Hz and 8 kHz; for half of them, limits of the band.
+    """(W,) gain: a random 2 dB (standard deviation) at six frequencies from 60 Hz to 8 kHz; half are also band-limited.
 
-    Without phase, so nothing moves; the limits are Butterworth's of order 4.
+    Zero phase, so nothing moves in time; the band limits have the gain of Butterworth filters of order 4.
     """
     places = np.geomspace(60, 8000, 6)
     octaves_W = np.log2(np.maximum(frequencies_W, 30))
@@ -161,7 +163,7 @@ def _mu_law(samples_T: np.ndarray) -> np.ndarray:
 
 
 def _a_law(samples_T: np.ndarray) -> np.ndarray:
-    """The same by F(x) = A |x| / (1 + ln A) up to 1 / A, and (1 + ln(A |x|)) / (1 + ln A) above."""
+    """As `_mu_law`, by F(x) = A |x| / (1 + ln A) up to 1 / A, and (1 + ln(A |x|)) / (1 + ln A) above."""
     whole, sizes_T = 1 + np.log(A), np.abs(samples_T)
     logarithm_T = np.log(np.maximum(A * sizes_T, 1))
     coded_T = _steps(np.where(sizes_T < 1 / A, A * sizes_T, 1 + logarithm_T) / whole) * whole
@@ -184,7 +186,7 @@ def _envelope(waveform_T: np.ndarray) -> np.ndarray:
 
 
 def _aspiration(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(T,) noise of rms 1 that rises by 6 dB per octave, as the breath does against the voice."""
+    """(T,) noise of rms 1 that rises by 6 dB per octave, as breath noise does relative to the voice."""
     return np.diff(rng.standard_normal(size + 1, dtype=np.float32)) / np.float32(np.sqrt(2))
 
 
@@ -199,17 +201,17 @@ def _band_noise(size: int, low: float, high: float, rng: np.random.Generator) ->
 
 
 def _frequencies(size: int) -> np.ndarray:
-    """(W,) float32 in Hz: of the transforms by which `_filtered` filters ``size`` samples."""
+    """(W,) float32, Hz: the bins of the transforms by which `_filtered` filters ``size`` samples."""
     return scipy.fft.rfftfreq(_padded(size), 1 / SAMPLING_RATE).astype(np.float32)
 
 
 def _padded(size: int) -> int:
-    """Room for the longest response; what is left of longer ones is 60 dB down."""
+    """The size of a transform with room for the longest response; the rest of longer ones is 60 dB down."""
     return int(scipy.fft.next_fast_len(size + int(0.8 * SAMPLING_RATE), real=True))
 
 
 def _filtered(waveform_T: np.ndarray, gain_W: np.ndarray, response_R: np.ndarray | None = None) -> np.ndarray:
-    """(T,) float32: by a gain without phase, and an impulse response."""
+    """(T,) float32, filtered by a zero-phase gain and an impulse response."""
     whole = _padded(len(waveform_T))
     spectrum_W = scipy.fft.rfft(waveform_T, whole) * gain_W
     if response_R is not None and len(response_R) > 1:
@@ -222,5 +224,5 @@ def _rms(waveform_T: np.ndarray) -> float:
 
 
 def _held(waveform_T: np.ndarray) -> np.ndarray:
-    """Scaled down, not clipped."""
+    """Scaled down to `PEAK`, not clipped."""
     return (waveform_T * min(1.0, PEAK / np.abs(waveform_T).max())).astype(np.float32)

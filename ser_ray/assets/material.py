@@ -1,7 +1,7 @@
-"""Batches of varied speech with targets, for the training of the embedded backbones.
+"""Batches of augmented speech with targets, for the training of the embedded backbones.
 
-What a step sees depends on the seed and the step's number alone, so a training that goes on sees what an unbroken one
-would have seen. Shapes: B utterances, T samples, F frames of 20 ms.
+A step's batch depends on the seed and the step's number alone, so a continued training gets the same batches as an
+uninterrupted one. Shapes: B utterances, T samples, F frames of 20 ms.
 """
 
 from __future__ import annotations
@@ -21,56 +21,56 @@ from ser_ray.assets.speech import FRAMES, LANGUAGES, Speech, Spoken
 
 FRAME: Final = channel.FRAME
 SECONDS: Final = (2.24, 5.6)
-"""Of a crop at most, whole frames: of even steps, long enough for a few words and a contour, and of odd ones, which
-have half as many: whole utterances, so that a Whisper meets its later positions."""
+"""The longest crop, in whole frames. Even steps: long enough for a few words and a contour. Odd steps, which have half
+as many crops: mostly whole utterances, so that a Whisper is trained on later positions."""
 CONTOUR: Final = ("pitch", "voiced", "energy")
-"""Of a frame: octaves from `MIDDLE`, 0 where unvoiced; 1 or 0; dB of the clean speech, standardised as in `NUMBERS`."""
+"""Per frame: octaves from `MIDDLE`, 0 if unvoiced; 1 or 0; dB of the clean speech, standardised as `NUMBERS` level."""
 MIDDLE: Final = 160.0
-"""Hz: of the speech that is made."""
+"""Hz: the middle pitch of the generated speech."""
 NUMBERS: Final = {
     "pitch": (0.0, 0.6),  # octaves from `MIDDLE`: mean over the crop's voiced frames
     "liveliness": (0.2, 0.15),  # octaves: their standard deviation
     "swing": (8.0, 4.0),  # dB: standard deviation of the energy of frames
     "rate": (7.4, 0.35),  # log2 of words per minute
     "tract": (105.0, 10.0),  # percent
-    "tilt": (0.0, 2.3),  # and on: see `channel.MANNER`
+    "tilt": (0.0, 2.3),  # from here on: see `channel.MANNER`
     "breath": (0.08, 0.1),
     "tremor": (0.12, 0.16),
     "creak": (0.15, 0.2),
     "slope": (0.0, 3.5),
     "level": (-30.0, 8.7),
 }
-"""What an utterance is told by: about its mean and standard deviation, by which targets are standardised."""
+"""The numbers that describe an utterance: approximate mean and standard deviation, which standardise the targets."""
 NO_FRAME: Final = -100
-"""The phone of a frame beyond the end: torch's cross-entropy leaves it out."""
+"""The phone of a frame beyond the end: torch's cross-entropy ignores it."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B crops and what is to be heard in them."""
+    """B crops and their targets."""
 
     waveform_BT: torch.Tensor
-    """float32, as it is heard; zero beyond ``lengths_B``."""
+    """float32, after the channel; zero beyond ``lengths_B``."""
     lengths_B: torch.Tensor
     clean_BT: torch.Tensor
     """float32: before the channel."""
     phones_BF: torch.Tensor
-    """int64, places in `speech.PHONES`; `NO_FRAME` beyond the end."""
+    """int64, indices into `speech.PHONES`; `NO_FRAME` beyond the end."""
     contour_BFC: torch.Tensor
     """float32, `CONTOUR`."""
     numbers_BN: torch.Tensor
     """float32, standardised `NUMBERS`."""
     languages_B: torch.Tensor
-    """int64, places in `speech.LANGUAGES`."""
+    """int64, indices into `speech.LANGUAGES`."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same elsewhere."""
+        """The same on ``device``."""
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Material(Dataset[Batch]):
-    """Step number -> its batch; for `batches`, and to look at."""
+    """Step number -> its batch; for `batches`, and for inspection."""
 
     speech: Speech
     seed: int
@@ -85,7 +85,7 @@ class Material(Dataset[Batch]):
 def batches(
     directory: Path, seed: int, size: int, steps: range, workers: int = 0, parts: int | None = None
 ) -> Iterator[Batch]:
-    """The batches of these steps, made ahead by ``workers`` processes (0: here); the same whatever their number.
+    """The batches of these steps, prefetched by ``workers`` processes (0: this one); their number changes no batch.
 
     ``parts``: see `Speech`. Raises UserError where the directory holds no speech.
     """
@@ -95,7 +95,7 @@ def batches(
         sampler=steps,
         num_workers=workers,
         worker_init_fn=_begin,
-        multiprocessing_context="fork" if workers else None,  # the files of `Speech` are open
+        multiprocessing_context="fork" if workers else None,  # workers inherit the open files of `Speech`
         prefetch_factor=8 if workers else None,
     )
     yield from loader
@@ -107,7 +107,7 @@ _Crop = tuple[np.ndarray, ...]
 
 
 def _begin(worker: int) -> None:
-    """One thread; and Ctrl-C, which reaches every process of a terminal, is for the one that trains."""
+    """Use one thread; ignore Ctrl-C, which reaches every process of a terminal: the training process handles it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What the embedded backbones are trained to hear: one small head each, a loss each, and their weights in the sum.
+"""The training objectives of the embedded backbones: for each a small head, a loss, and its weight in the sum.
 
 Shapes: B utterances, F frames, D width of the backbone, L + 1 hidden states.
 """
@@ -17,21 +17,21 @@ from ser_ray.models.logmel import LogMel
 from ser_ray.models.pooling import masked_statistics
 
 WEIGHTS: Final = {
-    "phones": 1.0,  # what the sounds are: alone it carried furthest over to real emotional speech (results/LOG.md)
+    "phones": 1.0,  # the sounds: alone it transferred best to real emotional speech (results/LOG.md)
     "contour": 0.5,  # pitch and loudness over time
-    "mel": 0.5,  # the clean speech behind the noise and the masks
-    "manner": 0.5,  # the numbers of the voice: what an emotion changes
-    "language": 0.1,  # little, to hold on to sounds beyond one frame
+    "mel": 0.5,  # the clean speech, without the noise and the masks
+    "manner": 0.5,  # the numbers of the voice, which an emotion changes
+    "language": 0.1,  # small: to retain sounds for more than one frame
 }
-"""All objectives, and what their losses count."""
+"""All objectives, and the weights of their losses."""
 NUM_MELS: Final = 80
 MELS_A_FRAME: Final = 2
 
 
 class Objectives(nn.Module):
-    """The heads: ``phones`` on the last state, the others on the one before the last block.
+    """The heads: ``phones`` on the last state, the others on the input of the last block.
 
-    So the upper states know the sounds, and a probe still finds the voice in the middle.
+    So the upper states encode the sounds, and a probe still finds the voice in the middle ones.
     """
 
     def __init__(self, names: Sequence[str], width: int) -> None:
@@ -48,9 +48,9 @@ class Objectives(nn.Module):
         self.logmel = LogMel(NUM_MELS)
 
     def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """The loss of every objective, before its weight. ``hiddens``: L + 1 of (B, F, D), as `Backbone` gives them.
+        """The unweighted loss of every objective. ``hiddens``: L + 1 of (B, F, D), as `Backbone` gives them.
 
-        A wav2vec2 has a frame fewer than the batch has targets; those that both have count.
+        A wav2vec2 has one frame fewer than the batch has targets; only frames that both have count.
         """
         frames = min(mask_BF.shape[1], batch.phones_BF.shape[1])
         mask_BF = mask_BF[:, :frames]
@@ -72,7 +72,7 @@ class Objectives(nn.Module):
         }
 
     def _mel(self, head: nn.Module, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean absolute error of the clean log-mel spectrum, two of its frames a frame."""
+        """Mean absolute error of the clean log-mel spectrum, of which two frames belong to each frame of the states."""
         mel_BMX, _ = self.logmel(batch.clean_BT, batch.lengths_B)
         frames = hidden_BFD.shape[1]
         target_BFO = mel_BMX[..., : frames * MELS_A_FRAME].transpose(1, 2).reshape(len(mel_BMX), frames, -1)
@@ -88,7 +88,7 @@ def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _phones(head: nn.Module, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of every frame. When a phone begins is known, so nothing has to be aligned, as CTC would."""
+    """Cross-entropy of every frame. The start of every phone is known, so no alignment as in CTC is needed."""
     target_BF = batch.phones_BF[:, : hidden_BFD.shape[1]]
     return nn.functional.cross_entropy(head(hidden_BFD).float().flatten(0, 1), target_BF.flatten())
 
@@ -96,8 +96,8 @@ def _phones(head: nn.Module, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, ba
 def _contour(head: nn.Module, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Absolute error of pitch on voiced frames and of energy on all, cross-entropy of voicing."""
     target_FC = batch.contour_BFC[:, : hidden_BFD.shape[1]][mask_BF]
-    told_FC = head(hidden_BFD)[mask_BF].float()
+    output_FC = head(hidden_BFD)[mask_BF].float()
     pitch, voiced, energy = target_FC.unbind(1)
-    error = ((told_FC[:, 0] - pitch).abs() * voiced).sum() / voiced.sum().clamp(min=1)
-    voicing = nn.functional.binary_cross_entropy_with_logits(told_FC[:, 1], voiced)
-    return error + voicing + (told_FC[:, 2] - energy).abs().mean()
+    error = ((output_FC[:, 0] - pitch).abs() * voiced).sum() / voiced.sum().clamp(min=1)
+    voicing = nn.functional.binary_cross_entropy_with_logits(output_FC[:, 1], voiced)
+    return error + voicing + (output_FC[:, 2] - energy).abs().mean()

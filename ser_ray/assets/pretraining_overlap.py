@@ -1,4 +1,4 @@
-"""What an embedded backbone may have heard, in its training, of the speech that a search tests it on; for the audit."""
+"""Overlap of an embedded backbone's training speech with the speech that a search tests it on; for the audit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ser_ray.disk import read_json
 
 
 def pretraining_overlap(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
-    """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
-    synthetic corpus; there should be none. Other corpora have no part in that training."""
-    from ser_ray.models.backbones import embedded_directory  # brings torch, which not everyone who asks needs
+    """A line for every embedded backbone that was trained on a speaker of the synthetic corpus, or could have been
+    trained on one of its sentences; there should be none. Other corpora cannot overlap with that training."""
+    from ser_ray.models.backbones import embedded_directory  # imports torch, which not every caller needs
 
     lines = []
     for name in backbones if "synthetic" in corpora else ():

@@ -1,10 +1,10 @@
-"""The recipe of the embedded backbones: speech is made, one of them is trained on it, its directory is written.
+"""Train an embedded backbone: generate the speech, train on it, write the backbone's directory.
 
     python -m ser_ray.assets.recipe OUT --family whisper --speech DIR
 
-Everything is made here: no data and no weights of others go in. The same command goes on where it was cut off, and
-gives the same weights as without the cut; on another machine they differ by what its arithmetic differs. ``--export``
-writes OUT from what there is so far.
+Everything is generated here: no external data or weights are used. The same command continues an interrupted training
+and gives the same weights as an uninterrupted one; on another machine they differ by its arithmetic. ``--export``
+writes OUT from the last saved step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torch import nn
 from ser_ray.assets import material, objectives, speech
 from ser_ray.assets.objectives import WEIGHTS, Objectives, total
 from ser_ray.disk import read_json, replacing, write_json, write_text
+from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.precision import autocast
-from ser_ray.schema import UserError
 
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "whisper": {
@@ -75,7 +75,7 @@ ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
         "vocab_size": 32,
     },
 }
-"""Family: its ``config.json``. No dropout: so small a network does not overfit endless speech."""
+"""Family -> its ``config.json``. No dropout: such a small network does not overfit speech that varies endlessly."""
 EXTRACTORS: Final[dict[str, dict[str, Any]]] = {
     "whisper": {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -91,23 +91,23 @@ EXTRACTORS: Final[dict[str, dict[str, Any]]] = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,
         "sampling_rate": 16000,
-        "do_normalize": False,  # loudness tells of emotion
+        "do_normalize": False,  # loudness carries emotion
         "padding_value": 0.0,
         "return_attention_mask": True,
     },
 }
-"""Family: its ``preprocessor_config.json``."""
+"""Family -> its ``preprocessor_config.json``."""
 WARM_UP: Final = 300
-"""Steps in which the rate rises; it then falls along half a cosine to nothing."""
+"""Steps in which the learning rate rises; it then falls along half a cosine to zero."""
 SAVE_EVERY: Final = 250
-"""Steps: what a kill costs."""
+"""Steps between saves, at most lost by a kill."""
 CLIP: Final = 1.0
-"""The gradient's norm at most."""
+"""Largest norm of the gradient."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the weights depend on, beside the machine."""
+    """All that the weights depend on, except the machine."""
 
     family: str
     hours: float
@@ -120,9 +120,9 @@ class Recipe:
 
 
 class Training:
-    """A backbone with its heads and optimiser, at some step; `save` and `load` by safetensors alone.
+    """A backbone with its heads and optimiser, at some step; `save` and `load` use safetensors alone.
 
-    ``directory``: where its architecture is written to.
+    The architecture is written to ``directory``.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, device: str) -> None:
@@ -138,10 +138,10 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.learned, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.step = 0
         self.losses: dict[str, float] = {}
-        """Means of the last hundred steps or so."""
+        """Exponential means over about the last hundred steps."""
 
     def update(self, batch: material.Batch) -> None:
-        """One step. Its chance (masks, dropout) depends on the seed and its number alone."""
+        """One step. Its randomness (masks, dropout) depends on the seed and its number alone."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.rate * rate_at(self.step, self.recipe.steps)
@@ -161,30 +161,30 @@ class Training:
             self.losses[name] = value if name not in self.losses else 0.99 * self.losses[name] + 0.01 * value
 
     def save(self, path: Path) -> None:
-        """Aside, then in place: one file, so that weights and step are never of two saves."""
+        """Write one file, atomically, so that weights and step are always of the same save."""
         tensors = {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
         tensors |= {f"heads.{key}": value for key, value in self.heads.state_dict().items()}
         for place, parameter in enumerate(self.learned):
             state = self.optimiser.state[parameter]
             tensors |= {f"adam.{place}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-        told = {"step": str(self.step), **{f"loss.{name}": repr(loss) for name, loss in self.losses.items()}}
+        notes = {"step": str(self.step), **{f"loss.{name}": repr(loss) for name, loss in self.losses.items()}}
         with replacing(path) as aside:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=told)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=notes)
 
     def load(self, path: Path) -> None:
-        """What `save` wrote for the same recipe."""
+        """Read what `save` wrote for the same recipe."""
         tensors = load_file(path, device=self.device)
         self.backbone.load_state_dict(_below(tensors, "backbone."))
         self.heads.load_state_dict(_below(tensors, "heads."))
         for place, parameter in enumerate(self.learned):
             self.optimiser.state[parameter] = _below(tensors, f"adam.{place}.")
-        told = saved_notes(path)
-        self.step = int(told.pop("step"))
-        self.losses = {name.removeprefix("loss."): float(loss) for name, loss in told.items()}
+        notes = saved_notes(path)
+        self.step = int(notes.pop("step"))
+        self.losses = {name.removeprefix("loss."): float(loss) for name, loss in notes.items()}
 
 
 def saved_notes(path: Path) -> dict[str, str]:
-    """The step and the losses that lie in a file of `Training.save`, as text."""
+    """The step and the losses that a file of `Training.save` contains, as text."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata())
 
@@ -202,9 +202,9 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, workers: int, export: bool) -> None:
-    """Make the speech that is missing, train from where it stands, write ``out``; see the module's docstring.
+    """Generate the missing speech, train from the last saved step, write ``out``; see the module's docstring.
 
-    Raises UserError where ``out`` or its training beside it are of another recipe.
+    Raises UserError where the training beside ``out`` is of another recipe, or ``spoken`` of other settings.
     """
     aside = out.with_name(f"{out.name}.training")
     _claim(aside, recipe)
@@ -214,7 +214,7 @@ def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, 
     training, latest = Training(recipe, aside, device), aside / "latest.safetensors"
     if latest.is_file():
         training.load(latest)
-        console.print(f"going on from step {training.step}")
+        console.print(f"continuing from step {training.step}")
     if not export:
         _train(training, spoken, latest, console, workers)
     write(training, out)
@@ -222,7 +222,7 @@ def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, 
 
 
 def write(training: Training, out: Path) -> None:
-    """The backbone alone: fp16 weights, the two JSON files of its architecture, and ``recipe.json``."""
+    """Write the backbone alone: fp16 weights, the two JSON files of its architecture, and ``recipe.json``."""
     prefix = "encoder." if training.recipe.family == "whisper" else ""  # where AutoModel looks for them
     state = training.backbone.model.state_dict()
     weights = {prefix + key: value.half().cpu().contiguous() for key, value in state.items()}
@@ -243,16 +243,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ser_ray.assets.recipe", description="Train an embedded backbone.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=sorted(ARCHITECTURES), required=True)
-    parser.add_argument("--speech", type=Path, required=True, help="directory of the speech; what is missing is made")
-    parser.add_argument("--hours", type=float, default=8, help="of speech; every step varies it anew")
+    parser.add_argument("--speech", type=Path, required=True, help="directory of the speech; missing parts are made")
+    parser.add_argument("--hours", type=float, default=8, help="of speech; every step augments it anew")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=16, help="crops a step")
+    parser.add_argument("--batch", type=int, default=16, help="crops per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--objectives", nargs="+", choices=sorted(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--masks", nargs=2, type=float, default=(0.1, 0.1), help="shares of channels and of frames")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that make batches ahead")
-    parser.add_argument("--threads", type=int, default=None, help="of torch; results depend on their number")
+    parser.add_argument("--workers", type=int, default=1, help="processes that prefetch batches")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; results depend on it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--export", action="store_true", help="write OUT from the last saved step, without training")
     given = parser.parse_args(arguments)
@@ -291,13 +291,13 @@ def _write_architecture(family: str, directory: Path) -> None:
 
 def _claim(aside: Path, recipe: Recipe) -> None:
     path = aside / "recipe.json"
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(recipe).items()}
-    if path.is_file() and read_json(path) != told:
+    content = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(recipe).items()}
+    if path.is_file() and read_json(path) != content:
         raise UserError(
-            f"{aside}: holds a training of another recipe ({read_json(path)}); remove it, or name another OUT"
+            f"{aside}: holds a training with another recipe ({read_json(path)}); remove it, or choose another OUT"
         )
     aside.mkdir(parents=True, exist_ok=True)
-    write_json(path, told)
+    write_json(path, content)
 
 
 def _train(training: Training, spoken: Path, latest: Path, console: Console, workers: int) -> None:
@@ -335,7 +335,7 @@ def _told(training: Training) -> dict[str, Any]:
         "steps_done": training.step,
         "losses": {name: round(loss, 4) for name, loss in training.losses.items()},
         "drawn": speech.PER_PART
-        * speech.count_parts(training.recipe.hours),  # sentences: `speech.sentences(seed, drawn)` are they
+        * speech.count_parts(training.recipe.hours),  # sentences: those of `speech.sentences(seed, drawn)`
         "parameters": sum(p.numel() for p in training.backbone.model.parameters()),
         "threads": torch.get_num_threads(),
         "device": training.device,

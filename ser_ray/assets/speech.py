@@ -1,17 +1,17 @@
-"""Speech to pre-train the embedded backbones on: made up, so that no one's data or weights are in the repository.
+"""Synthetic speech to pre-train the embedded backbones on, so that no one's data or weights are in the repository.
 
-espeak-ng reads sentences of everyday words, put together by chance, in fifteen languages and many accents of English.
-Speakers differ in vocal tract, pitch, liveliness and rate; every utterance departs far from its speaker in the last
-three, so that whatever an emotion does to them is covered, without the rules of the synthetic corpus. Its sentences
-cannot occur: every one has words that `LEXICON` lacks. Its speakers do not either: theirs are drawn from other seeds.
+espeak-ng reads random sentences of everyday words, in fifteen languages and many accents of English. Speakers differ in
+vocal tract, pitch, pitch range and rate; every utterance deviates far from its speaker in the last three, so that any
+effect of an emotion on them is covered, without the rules of the synthetic corpus. The synthetic corpus's sentences
+cannot occur: every one has words that `LEXICON` lacks. Its speakers do not occur either: they have other seeds.
 
-Beside the waveforms lie what a backbone can learn to hear: pitch, phones, and the numbers of the voice.
+The targets are stored with the waveforms: pitch, phones, and the numbers of the voice.
 
 A corpus is a directory of parts, safetensors files with these arrays, N utterances each:
 
-``samples`` int16, 16 kHz, one utterance after another, number i from ``starts[i]`` to ``starts[i + 1]``;
-``f0`` float32, Hz, 0 where unvoiced, 50 frames a second, frame f about sample 320 f + 160, by ``f0_starts``;
-``phones`` int16, places in `PHONES`, and ``phone_frames`` int32, the frame each begins in, both by ``phone_starts``;
+``samples`` int16, 16 kHz, utterances concatenated, number i from ``starts[i]`` to ``starts[i + 1]``;
+``f0`` float32, Hz, 0 where unvoiced, 50 frames a second, frame f about sample 320 f + 160, split by ``f0_starts``;
+``phones`` int16, indices into `PHONES`, and ``phone_frames`` int32, their first frames, split by ``phone_starts``;
 ``numbers`` float32 (N, 6), columns `NUMBERS`.
 """
 
@@ -38,23 +38,24 @@ from safetensors.numpy import save_file
 from ser_ray.corpora.espeak import ACCENTS, RATE, Narrate, Phones, Voice, narrator
 from ser_ray.corpora.synthetic import SENTENCES
 from ser_ray.disk import read_json, replacing, write_json
-from ser_ray.schema import SAMPLING_RATE, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import SAMPLING_RATE
 
 VERSION: Final = 1
-"""Changes with the sound or its targets: part of the settings that a directory is known by."""
+"""Raised when the audio or its targets change; part of the settings by which a directory is recognised."""
 SETTINGS: Final = "settings.json"
 FRAMES: Final = 50
-"""A second."""
+"""Per second."""
 SECONDS: Final = (1.0, 8.0)
-"""Of an utterance; shorter ones get silence, longer ones are cut."""
+"""Length of an utterance; shorter ones are padded with silence, longer ones are cut."""
 PER_PART: Final = 300
 """Utterances."""
 MEAN_SECONDS: Final = 3.0
-"""Of an utterance, measured: a part is a quarter of an hour."""
+"""Of an utterance, measured; so a part is a quarter of an hour."""
 SPEAKERS: Final = 600
 NUMBERS: Final = ("pitch", "range", "rate", "tract", "language", "speaker")
-"""Of an utterance: log2 of the middle in Hz, semitones, log2 of words per minute, mean percent of the formants of a
-standard man, place in `LANGUAGES`, number below `SPEAKERS`."""
+"""Of an utterance: log2 of the middle pitch in Hz, semitones, log2 of words per minute, mean of the formants in percent
+of a standard man's, index into `LANGUAGES`, number below `SPEAKERS`."""
 
 LEXICON: Final = {
     "en": (
@@ -122,7 +123,7 @@ LEXICON: Final = {
         "zöld fiatal öreg beszél eszik alszik mindig soha holnap köszönöm madár fa folyó hegy város nyár"
     ),
 }
-"""Language: common words, written down here."""
+"""Language -> common words, collected for this project."""
 LANGUAGES: Final = tuple(LEXICON)
 ENGLISH: Final = (*ACCENTS, "en-029", "en-gb-x-gbcwmd")
 """Accents, as espeak-ng names them."""
@@ -147,11 +148,11 @@ class Spoken:
     f0_F: np.ndarray
     """float32, Hz; 0 where unvoiced."""
     phones: np.ndarray
-    """(P,) int64, places in `PHONES`."""
+    """(P,) int64, indices into `PHONES`."""
     phone_frames: np.ndarray
     """(P,) int64, the frames they begin in, ascending; the first is 0."""
     numbers: dict[str, float]
-    """By `NUMBERS`."""
+    """Keys are `NUMBERS`."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,10 @@ def make(
     on_progress: Callable[[int, int], None] | None = None,
     per_part: int = PER_PART,
 ) -> None:
-    """Speak at least about ``hours`` into ``directory``, in whole parts, by ``workers`` processes; 120 MB an hour.
+    """Speak about ``hours`` into ``directory``, in one or more whole parts, by ``workers`` processes; 120 MB an hour.
 
-    A part's bytes depend on the seed, ``per_part`` and its number alone. Parts that are there stay: a making that was
-    cut off goes on, and more hours may be asked for later. ``on_progress`` gets parts done and in all.
+    A part's bytes depend on the seed, ``per_part`` and its number alone. Existing parts stay, so an interrupted call
+    can be continued, and a later one can ask for more hours. ``on_progress`` gets the parts done and the total.
 
     Raises UserError where the directory was made with other settings.
     """
@@ -198,7 +199,7 @@ def make(
 
 
 def count_parts(hours: float, per_part: int = PER_PART) -> int:
-    """The parts that `make` makes of so many hours.
+    """The number of parts that `make` generates for so many hours.
 
     >>> count_parts(8)
     32
@@ -207,12 +208,12 @@ def count_parts(hours: float, per_part: int = PER_PART) -> int:
 
 
 def sentences(seed: int, count: int) -> list[str]:
-    """What the first ``count`` utterances say: those of part p are number ``p * per_part`` and on."""
+    """The texts of the first ``count`` utterances; those of part p begin at number ``p * per_part``."""
     return [_draw(seed, number).text for number in range(count)]
 
 
 def can_say(sentence: str) -> bool:
-    """Whether one of the languages has all of its words, so that it could be drawn.
+    """Whether the lexicon of one language has all words of a sentence, so that it could be drawn.
 
     >>> can_say("The dog was happy."), can_say("The letter is lying on the table.")
     (True, False)
@@ -222,7 +223,7 @@ def can_say(sentence: str) -> bool:
 
 
 def shared_with_demo(sentences: list[str]) -> list[str]:
-    """The sentences of the synthetic corpus that occur in these, be it with other case, spaces or punctuation.
+    """The sentences of the synthetic corpus that occur in these, whatever their case, spaces and punctuation.
 
     >>> shared_with_demo(["Well: there are four  books, on the lower shelf!"])
     ['There are four books on the lower shelf.']
@@ -232,10 +233,9 @@ def shared_with_demo(sentences: list[str]) -> list[str]:
 
 
 class Speech:
-    """The utterances of a directory that `make` has finished, in order; memory-mapped, so RAM holds next to nothing.
+    """The utterances of a directory that `make` has finished, in order; memory-mapped, so they take little RAM.
 
-    ``parts``: of the first so many, where there are more. Raises UserError where the directory is not one, or lacks
-    parts.
+    ``parts``: use only the first so many parts. Raises UserError where the directory has no speech, or lacks parts.
     """
 
     def __init__(self, directory: Path, parts: int | None = None) -> None:
@@ -244,7 +244,7 @@ class Speech:
         made = read_json(directory / SETTINGS)["parts"]
         paths = [_part(directory, number) for number in range(made if parts is None else min(parts, made))]
         if lost := [path.name for path in paths if not path.is_file()]:
-            raise UserError(f"{directory}: {lost[0]} is missing; make the speech again, and it is added")
+            raise UserError(f"{directory}: {lost[0]} is missing; make the speech again to add it")
         self._files = [safe_open(path, framework="numpy") for path in paths]
         self._samples = [file.get_slice("samples") for file in self._files]
         self._tables = [{key: file.get_tensor(key) for key in _TABLES} for file in self._files]
@@ -272,11 +272,11 @@ class Speech:
 
 
 def draw_speaker(seed: int, number: int) -> Speaker:
-    """Person ``number`` below `SPEAKERS`."""
-    # NumPy takes [a, b] for [a, b, 0, 0]; with a last 1 it is no seed of the synthetic corpus, nor of `_draw`.
+    """Speaker ``number``, below `SPEAKERS`."""
+    # NumPy treats [a, b] as [a, b, 0, 0]; the last 1 keeps the seed apart from the synthetic corpus's and `_draw`'s.
     rng = np.random.default_rng([seed, number, 0, 1])
     language = "en" if number % 2 == 0 else LANGUAGES[1 + number // 2 % (len(LANGUAGES) - 1)]
-    small = rng.random()  # small people have short tracts and high voices, more or less
+    small = rng.random()  # small people tend to have short tracts and high voices
     tract = 80 + 50 * (0.5 * small + 0.5 * rng.random())
     return Speaker(
         number=number,
@@ -303,14 +303,14 @@ _PLACES: Final = {name: place for place, name in enumerate(PHONES)}
 
 @dataclass(frozen=True)
 class _Plan:
-    """An utterance before it is spoken."""
+    """An utterance before it is synthesised."""
 
     text: str
     voice: Voice
     numbers: tuple[float, ...]
     seed: int
     silence: tuple[float, float]
-    """Seconds before and after."""
+    """Seconds before and after the speech."""
 
 
 def _claim(directory: Path, settings: dict[str, int], parts: int) -> None:
@@ -318,7 +318,7 @@ def _claim(directory: Path, settings: dict[str, int], parts: int) -> None:
     known = read_json(path) if path.is_file() else settings | {"parts": 0}
     before = known.pop("parts")
     if known != settings:
-        raise UserError(f"{directory}: holds speech of other settings ({known}, not {settings}); give another place")
+        raise UserError(f"{directory}: holds speech of other settings ({known}, not {settings}); use another directory")
     if parts > before:
         write_json(path, settings | {"parts": parts})
 
@@ -357,7 +357,7 @@ def _starts(pieces: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def _draw(seed: int, number: int) -> _Plan:
-    rng = np.random.default_rng([seed, number, 0, 2, 1])  # five words are nobody else's
+    rng = np.random.default_rng([seed, number, 0, 2, 1])  # no other seed has five words
     speaker = draw_speaker(seed, int(rng.integers(SPEAKERS)))
     pitch = float(np.clip(speaker.pitch * 2 ** (rng.normal(0, 4) / 12), 62, 480))
     spread = float(np.clip(speaker.range * 2 ** rng.normal(0, 1), 0.2, 20))
@@ -388,7 +388,7 @@ def _normal(sentence: str) -> str:
 
 
 def _utter(plan: _Plan, narrate: Narrate) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Samples, f0, phones and their frames, as a part holds them."""
+    """Samples, f0, phones and their frames, as a part stores them."""
     spoken, phones = narrate(plan.text, plan.voice, plan.seed)
     loud = np.flatnonzero(np.abs(spoken) > _SILENCE)
     first, last = int(loud[0]), int(loud[-1]) + 1
@@ -404,11 +404,11 @@ def _utter(plan: _Plan, narrate: Narrate) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _classes(phones: Phones, shift: float, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) int16 places in `PHONES`, (P,) int32 frames: begun by a pause, pauses below two frames left out."""
+    """(P,) int16 indices into `PHONES`, (P,) int32 first frames; starts with a pause, omits pauses below two frames."""
     kept = [(0, "")]
     for start, name in phones:
         frame = max(0, math.floor((start + shift) * FRAMES))
-        if name.startswith(("(", "ʲ")) or frame >= frames:  # "(en)" begins another language; ʲ is no sound of its own
+        if name.startswith(("(", "ʲ")) or frame >= frames:  # "(en)" is a change of language; ʲ is no separate sound
             continue
         if kept[-1][1] == "" and frame - kept[-1][0] < 2 and len(kept) > 1:
             kept.pop()
@@ -419,14 +419,14 @@ def _classes(phones: Phones, shift: float, frames: int) -> tuple[np.ndarray, np.
 
 
 def _class(name: str) -> int:
-    """The place in `PHONES` of what espeak-ng calls a phone.
+    """The index into `PHONES` of a phone that espeak-ng calls ``name``.
 
     >>> [PHONES[_class(name)] for name in ("ˈaɪ", "ɔ̃", "uː", "tʃ", "yø", "", "§")]
     ['aɪ', 'ɔ', 'u', 'tʃ', 'y', 'pause', 'other']
     """
     if not name:
         return _PLACES["pause"]
-    # ç is a letter of its own, õ an o with a sign.
+    # ç is a letter of its own; õ is an o with a diacritic.
     letters = [sign if sign in _PLACES else unicodedata.normalize("NFD", sign)[0] for sign in name]
     bare = "".join(sign for sign in letters if unicodedata.category(sign) == "Ll")
     return _PLACES.get(bare[:2] if bare[:2] in _DIGRAPHS else bare[:1], _PLACES["other"])
@@ -436,8 +436,8 @@ def _f0(waveform_T: np.ndarray, frames: int, low: float, high: float) -> np.ndar
     """(F,) float32 Hz between ``low`` and ``high``, 0 where unvoiced, of dry speech at 8 kHz, by cross-correlation.
 
     After Talkin (1995), A robust algorithm for pitch tracking, in Speech Coding and Synthesis: the shortest lag whose
-    normalised correlation comes close to the largest; voiced are frames that correlate by more than a half and are at
-    most 40 dB below the loudest. There is no tracking: the speech is dry, of one voice, whose pitch is roughly known.
+    normalised correlation comes close to the largest. Frames are voiced that correlate by more than 0.5 and are at most
+    40 dB below the loudest. Nothing is tracked over time: the speech is dry, of one voice of roughly known pitch.
     """
     shortest, longest = math.floor(_F0_RATE / high), math.ceil(_F0_RATE / low) + 1
     hop, span = _F0_RATE // FRAMES, _F0_WINDOW + longest
@@ -454,7 +454,7 @@ def _f0(waveform_T: np.ndarray, frames: int, low: float, high: float) -> np.ndar
 
 
 def _correlation(frames_FS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the window L samples into a frame: (F, L) energy, (F, L) correlation with the first window, in [-1, 1]."""
+    """For windows at the lags L of a frame: (F, L) energy, (F, L) correlation with the first window, in [-1, 1]."""
     size = scipy.fft.next_fast_len(frames_FS.shape[1] + _F0_WINDOW, real=True)
     spectrum_FW = scipy.fft.rfft(frames_FS[:, :_F0_WINDOW], size).conj() * scipy.fft.rfft(frames_FS, size)
     lags = frames_FS.shape[1] - _F0_WINDOW + 1
@@ -465,7 +465,7 @@ def _correlation(frames_FS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refined(correlation_FL: np.ndarray, lag_F: np.ndarray) -> np.ndarray:
-    """(F,) the top of the parabola through a peak and its neighbours."""
+    """(F,) the lag at the top of the parabola through a peak and its neighbours."""
     rows = np.arange(len(lag_F))
     left, top, right = (correlation_FL[rows, lag_F + step] for step in (-1, 0, 1))
     bend = left - 2 * top + right

@@ -1,9 +1,9 @@
-"""From a corpus on disk to utterances: one short file a corpus, which reads its file names.
+"""Read a corpus on disk as utterances: one short module per corpus, which parses its file names.
 
-Every corpus module has ``parse(path) -> Utterance``, which raises ValueError with the reason where a name is not one
-of the corpus's; where the corpus brings tables, ``annotate(directory, utterances)`` adds what they say; ``PUBLISHED``
-has its published counts; ``SPEECH`` says whether it is acted or synthetic. To add a corpus, write such a file and name
-it in `MODULES`, or describe it in a `table`.
+Every corpus module has ``parse(path) -> Utterance``, which raises ValueError with the reason if a name is not one of
+the corpus's. If the corpus has tables, ``annotate(directory, utterances)`` adds their content. ``PUBLISHED`` has the
+published counts; ``SPEECH`` says whether the corpus is acted or synthetic. To add a corpus, write such a module and
+name it in `MODULES`, or describe the corpus in a `table`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Final
 
 from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
-from ser_ray.schema import Rejected, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import Rejected, Utterance
 
 MODULES: Final = {
     "crema_d": "ser_ray.corpora.crema_d",
@@ -33,36 +34,36 @@ NO_LABELS: Final[Mapping[str, str]] = {}
 def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of a corpus, sorted by id, and the audio files that are not used, with reasons.
 
-    ``path`` is a corpus's directory, or under any name of your own a table (.csv or .parquet), whose words for emotions
-    ``labels`` explains. Paths are relative to the directory, or to the table's, with ``/`` between their parts.
-    Recordings are not opened.
+    ``path`` is the corpus's directory, or a table (.csv or .parquet) under a name that is not in `MODULES`; ``labels``
+    maps the table's emotion labels to emotions. Paths of utterances are relative to the directory, or to the table's,
+    with ``/`` between their parts. Recordings are not opened.
 
-    Raises UserError for a corpus that is not known, a directory or table that is not there, one without an utterance,
-    and labels for a corpus that is no table.
+    Raises UserError for an unknown corpus, a directory or table that does not exist or has no utterance, and labels
+    for a corpus that is not a table.
     """
     path = Path(path)
     if path.suffix in table.SUFFIXES and not path.is_dir():
         if name in MODULES:
             raise UserError(
-                f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its files"
+                f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its directory"
             )
         if not path.is_file():
-            raise UserError(f"{path}: no such table; set experiment.corpora.{name} to where it lies")
+            raise UserError(f"{path}: no such table; set experiment.corpora.{name} to its path")
         return table.read(name, path, labels)
     if name not in MODULES:
         raise UserError(
-            f"experiment.corpora.{name}: not a known corpus; they are {', '.join(NAMES)}, or a table (.csv, .parquet)"
+            f"experiment.corpora.{name}: not a known corpus; use {', '.join(NAMES)}, or a table (.csv, .parquet)"
         )
     if labels:
         raise UserError(f"experiment.labels.{name}: only for tables; for {name} use experiment.merge")
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to where {name} lies")
+        raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to the directory of {name}")
     module = import_module(MODULES[name])
     utterances, rejected = from_names(path, module.parse)
     if not utterances:
         such = f" ({len(rejected)} rejected, such as {rejected[0].path}: {rejected[0].reason})" if rejected else ""
         raise UserError(
-            f"{path}: no recording (.wav, .flac) under a name of {name}{such}; "
-            f"set experiment.corpora.{name} to where {name} lies"
+            f"{path}: no recording (.wav, .flac) is named like those of {name}{such}; "
+            f"set experiment.corpora.{name} to the directory of {name}"
         )
     return (module.annotate(path, utterances) if hasattr(module, "annotate") else utterances), rejected

@@ -1,9 +1,9 @@
 """CREMA-D, the Crowd-sourced Emotional Multimodal Actors Dataset.
 
 91 actors (48 men, 43 women), American English, 12 sentences, 6 emotions (no surprise), one sentence in three
-intensities: 7442 utterances. Emotions are the intended ones; what listeners heard by voice alone is read from the
-corpus's own tables where they lie beside the audio. Where two emotions or more were heard equally often (644
-utterances), there is no emotion that most heard: these are marked as ties, and ``label: perceived`` leaves them out.
+intensities: 7442 utterances. Emotions are the intended ones. The emotions that listeners perceived from the voice alone
+are read from the corpus's own tables if these are in one of `PLACES`. Where two or more emotions share the most votes
+(644 utterances), the utterance is marked as a tie, and ``label: perceived`` leaves it out.
 
 Cao, Cooper, Keutmann, Gur, Nenkova and Verma (2014), IEEE Transactions on Affective Computing 5(4), 377-390,
 https://doi.org/10.1109/TAFFC.2014.2336244
@@ -18,26 +18,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ser_ray.schema import TIE, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import TIE, Utterance
 
 SPEECH: Final = "acted"
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
-"""XX is unspecified; a published recording spells it X."""
+"""XX is unspecified; one published file name spells it X."""
 MISSPELT: Final = {"1040_ITH_SAD_X": "1040_ITH_SAD_XX"}
-"""That recording, and what the tables call it."""
+"""The name of that file, and its name in the tables."""
 SENTENCES: Final = ("DFA", "IEO", "IOM", "ITH", "ITS", "IWL", "IWW", "MTI", "TAI", "TIE", "TSI", "WSI")
 ACTORS: Final = tuple(str(actor) for actor in range(1001, 1092))
 VOTES: Final = {emotion[0]: name for emotion, name in EMOTIONS.items()}
-"""The letters of the tables; several, as in A:D, are a tie."""
+"""The letters in the tables; several, as in A:D, are a tie."""
 PLACES: Final = ("", "processedResults", "data/InfoAndStats/processedResults", "data/InfoAndStats")
-"""Where the corpus keeps its tables, beside or above the audio."""
+"""Folders of the corpus's tables, relative to the audio's directory or to its parent."""
 PUBLISHED: Final = {
     "utterances": 7442,
     "speakers": 91,
     "emotions": {emotion: 1087 if emotion == "neutral" else 1271 for emotion in EMOTIONS.values()},
 }
-"""The home page and its SentenceFilenames.csv."""
+"""Source: the home page and its SentenceFilenames.csv."""
 
 
 def parse(path: Path) -> Utterance:
@@ -46,7 +47,7 @@ def parse(path: Path) -> Utterance:
     >>> parse(Path("1001_IEO_FEA_HI.wav")).intensity
     'high'
 
-    Raises ValueError for every other name. Gender is left open: names do not tell it.
+    Raises ValueError for every other name. Gender is not set, as names do not contain it.
     """
     fields = path.stem.split("_")
     if len(fields) != 4:
@@ -74,13 +75,14 @@ def parse(path: Path) -> Utterance:
 
 
 def annotate(directory: Path, utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Add what the corpus's tables say: gender, and the emotion that most listeners heard with their agreement.
+    """Add gender, the emotion that most listeners perceived, and their agreement, from the corpus's tables.
 
-    ``VideoDemographics.csv`` has the actors' sex; ``tabulatedVotes.csv`` the votes on every clip, of which the rows
-    whose name begins with 1 are those by voice alone; ``summaryTable.csv``, where the former is absent, the winners
-    without the agreement. Several winners are a tie (`schema.TIE`).
+    ``VideoDemographics.csv`` has the actors' sex. ``tabulatedVotes.csv`` has the votes on every clip; rows whose name
+    begins with 1 are votes on the voice alone. ``summaryTable.csv`` has the winners without the agreement, and is used
+    for clips that ``tabulatedVotes.csv`` lacks. Several winners are a tie (`schema.TIE`).
 
-    Raises UserError, with file and line, for a table that is not what it should be or contradicts itself.
+    Raises UserError, with the file and (unless it is not CSV) the line, for a table that is malformed or contradicts
+    itself.
     """
     gender_of: dict[str, str] = {}
     for row, where in _rows(directory, "VideoDemographics.csv"):
@@ -115,7 +117,7 @@ _COLUMNS: Final = {
 
 
 def _rows(directory: Path, name: str) -> Iterator[tuple[dict[str, str], str]]:
-    """The rows of one of the corpus's tables with their place, for messages; none where it is absent."""
+    """The rows of one of the corpus's tables, each with its file and line for messages; none if the table is absent."""
     candidates = (root / place / name for root in (directory, directory.parent) for place in PLACES)
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -124,25 +126,25 @@ def _rows(directory: Path, name: str) -> Iterator[tuple[dict[str, str], str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             if missing := [column for column in _COLUMNS[name] if column not in (reader.fieldnames or ())]:
-                raise UserError(f"{path}, line 1: no column {missing[0]!r}; take the file from the corpus's home again")
+                raise UserError(f"{path}, line 1: no column {missing[0]!r}; download the file again")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if any(row[column] is None for column in _COLUMNS[name]):
-                    raise UserError(f"{where}: cut short; take the file from the corpus's home again")
+                    raise UserError(f"{where}: cut short; download the file again")
                 yield row, where
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as CSV: {error}; take the file from the corpus's home again") from None
+        raise UserError(f"{path}: not readable as CSV: {error}; download the file again") from None
 
 
 def _note(known: dict[str, T], key: str, value: T, where: str) -> None:
     if known.setdefault(key, value) != value:
-        raise UserError(f"{where}: {key} occurs before, and otherwise; take the file from the corpus's home again")
+        raise UserError(f"{where}: {key} occurs earlier with another value; download the file again")
 
 
 def _winner(votes: str, where: str) -> str:
     letters = votes.split(":")
     if unknown := [letter for letter in letters if letter not in VOTES]:
-        raise UserError(f"{where}: vote {unknown[0]!r} is none of {', '.join(VOTES)}")
+        raise UserError(f"{where}: vote {unknown[0]!r} is not one of {', '.join(VOTES)}")
     return VOTES[letters[0]] if len(letters) == 1 else TIE
 
 
@@ -152,7 +154,7 @@ def _share(text: str, where: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UserError(f"{where}: agreement {text!r} is no share between 0 and 1")
+        raise UserError(f"{where}: agreement {text!r} is not a number between 0 and 1")
     return share
 
 

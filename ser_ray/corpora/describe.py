@@ -1,4 +1,4 @@
-"""What a corpus holds, and how that differs from what was published."""
+"""Counts of a corpus, and how they differ from the published ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ser_ray.schema import Utterance
 
 
 def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Counts of utterances, speakers and emotions; hours too where ``durations`` (utterance id -> seconds) are known.
+    """Counts of utterances, speakers and emotions; and hours if ``durations`` (utterance id -> seconds) are given.
 
     >>> describe([Utterance("a/1", "a", "a/x", "sad", "1.wav")])
     {'utterances': 1, 'speakers': 1, 'emotions': {'sad': 1}}
@@ -28,7 +28,7 @@ def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | N
 
 
 def speech_of(corpus: str) -> str:
-    """acted, or synthetic, as the corpus says of itself; empty where that is not known, as of a table.
+    """``acted`` or ``synthetic``, as the corpus's module says; empty where it is unknown, as for a table.
 
     >>> speech_of("ravdess"), speech_of("synthetic"), speech_of("mine")
     ('acted', 'synthetic', '')
@@ -37,7 +37,7 @@ def speech_of(corpus: str) -> str:
 
 
 def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
-    """In words, where counts as `describe` gives them differ from the published ones; nothing where there are none.
+    """Descriptions of how the counts of `describe` differ from the published ones; none if nothing was published.
 
     >>> differences("tess", {"utterances": 2799, "speakers": 2, "emotions": {"angry": 400}})[:2]
     ['2799 utterances of 2800 published', '0 disgust of 400']
@@ -45,13 +45,13 @@ def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
     published = getattr(import_module(MODULES[corpus]), "PUBLISHED", None) if corpus in MODULES else None
     if published is None:
         return []
-    found = [
+    lines = [
         f"{counts[what]} {what} of {published[what]} published"
         for what in ("utterances", "speakers")
         if counts[what] != published[what]
     ]
     emotions = dict.fromkeys(published["emotions"], 0) | dict(counts["emotions"])
     expected = dict.fromkeys(emotions, 0) | published["emotions"]
-    return found + [
+    return lines + [
         f"{n} {emotion} of {expected[emotion]}" for emotion, n in emotions.items() if n != expected[emotion]
     ]

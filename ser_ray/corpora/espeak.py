@@ -1,6 +1,6 @@
-"""A sentence and a voice -> a waveform, by espeak-ng's library: what the synthetic corpus speaks with.
+"""Text to speech by espeak-ng's library: a sentence and a voice -> a waveform.
 
-`synthesiser` is that; `narrator` speaks other languages as well, and tells which phone began when.
+`synthesiser` speaks the synthetic corpus; `narrator` speaks other languages as well, and returns the phones' times.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from typing import Any, ClassVar, Final
 import espeakng_loader
 import numpy as np
 
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 RATE: Final = 22_050
-"""Hz, espeak-ng's own."""
+"""Hz: espeak-ng's own rate."""
 ACCENTS: Final = ("en-us", "en", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan")
-"""Its English ones that differ clearly; en is British."""
+"""espeak-ng's English accents that differ clearly; en is British."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """What a sentence is spoken with."""
+    """The voice and manner in which a sentence is spoken."""
 
     accent: str
     """One of `ACCENTS`; for the narrator, any language of espeak-ng's."""
     low: float
-    """Hz: where the pitch moves between."""
+    """Hz: the pitch moves between ``low`` and ``high``."""
     high: float
     words_per_minute: float
     formants: tuple[float, ...]
-    """Nine resonances of the vocal tract, from below the first, in percent of those of espeak-ng's standard man."""
+    """Formants 0 (below the first) to 8, in percent of those of espeak-ng's standard male voice."""
 
 
 Speak = Callable[[str, Voice, int], np.ndarray]
 """(sentence, voice, seed) -> (T,) float64 in [-1, 1] at `RATE`."""
 Phones = tuple[tuple[float, str], ...]
-"""(Second it begins at, its name in IPA as espeak-ng writes it), in order of time; pauses have an empty name."""
+"""(Start in seconds, name in IPA as espeak-ng writes it), in order of time; pauses have an empty name."""
 Narrate = Callable[[str, Voice, int], tuple[np.ndarray, Phones]]
 """(sentence, voice, seed) -> (T,) float64 in [-1, 1] at `RATE`, and its phones."""
 
 VOLUME: Final = 40
-"""Of 100; peaks stay below 0.8. Louder, it clips, and its gain control carries over to the next sentence."""
+"""Of 100; peaks stay below 0.8. If louder, espeak-ng clips, and its gain control affects the next sentence."""
 NARRATOR_VOLUME: Final = 20
-"""For voices up to twice as high as the synthetic corpus has, which are louder: peaks stay below 0.7."""
+"""For voices up to twice as high as those of the synthetic corpus, which are louder; peaks stay below 0.7."""
 
 
 @contextmanager
 def synthesiser() -> Iterator[Speak]:
-    """The synthesiser; it is global state in C, so one at a time in a process, begun anew for every sentence.
+    """The synthesiser. Its state is global in C, so a process has one at a time; it restarts for every sentence.
 
-    Voices are files in espeak-ng's data directory: a private copy of the little of it that English needs takes ours.
-    What a sentence sounds like depends on its arguments alone, not on what was said before.
+    Voices are files in espeak-ng's data directory; ours go into a private copy of the few files that English needs.
+    The waveform depends on the arguments alone, not on earlier sentences.
 
     Raises UserError where espeak-ng does not start.
     """
@@ -70,7 +70,7 @@ def synthesiser() -> Iterator[Speak]:
 
 @contextmanager
 def narrator() -> Iterator[Narrate]:
-    """The `synthesiser` in any language, with the times of its phones; the same holds for it.
+    """Like `synthesiser`, in any language and with the times of the phones.
 
     Raises UserError where espeak-ng does not start, or does not know the language.
     """
@@ -87,7 +87,7 @@ _END, _PHONEME = 0, 7
 
 
 class _Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h; the last is a union, of which phonemes have the eight characters."""
+    """espeak_EVENT of speak_lib.h; its last field is a union, of which phoneme events use the eight characters."""
 
     _fields_: ClassVar = [
         ("type", ctypes.c_int),
@@ -128,7 +128,7 @@ def _started(copy: Callable[[Path, Path], None], options: int, volume: int) -> I
         if rate != RATE or no_voice:
             raise UserError(
                 f"espeak-ng does not start from {data} with voice {voice.accent}; "
-                "set TMPDIR to a shorter path, or reinstall it"
+                "set TMPDIR to a shorter path, or reinstall espeakng-loader"
             )
         failed = library.espeak_SetParameter(_RATE, round(voice.words_per_minute), 0)
         failed |= library.espeak_SetParameter(_VOLUME, volume, 0)
@@ -148,7 +148,7 @@ def _started(copy: Callable[[Path, Path], None], options: int, volume: int) -> I
 
 
 def _phones(events: Any) -> Iterator[tuple[float, str]]:
-    """Of the events of one call, up to the one that ends them."""
+    """The phones among the events of one call, up to the event that ends the list."""
     for number in itertools.count():
         event = events[number]
         if event.type == _END:
@@ -170,12 +170,12 @@ def _link_all(source: Path, target: Path) -> None:
 
 
 def _voice_file(voice: Voice) -> str:
-    """espeak-ng's format of a voice variant (docs/voices.md there).
+    """A voice variant in espeak-ng's format (its docs/voices.md).
 
-    No flutter, and a roughness beyond its scale, which is none: the phases of both outlast a restart, and what was
-    said before would be heard.
+    Flutter is 0, and roughness is beyond its scale, which turns it off: the phases of both survive a restart, so
+    earlier sentences would change the waveform.
     """
-    shift = 1 + (voice.low - 82) / 82 / 4  # espeak-ng moves the formants with the pitch; a person's stay
+    shift = 1 + (voice.low - 82) / 82 / 4  # espeak-ng shifts the formants with the pitch; this undoes it
     formants = [f"formant {i} {round(value / shift)} 100 100" for i, value in enumerate(voice.formants)]
     pitch = f"pitch {round(voice.low)} {round(voice.high)}"
     return "\n".join(["language variant", "name ours", pitch, "flutter 0", "roughness 8", *formants, ""])

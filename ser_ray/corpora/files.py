@@ -1,4 +1,4 @@
-"""The walk over a corpus's directory, and from file names to utterances: what all corpora share."""
+"""Find a corpus's audio files and turn their names into utterances: what all corpora share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SUFFIXES: Final = (".wav", ".flac")
 def audio_files(directory: Path) -> list[Path]:
     """All .wav and .flac files below ``directory``, at any depth, relative to it and sorted.
 
-    Hidden files and folders are skipped, and with them the ``._`` files that macOS leaves in archives. Links to
-    folders are followed, each folder once: corpora on a cluster are often links to a shared copy.
+    Hidden files and folders are skipped, including the ``._`` files that macOS leaves in archives. Links to folders
+    are followed, each folder once: corpora on a cluster are often links to a shared copy.
     """
-    found = []
+    paths = []
     visited = set()
     for folder, folders, names in os.walk(directory, followlinks=True):
         visited.add(os.path.realpath(folder))
@@ -27,19 +27,19 @@ def audio_files(directory: Path) -> list[Path]:
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in visited  # noqa: PTH118
         )
-        found += [
+        paths += [
             (Path(folder) / name).relative_to(directory)
             for name in names
             if not name.startswith(".") and name.lower().endswith(SUFFIXES)
         ]
-    return sorted(found)
+    return sorted(paths)
 
 
 def from_names(directory: Path, parse: Callable[[Path], Utterance]) -> tuple[list[Utterance], list[Rejected]]:
-    """Utterances of all audio files below ``directory``, sorted by id, and the files that are none.
+    """Utterances of all audio files below ``directory``, sorted by id, and the rejected files.
 
     ``parse`` gets a path relative to ``directory`` and raises ValueError, with the reason, for a name that it cannot
-    read. Of files with the same utterance id the first is kept; the others are reported.
+    parse. Of files with the same utterance id the first is used; the others are rejected.
     """
     utterances: dict[str, Utterance] = {}
     rejected = []

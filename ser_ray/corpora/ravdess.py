@@ -28,18 +28,18 @@ EMOTIONS: Final = {
 }
 INTENSITIES: Final = {"01": "normal", "02": "strong"}
 MODALITIES: Final = {"01": "audio-video", "02": "video"}
-"""The ones that are left out; 03 is audio."""
+"""Modalities that are not used; 03 is audio."""
 STATEMENTS: Final = ("01", "02")
 """Kids are talking by the door; dogs are sitting by the door."""
 CHANNELS: Final = {"01": "speech", "02": "song"}
 ACTORS: Final = tuple(f"{actor:02}" for actor in range(1, 25))
-"""Odd ones are men, even ones women."""
+"""Odd numbers are men, even ones women."""
 PUBLISHED: Final = {
     "utterances": 1440,
     "speakers": 24,
     "emotions": {emotion: 96 if emotion == "neutral" else 192 for emotion in EMOTIONS.values()},
 }
-"""The home page."""
+"""Source: the home page."""
 
 
 def parse(path: Path) -> Utterance:
@@ -54,7 +54,7 @@ def parse(path: Path) -> Utterance:
 
 
 def parse_channel(path: Path, wanted: str) -> Utterance:
-    """The utterance of a name of either channel (01 speech, 02 song) as one of RAVDESS's; see `parse`."""
+    """`parse` for the channel ``wanted`` (01 speech, 02 song); the utterance's corpus is ``ravdess`` for both."""
     if not re.fullmatch(r"\d\d(-\d\d){6}", path.stem, re.ASCII):
         raise ValueError("the name is not seven two-digit numbers, such as 03-01-05-01-02-01-12")
     modality, channel, emotion, intensity, statement, repetition, actor = path.stem.split("-")

@@ -32,7 +32,7 @@ PUBLISHED: Final = {
     "speakers": 4,
     "emotions": {name: 4 * SENTENCES[code] for code, name in EMOTIONS.items()},
 }
-"""The home page; names and layout as in the corpus's Info.txt."""
+"""Source: the home page; names and layout as in the corpus's Info.txt."""
 
 
 def parse(path: Path) -> Utterance:

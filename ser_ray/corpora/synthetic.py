@@ -1,21 +1,21 @@
 """The embedded corpus: made-up speakers, spoken by espeak-ng in seven emotions by rules of prosody.
 
-It is synthetic. It lets the whole platform run without a download: demonstration, tests, class room. No one should
-conclude anything from it about people, about emotion, or about which backbone is better on real speech: its emotions
-are the few numbers of `RULES`, and whoever measures those numbers has solved it.
+It is synthetic. It lets the whole platform run without a download, for demonstrations, tests and teaching. It supports
+no conclusion about people, about emotion, or about which backbone is better on real speech: its emotions are the few
+numbers of `RULES`, and a model that measures those numbers has solved the task.
 
-Every speaker has a vocal tract, a pitch, a range, a rate, an accent, a microphone level, and a personal way with every
-emotion; every utterance departs from these. So pitch or loudness alone tell little about a speaker that one has not
-heard. Each speaker says the same six of twelve sentences in every emotion: words tell nothing.
+Every speaker has a vocal tract, a pitch, a pitch range, a rate, an accent, a microphone level, and a personal version
+of every emotion's rule; every utterance deviates from these. So pitch or loudness alone says little about the emotion
+of an unseen speaker. Each speaker says the same six of twelve sentences in every emotion: words carry no information.
 
 The directions in `RULES` follow the tables of Murray and Arnott (1993), J. Acoust. Soc. Am. 93(2), 1097-1108; Burkhardt
 and Sendlmeier (2000), Verification of acoustical correlates of emotional speech using formant-synthesis, ISCA Workshop
 on Speech and Emotion; Schröder (2001), Emotional speech synthesis: a review, Eurospeech; Scherer (2003), Speech
-Communication 40, 227-256. The amounts were chosen here, for a task that is neither trivial nor hopeless.
+Communication 40, 227-256. The amounts were chosen here, so that the task is neither trivial nor hopeless.
 
 Measured with the defaults (1008 utterances, 31 minutes; logistic regression, four speaker-disjoint folds, twelve
 speakers to train on, UAR): .62 from means and deviations of the log-mel spectrum, .80 from those of the embedded
-Whisper's states, .995 from the true numbers. Happy is what is confused, with angry, surprised and neutral.
+Whisper's states, .995 from the true numbers. The emotion that is confused is happy, with angry, surprised and neutral.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ import numpy as np
 import soundfile
 
 from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
-from ser_ray.schema import EMOTIONS, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import EMOTIONS, Utterance
 
 SPEECH: Final = "synthetic"
 SPEAKERS: Final = 24
 """Enough for four speaker-disjoint folds of six."""
 VERSION: Final = 2
-"""Changes with the sound: part of the settings that a finished directory is known by."""
+"""Raised when the audio changes; part of the settings by which a complete directory is recognised."""
 MANIFEST: Final = "utterances.json"
 
 SENTENCES: Final = (
@@ -60,20 +61,20 @@ SENTENCES: Final = (
 
 @dataclass(frozen=True)
 class Prosody:
-    """How an utterance departs from its speaker's neutral way; all zero is neutral."""
+    """How an utterance deviates from its speaker's neutral prosody; all zero is neutral."""
 
     pitch: float = 0
     """Semitones."""
     range: float = 0
-    """Of pitch, in octaves of a factor: 1 doubles it."""
+    """Log2 of a factor on the pitch range: 1 doubles it."""
     rate: float = 0
-    """The same, of words per minute."""
+    """Log2 of a factor on the words per minute."""
     level: float = 0
     """dB."""
     tilt: float = 0
     """dB per octave above 500 Hz: positive is a tense, bright voice, negative a lax one."""
     breath: float = 0
-    """Noise of the breath, as a share of the voice's envelope."""
+    """Breath noise, as a share of the voice's envelope."""
     tremor: float = 0
     """Depth of a 5 to 8 Hz tremor of loudness."""
     rise: float = 0
@@ -90,11 +91,11 @@ RULES: Final = {
     "surprised": Prosody(pitch=7.0, range=1.3, rate=-0.2, level=1, rise=1.0),
 }
 STYLE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.0, tilt=0.4, breath=0.02, tremor=0.03)
-"""Standard deviation over speakers, of an emotion's rule."""
+"""Standard deviation of an emotion's rule over speakers."""
 NOISE: Final = Prosody(pitch=0.6, range=0.15, rate=0.06, level=1.2, tilt=0.5, breath=0.02, tremor=0.04)
 """Standard deviation over the utterances of one speaker and emotion."""
 INTENSITY: Final = (0.8, 1.2)
-"""How much of the rule an utterance carries, evenly distributed."""
+"""The factor on the rule of an utterance: bounds of a uniform distribution."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Speaker:
     level: float
     """dBFS, root mean square."""
     formants: tuple[float, ...]
-    """The resonances of the vocal tract, nine, in percent of a standard man's."""
+    """Nine resonances of the vocal tract, in percent of a standard man's."""
     style: dict[str, Prosody]
-    """Emotion: the personal rule."""
+    """Emotion -> the speaker's own rule."""
 
 
 def make(
@@ -126,16 +127,16 @@ def make(
 ) -> None:
     """Speak the corpus into ``directory``: ``speakers`` x 7 emotions x ``repetitions`` WAV files, 16 bit, 22 050 Hz.
 
-    The bytes of an utterance depend on the seed and its name alone: a smaller corpus is a part of a larger one. Files
-    are written aside, the manifest last; then the directory is renamed. One that is whole, with the same settings, is
-    left as it is; an earlier one of other settings, or half of one, is replaced. ``on_progress`` gets utterances done
-    and in all.
+    The bytes of an utterance depend on the seed and its name alone, so a smaller corpus is a subset of a larger one.
+    Files are written to a temporary directory, the manifest last; then the directory is renamed. A complete directory
+    of the same settings is left as it is; an incomplete one, or one of other settings, is replaced. ``on_progress``
+    gets the utterances done and the total.
 
-    Raises UserError where the directory holds anything else.
+    Raises UserError where the directory holds other files or a damaged manifest, and for numbers below 1.
     """
     if speakers < 1 or repetitions < 1:
         raise UserError(
-            f"synthetic: {speakers} speakers x {repetitions} repetitions is nothing; give at least 1 of each"
+            f"synthetic: {speakers} speakers x {repetitions} repetitions is an empty corpus; give at least 1 of each"
         )
     directory = directory.resolve()
     settings = {"version": VERSION, "seed": seed, "speakers": speakers, "repetitions": repetitions}
@@ -185,8 +186,8 @@ def parse(path: Path) -> Utterance:
 
 
 def draw_speaker(seed: int, number: int) -> Speaker:
-    """Person ``number`` of the corpus with that seed."""
-    random = np.random.default_rng([seed, number, 0])  # 0 is no emotion's: NumPy takes [a, b] for [a, b, 0, 0]
+    """Speaker ``number`` of the corpus with that seed."""
+    random = np.random.default_rng([seed, number, 0])  # emotions start at 1; NumPy treats [a, b] as [a, b, 0, 0]
     female = number % 2 == 0
     tract = random.uniform(108, 120) if female else random.uniform(92, 104)
     expressive = random.uniform(0.8, 1.2)
@@ -212,12 +213,12 @@ def _is_whole(directory: Path, settings: dict[str, int]) -> bool:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path}: damaged; remove {directory}, and the corpus is made again") from None
+        raise UserError(f"{path}: damaged; remove {directory} to have the corpus generated again") from None
     return manifest["settings"] == settings and all((directory / u["file"]).is_file() for u in manifest["utterances"])
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """What is to be replaced must be ours: no one's recordings are ever deleted."""
+    """Refuse a directory with files that are not ours, so that nobody's recordings are deleted."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; give a directory for the synthetic corpus")
     for path in directory.iterdir() if directory.is_dir() else ():
@@ -229,7 +230,7 @@ def _make_utterance(
     directory: Path, speak: Speak, seed: int, number: int, emotion: str, repetition: int
 ) -> dict[str, object]:
     speaker = draw_speaker(seed, number)
-    text = (5 * number + repetition) % len(SENTENCES)  # 5: women and men, and all accents, share sentences
+    text = (5 * number + repetition) % len(SENTENCES)  # 5, so that women and men, and all accents, share sentences
     random = np.random.default_rng([seed, number, 1 + EMOTIONS.index(emotion), repetition])
     prosody = _draw_prosody(speaker.style[emotion], random)
     rises = random.random() < prosody.rise
@@ -261,7 +262,7 @@ def _voice(speaker: Speaker, prosody: Prosody) -> Voice:
 
 
 def _colour(voice: np.ndarray, prosody: Prosody, level: float, random: np.random.Generator) -> np.ndarray:
-    """(T,) float64 with tilt, breath, tremor, level and a quiet room; peaks are held below full scale."""
+    """(T,) float64 with tilt, breath, tremor, level and faint room noise; scaled down if peaks exceed 0.99."""
     size = 2 ** (len(voice) - 1).bit_length()
     octaves = np.log2(np.clip(np.fft.rfftfreq(size, 1 / RATE), 500, 8000) / 500)
     voice = np.fft.irfft(np.fft.rfft(voice, size) * 10 ** (prosody.tilt * octaves / 20), size)[: len(voice)]

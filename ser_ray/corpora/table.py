@@ -1,8 +1,8 @@
-"""Any corpus that a CSV or Parquet file describes: a row an utterance.
+"""Any corpus that is described by a CSV or Parquet file with one row per utterance.
 
 Columns: path, speaker, emotion; and, where known, split (train, dev or test), text, language, gender, start and end
-(seconds, of a part of a recording). Paths are relative to the file's folder. Whoever has several corpora in one table
-splits it by corpus: the key under ``experiment.corpora`` is the corpus's name.
+(seconds, of a part of a recording). Paths are relative to the file's folder. A table is one corpus, named by its key
+under ``experiment.corpora``; split a table of several corpora.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.schema import EMOTIONS, Rejected, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import EMOTIONS, Rejected, Utterance
 
 SUFFIXES: Final = (".csv", ".parquet")
 REQUIRED: Final = ("path", "speaker", "emotion")
@@ -33,15 +34,16 @@ SPLITS: Final = {
     "test": "test",
     "eval": "test",
 }
-"""What others call them."""
+"""Common names of the splits."""
 
 
 def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of the corpus ``name``, sorted by id, and the rows that are not used, with reasons.
 
-    ``labels`` maps words of the column emotion to emotions; a word that is not in it must be one already.
+    ``labels`` maps values of the column emotion to emotions; a value that is not in it must already be an emotion.
 
-    Raises UserError for a file that cannot be read, lacks a column, or holds no row that can be used.
+    Raises UserError for a file that cannot be read, lacks a column, or has no row that can be used; and for a label
+    that is not an emotion.
     """
     if unknown := sorted(set(labels.values()) - set(EMOTIONS)):
         raise UserError(f"experiment.labels.{name}: {unknown[0]!r} is not an emotion; they are {', '.join(EMOTIONS)}")
@@ -57,7 +59,7 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
             rejected.append(Rejected(utterance.path, f"line {line}: the same utterance again"))
     if not utterances:
         such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{path}: no row can be used{such}; set experiment.labels.{name} or mend the table")
+        raise UserError(f"{path}: no row can be used{such}; set experiment.labels.{name} or fix the table")
     return sorted(utterances.values(), key=lambda utterance: utterance.utterance_id), rejected
 
 
@@ -65,12 +67,12 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
-    """Rows as text, empty where nothing is said, with their line (of Parquet: their number)."""
+    """Rows as text, empty where a value is missing, each with its line (its number, for Parquet)."""
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as table:
                 wanted = _known_columns(path, table.schema_arrow.names)
-                rows = table.read(columns=wanted).to_pylist()  # others may hold the audio itself
+                rows = table.read(columns=wanted).to_pylist()  # other columns may hold the audio itself
             for number, row in enumerate(rows, start=1):
                 yield {key: "" if value is None else str(value) for key, value in row.items()}, number
             return
@@ -102,10 +104,10 @@ def _utterance(name: str, row: Mapping[str, str], labels: Mapping[str, str], fol
             raise ValueError(f"no {column}")
     emotion = labels.get(row["emotion"], row["emotion"])
     if emotion not in EMOTIONS:
-        raise ValueError(f"emotion {row['emotion']!r} is none, and not in experiment.labels.{name}")
+        raise ValueError(f"emotion {row['emotion']!r} is not known, and not in experiment.labels.{name}")
     split = row.get("split", "")
     if split and split.lower() not in SPLITS:
-        raise ValueError(f"split {split!r} is none of train, dev, test")
+        raise ValueError(f"split {split!r} is not one of train, dev, test")
     start, end = _seconds(row, "start"), _seconds(row, "end")
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"ends at {end:g} s, before it begins at {start or 0:g} s")
@@ -137,5 +139,5 @@ def _seconds(row: Mapping[str, str], column: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{column} {text!r} is no time in seconds")
+        raise ValueError(f"{column} {text!r} is not a time in seconds")
     return seconds

@@ -1,7 +1,7 @@
 """TESS, the Toronto Emotional Speech Set.
 
 2 actresses (aged 64, OAF, and 26, YAF), Canadian English, 200 words after "Say the word", 7 emotions: 2800 utterances.
-With two speakers a speaker-disjoint test has one voice to train on: read its figures with that in mind.
+With two speakers, a speaker-disjoint split trains on one voice: read its metrics with that in mind.
 
 Pichora-Fuller and Dupuis (2020), Toronto emotional speech set, https://doi.org/10.5683/SP2/E8H2MF
 (home and download). Licence: Creative Commons, non-commercial; see there for its version.
@@ -30,12 +30,12 @@ EMOTIONS: Final = {
 SPEAKERS: Final = {"OAF": "OAF", "OA": "OAF", "YAF": "YAF"}
 """A published file, OA_bite_neutral.wav, lacks a letter."""
 PUBLISHED: Final = {"utterances": 2800, "speakers": 2, "emotions": dict.fromkeys(EMOTIONS.values(), 400)}
-"""The home page."""
+"""Source: the home page."""
 
 
 def parse(path: Path) -> Utterance:
-    """``OAF_back_angry.wav``: speaker, word, emotion, in capitals or not; in a folder such as ``OAF_Pleasant_surprise``
-    or ``YAF_pleasant_surprised``, or in any other.
+    """``OAF_back_angry.wav``: speaker, word, emotion, in upper or lower case; in a folder such as
+    ``OAF_Pleasant_surprise`` or ``YAF_pleasant_surprised``, or in any other.
 
     >>> parse(Path("YAF_dog_ps.wav")).emotion
     'surprised'

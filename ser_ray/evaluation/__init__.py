@@ -1,1 +1,1 @@
-"""From predictions to figures: metrics, their intervals, baselines, plots, and the evaluation record."""
+"""Evaluation of predictions: metrics, their intervals, baselines, plots, and the evaluation record."""

@@ -1,4 +1,4 @@
-"""What a model must beat: figures that need no audio, and a linear classifier on features that nobody trained here."""
+"""Baselines: chance and majority class, which need no audio, and a linear SVM on features that are not trained here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from ser_ray.evaluation.metrics import confusion, headline
 
 SVM_C_GRID: Final = (0.0001, 0.001, 0.01, 0.1, 1.0)
-"""What `linear_svm` chooses its C from."""
+"""The values of C that `linear_svm` chooses from."""
 FOLDS: Final = 5
-"""Of the cross-validation over train speakers that chooses it."""
+"""Folds of the cross-validation over train speakers that chooses C."""
 
 
 def chance(num_labels: int) -> dict[str, float]:
-    """Headline figures expected of guessing uniformly among K equally frequent emotions.
+    """Headline metrics expected from guessing uniformly among K equally frequent emotions.
 
     >>> chance(4)
     {'accuracy': 0.25, 'uar': 0.25, 'macro_f1': 0.25, 'weighted_f1': 0.25, 'kappa': 0.0}
@@ -25,9 +25,9 @@ def chance(num_labels: int) -> dict[str, float]:
 
 
 def majority(train_labels: np.ndarray, test_labels: np.ndarray, num_labels: int) -> dict[str, float]:
-    """Headline figures of always saying the most frequent emotion of train (the first of equals).
+    """Headline metrics of always predicting the most frequent emotion of train (ties go to the first).
 
-    Raises ValueError where there are no test utterances, or a label lies outside of 0..K-1.
+    Raises ValueError if there are no test utterances, or a label is outside 0..K-1.
 
     >>> majority(np.array([0, 0, 1]), np.array([0, 1, 1, 1]), num_labels=2)["accuracy"]
     0.25
@@ -44,10 +44,10 @@ def linear_svm(
     test_features_MD: np.ndarray,
     num_labels: int,
 ) -> np.ndarray:
-    """A linear SVM on standardised features, emotions weighted alike: with `egemaps.egemaps` the field's old baseline.
+    """A linear SVM on standardised features, with balanced class weights; on eGeMAPS the field's traditional baseline.
 
-    C is that of `SVM_C_GRID` with the best UAR in cross-validation over train speakers (ties go to the smallest); test
-    has no part in it. With one train speaker there is nobody to leave out, and C is the middle one.
+    C is the value of `SVM_C_GRID` with the best UAR in cross-validation over train speakers (ties go to the smallest);
+    test is not used. With only one train speaker there is no cross-validation, and C is the middle value.
 
     Args:
         train_features_ND: N train utterances.
@@ -57,11 +57,11 @@ def linear_svm(
         num_labels: K, the number of declared emotions.
 
     Returns:
-        (M, K) float64, the softmax of the margins, 0 for an emotion that train has none of: the order is the SVM's,
-        but they are not calibrated, so that an ECE of them means nothing.
+        (M, K) float64, the softmax of the margins; 0 for an emotion that train lacks. The ranking is the SVM's, but
+        the values are not calibrated, so their ECE means nothing.
 
     Raises:
-        ValueError: train has fewer than two emotions, or the features are no numbers.
+        ValueError: train has fewer than two emotions, or the features are NaN or infinite.
     """
     from sklearn.model_selection import GridSearchCV, GroupKFold
     from sklearn.pipeline import make_pipeline
@@ -77,7 +77,7 @@ def linear_svm(
     else:
         model.fit(train_features_ND, train_labels_N)
     margins = model.decision_function(test_features_MD)
-    if margins.ndim == 1:  # scikit-learn keeps one column for two classes
+    if margins.ndim == 1:  # scikit-learn returns one column for two classes
         margins = np.stack([-margins, margins], axis=1)
     scores = np.exp(margins - margins.max(axis=1, keepdims=True))
     return _of_all_emotions(scores / scores.sum(axis=1, keepdims=True), model.classes_, num_labels)
@@ -87,7 +87,7 @@ def linear_svm(
 
 
 def _of_all_emotions(probabilities_MC: np.ndarray, classes_C: np.ndarray, num_labels: int) -> np.ndarray:
-    """(M, K), from columns for those emotions alone that train has."""
+    """(M, K), with columns of 0 for the emotions that train lacks."""
     probabilities_MK = np.zeros((len(probabilities_MC), num_labels))
     probabilities_MK[:, classes_C] = probabilities_MC
     return probabilities_MK

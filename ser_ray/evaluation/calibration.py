@@ -1,4 +1,4 @@
-"""Whether a model's certainty can be believed: how often it is right where it says that it is 80 % sure."""
+"""Calibration of a model's confidence: how often it is right when its confidence is, for example, 80 %."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ser_ray.schema import Predictions
 
 @dataclass(frozen=True)
 class Reliability:
-    """A reliability diagram as numbers: a bin i holds confidences in (i / bins, (i + 1) / bins]; all are (bins,).
+    """A reliability diagram as arrays (bins,); bin i holds confidences in (i / bins, (i + 1) / bins].
 
-    ``accuracy`` and ``confidence`` (both means over a bin) are NaN where it is empty.
+    ``accuracy`` and ``confidence`` are means over a bin, NaN if it is empty.
     """
 
     n: np.ndarray
@@ -28,16 +28,16 @@ def reliability(predictions: Predictions, bins: int = 10) -> Reliability:
 
     Args:
         predictions: of N utterances, at least one.
-        bins: their number; ten, as papers draw them.
+        bins: the number of bins; papers usually draw ten.
 
     >>> said = Predictions(("a", "b"), ("u", "v"), ("c", "c"), ("s", "s"), np.array([0, 1]), np.array([[0.8, 0.2]] * 2))
-    >>> found = reliability(said)
-    >>> int(found.n[7]), float(found.accuracy[7]), round(found.ece, 3)
+    >>> diagram = reliability(said)
+    >>> int(diagram.n[7]), float(diagram.accuracy[7]), round(diagram.ece, 3)
     (2, 0.5, 0.3)
     """
     confidence = predictions.probabilities.max(axis=1)
     correct = predictions.predicted == predictions.labels
-    # The same edges as in `ece`, so that the figure and its number agree.
+    # The same edges as in `ece`, so that the plot and the ECE agree.
     edges = np.linspace(0, 1, bins + 1)
     which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     n = np.bincount(which, minlength=bins)

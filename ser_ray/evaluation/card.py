@@ -1,4 +1,4 @@
-"""The model card of ``best/``: what the model is, what chose it, how good it is, and what not to expect of it."""
+"""The model card of ``best/``: what the model is, how it was selected, its metrics, and its limits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ METRICS: Final = ("accuracy", "uar", "macro_f1", "kappa")
 
 
 def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
-    """Markdown, from the experiment of the checkpoint and the evaluation records; ``metric``: trials' own, ``uar``."""
-    leaky = "**LEAKY: speakers or audio are shared between splits; these figures are inflated.**\n\n"
+    """The card as Markdown, from the experiment of the checkpoint and the evaluation records of dev and test.
+
+    ``metric`` is the one that trials are compared by, such as ``uar``.
+    """
+    leaky = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
     titles = [NAMES[name] for name in METRICS]
     return (
         f"# {experiment.name}\n\n"
@@ -24,34 +27,34 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"{leaky if test['leaky'] else ''}"
         f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
         f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
-        f"95 % intervals: bootstrap over what the last column says. {what_chose(test, metric)}\n\n"
-        "Input: mono audio at 16 kHz, silence trimmed as experiment.yaml says. "
+        f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
+        "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         "Use: `ser-ray predict THIS_DIRECTORY AUDIO...`\n\n"
-        f"{_speech(list(experiment.corpora))} Expect less on other speakers, languages and microphones. "
+        f"{_speech(list(experiment.corpora))} Expect lower metrics on other speakers, languages and microphones. "
         "Do not use it to judge people.\n"
     )
 
 
 def what_chose(test: Mapping[str, Any], metric: str) -> str:
-    """Sentences on what chose the model, and whether what is tested had a part in it; ``test`` as test.json has it."""
+    """How the model was selected, and whether tested utterances influenced that; ``test``: the content of test.json."""
     runs = test.get("runs", ())
     if len(runs) < 2:
-        return "Dev chose this checkpoint; test chose nothing."
+        return "This checkpoint was selected on dev; test was not used for selection."
     folds, seeds = (sorted({run[key] for run in runs}) for key in ("fold", "seed"))
     own = runs[0]
     chosen = (
-        f"The mean dev {NAMES[metric]} of {len(runs)} runs ({_numbered('fold', folds)}; {_numbered('seed', seeds)}) "
-        f"chose this configuration; best/ is one of them, fold {own['fold']}, seed {own['seed']}, and the figures are "
-        "of all."
+        f"This configuration was selected by the mean dev {NAMES[metric]} of {len(runs)} runs "
+        f"({_numbered('fold', folds)}; {_numbered('seed', seeds)}); best/ is one of them, fold {own['fold']}, "
+        f"seed {own['seed']}, and the metrics are over all."
     )
     shared = test.get("tested_in_dev")
     if shared is None:  # an older record
         return chosen
     if shared == 0:
-        return f"{chosen} Test chose nothing."
+        return f"{chosen} Test was not used for selection."
     return (
-        f"{chosen} {shared} of the {test['tested']} tested utterances were dev in another run, and so had a part in "
-        "the choice of the configuration; within a run test chose nothing."
+        f"{chosen} {shared} of the {test['tested']} tested utterances were dev in another run, and so influenced the "
+        "selection of the configuration; within a run test was not used for selection."
     )
 
 
@@ -77,8 +80,8 @@ def _row(split: str, metrics: Mapping[str, Any]) -> str:
 
 def _speech(corpora: list[str]) -> str:
     words = {
-        "acted": "Acted speech ({}): expect less on spontaneous emotion.",
-        "synthetic": "Synthetic speech ({}): it says nothing about people.",
+        "acted": "Acted speech ({}): expect lower metrics on spontaneous emotion.",
+        "synthetic": "Synthetic speech ({}): the metrics say nothing about human speech.",
         "": "Whether the speech of {} is acted or spontaneous is not known here.",
     }
     named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}

@@ -1,4 +1,4 @@
-"""Several searches side by side: what they differ in, what each reached at what cost, and which gaps are real."""
+"""Compare several searches: their differing settings, metrics and costs, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ser_ray.schema import Predictions
 
 @dataclass(frozen=True)
 class Gap:
-    """Test figures of ``one`` less those of ``other`` on the same utterances, with paired 95 % intervals; or, with no
-    figures, why there is no gap to speak of."""
+    """Test metrics of ``one`` minus those of ``other`` on the same utterances, with paired 95 % intervals; without
+    metrics, the reason why they cannot be compared."""
 
     one: str
     other: str
     metrics: Mapping[str, Mapping[str, Any]]
-    """Headline figure -> a record of `ser_ray.evaluation.gaps`."""
+    """Headline metric -> a record of `ser_ray.evaluation.gaps`."""
     no_gap_reason: str = ""
 
 
 def labels(searches: Sequence[Results]) -> list[str]:
-    """What each is called: its name, or where two have the same, its folder as far as it tells them apart."""
+    """A label for each search: its name, or if two have the same name, its folder relative to their common parent."""
     names = [results.space.experiment.name for results in searches]
     if len(set(names)) == len(names):
         return names
@@ -41,14 +41,14 @@ def labels(searches: Sequence[Results]) -> list[str]:
 
 
 def common_parent(folders: Sequence[Path]) -> Path:
-    """The closest folder that holds all of them."""
+    """The deepest folder that contains all of them."""
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
 def differing(searches: Sequence[Results]) -> dict[str, list[str]]:
     """Dotted key of search.yaml -> its value in each search, for the keys in which they differ.
 
-    What they are called is left out, and where their files lie.
+    Names and paths are left out, as are ``resources`` and ``storage``.
     """
     flat = []
     for results in searches:
@@ -62,7 +62,7 @@ def differing(searches: Sequence[Results]) -> dict[str, list[str]]:
 
 
 def costs(results: Results) -> dict[str, float | None]:
-    """What a search took: trials and seconds of them all, and what its winner costs."""
+    """The cost of a search: the number of trials, their total seconds, and the costs of its winner."""
     seconds = [as_number(row.get("seconds")) for row in results.trials]
     winner = {
         key: as_number(results.leader.get(key))
@@ -72,42 +72,42 @@ def costs(results: Results) -> dict[str, float | None]:
 
 
 def gaps(searches: Sequence[Results]) -> list[Gap]:
-    """Every pair of searches, the first less the second; corrected for the number of pairs that are tested."""
+    """The gap of every pair of searches, first minus second, corrected for the number of pairs that are tested."""
     named = list(zip(labels(searches), searches, strict=True))
-    found = [
+    pairs = [
         gap(one, other, first.predictions.get("test"), second.predictions.get("test"))
         for (one, first), (other, second) in itertools.combinations(named, 2)
     ]
     return [
         replace(pair, metrics=metrics)
-        for pair, metrics in zip(found, corrected(pair.metrics for pair in found), strict=True)
+        for pair, metrics in zip(pairs, corrected(pair.metrics for pair in pairs), strict=True)
     ]
 
 
 def gap(one: str, other: str, first: Predictions | None, second: Predictions | None) -> Gap:
-    """The paired gap of two searches on test, where both predicted the same utterances over the same emotions."""
+    """The paired gap of two searches on test, if both predicted the same utterances and the same set of emotions."""
     if first is None or second is None:
         return Gap(one, other, {}, f"{other if first is not None else one} has no test predictions yet")
     if first.emotions != second.emotions:
-        return Gap(one, other, {}, "they tell other emotions apart")
+        return Gap(one, other, {}, "they classify different emotions")
     here, there = (np.argsort(np.asarray(p.utterance_ids), kind="stable") for p in (first, second))
     if [first.utterance_ids[i] for i in here] != [second.utterance_ids[i] for i in there]:
-        return Gap(one, other, {}, "they were tested on other utterances")
+        return Gap(one, other, {}, "they were tested on different utterances")
     truth = first.labels[here]
     if not np.array_equal(truth, second.labels[there]):
-        return Gap(one, other, {}, "the same utterances carry other labels")
+        return Gap(one, other, {}, "the same utterances have different labels")
     speakers = [first.speakers[i] for i in here]
     if len(set(speakers)) < 2:
-        return Gap(one, other, {}, "one test speaker says nothing about others")
-    said = first.predicted[here], second.predicted[there]
-    return Gap(one, other, gap_records(truth, *said, speakers, len(first.emotions)))
+        return Gap(one, other, {}, "one test speaker is too few: gaps are tested over speakers")
+    predicted = first.predicted[here], second.predicted[there]
+    return Gap(one, other, gap_records(truth, *predicted, speakers, len(first.emotions)))
 
 
 # -- below: how it is done
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys; a mapping of one distribution, of conditions or of a tried point stays one value."""
+    """Dotted key -> value as text; a distribution with its conditions stays one value, as does a list of points."""
     flat: dict[str, str] = {}
     for key, value in content.items():
         dotted = f"{prefix}{key}"

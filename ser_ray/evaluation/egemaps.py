@@ -1,8 +1,8 @@
-"""eGeMAPS: 88 acoustic features of an utterance, and the linear SVM on them that papers compare with.
+"""eGeMAPS: 88 acoustic features of an utterance; a linear SVM on them is a common baseline in papers.
 
 Eyben et al. 2016, "The Geneva Minimalistic Acoustic Parameter Set (GeMAPS) for voice research and affective
-computing". Computed by openSMILE, which is an optional extra: audEERING's research licence allows non-commercial use,
-and no commercial product.
+computing". Computed by openSMILE, which is an optional extra: audEERING's research licence allows non-commercial use
+only, not use in a commercial product.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from typing import Final
 
 import numpy as np
 
-from ser_ray.schema import SAMPLING_RATE, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import SAMPLING_RATE
 
 NUM_FEATURES: Final = 88
 
 
 def egemaps(waveforms: Iterable[np.ndarray], sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """The functionals of eGeMAPSv02 of every utterance.
+    """The eGeMAPSv02 functionals of every utterance.
 
     Args:
-        waveforms: N mono signals (T,), float, 1 being full scale.
-        sampling_rate: of all of them [Hz].
+        waveforms: N mono signals (T,), float, full scale 1.
+        sampling_rate: of all waveforms [Hz].
 
     Returns:
-        (N, 88) float32. What does not exist in an utterance (a pitch without voiced frames) is 0, as openSMILE says.
+        (N, 88) float32. A feature that an utterance lacks (pitch without voiced frames) is 0, as openSMILE returns it.
 
     Raises:
         UserError: openSMILE is not installed.
@@ -43,5 +44,5 @@ def egemaps(waveforms: Iterable[np.ndarray], sampling_rate: int = SAMPLING_RATE)
     rows = [smile.process_signal(waveform, sampling_rate).to_numpy() for waveform in waveforms]
     features_NP = np.concatenate([np.zeros((0, NUM_FEATURES), np.float32), *rows])
     assert features_NP.shape[1] == NUM_FEATURES, features_NP.shape
-    assert np.isfinite(features_NP).all(), "openSMILE gave features that are no numbers"
+    assert np.isfinite(features_NP).all(), "openSMILE returned NaN or infinite features"
     return features_NP

@@ -4,7 +4,7 @@ search.yaml  provenance.json  audit.json  trials.csv  trials/<id>/{trial.json, h
 finals/<id>-foldF-seedS/  best/  evaluation/{dev,test,choice,test_openings}.json  evaluation/predictions.parquet
 report.html
 
-A trial's own folder is the truth about it; ``trials.csv`` is written anew from all of them.
+A trial's own folder is the authoritative record of it; ``trials.csv`` is rebuilt from all of them.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from typing import Any
 
 from ser_ray.config import Experiment
 from ser_ray.disk import locked, read_json, write_json, write_text
+from ser_ray.errors import UserError
 from ser_ray.evaluation.results import read_history
-from ser_ray.schema import UserError
 
 Record = dict[str, Any]
 NOTES = "notes.txt"
-"""In a trial's folder: lines for people on what it does before its first epoch."""
+"""In a trial's folder: human-readable lines on what it does before its first epoch."""
 COSTS = ("seconds_per_epoch", "peak_memory_mb", "trainable_parameters")
 DEV_METRICS = ("dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa")
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What is known of a trial, as its folder says."""
+    """A trial, as recorded in its folder."""
 
     trial_id: str
     values: Mapping[str, Any]
     """Searched key -> value."""
     status: str = "running"
-    """running (also one that was cut off), finished, stopped (by the scheduler), failed."""
+    """running (also if it was interrupted), finished, stopped (by the scheduler), failed."""
     error: str = ""
     seconds: float = 0.0
-    """Of all sessions that worked on it."""
+    """Total of all sessions that worked on it."""
     attempts: int = 0
-    """How often it was begun since its last epoch, in all sessions,"""
+    """How often it was started since its last epoch, in all sessions."""
     reached: int = 0
-    """which was the last of so many."""
+    """The number of epochs in its history at its last start."""
     halved: bool = False
-    """Whether its memory was short once: its batches are half as large then, and a step holds twice as many."""
+    """Whether it ran out of memory once: its batches are then half as large, and a step accumulates twice as many."""
     history: Sequence[Record] = field(default=(), repr=False)
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do for it."""
+        """Whether it has ended: finished, stopped or failed."""
         return self.status in ("finished", "stopped", "failed")
 
     @property
@@ -62,8 +62,8 @@ class TrialRecord:
         return next((r for r in self.history if r["epoch"] == self.history[-1]["best_epoch"]), {})
 
     def may_grow(self, experiment: Experiment) -> bool:
-        """Whether it ended with its last epoch, and ``experiment`` has more of them: not where patience ended it, nor
-        the scheduler."""
+        """Whether it ran all its epochs and ``experiment`` has more of them; False if patience or the scheduler ended
+        it."""
         if self.status != "finished" or not self.history:
             return False
         following, best = self.history[-1]["epoch"] + 1, self.history[-1]["best_epoch"]
@@ -72,10 +72,10 @@ class TrialRecord:
 
 @contextmanager
 def alone(results_dir: Path) -> Iterator[None]:
-    """Work on a results folder while nobody else does: for what trains, chooses or tests, in whatever command.
+    """Lock a results folder: for every command that trains, chooses or tests.
 
-    Where the file system has no locks nothing keeps two apart. Raises UserError where somebody else works on it, or it
-    cannot be written.
+    On a file system without locks, two processes are not kept apart. Raises UserError if another process works on the
+    folder, or it cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -110,7 +110,7 @@ def costs(history: Sequence[Record]) -> dict[str, float]:
 
 
 def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
-    """One epoch as a line for people."""
+    """One epoch as a human-readable line."""
     loss = "   probe" if record["train_loss"] is None else f"{record['train_loss']:8.3f}"
     return (
         f"epoch {record['epoch']:2d}  train loss {loss}  dev UAR {record['dev_uar']:.3f}  "
@@ -119,12 +119,12 @@ def describe_epoch(record: Mapping[str, Any], metric: str = "dev_uar") -> str:
 
 
 def append_history(trial_dir: Path, record: Record) -> None:
-    """Add an epoch's line to a trial's history; a line that a kill cut short is dropped first."""
+    """Append an epoch's line to a trial's history; first drop a last line that a kill cut short."""
     trial_dir.mkdir(parents=True, exist_ok=True)
     with (trial_dir / "history.jsonl").open("a+b") as file:
         file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0] + whole[1]))
+        complete = file.read().rpartition(b"\n")
+        file.truncate(len(complete[0] + complete[1]))
         file.write(json.dumps(record).encode() + b"\n")
 
 
@@ -135,12 +135,12 @@ def trial_history(trial_dir: Path) -> list[Record]:
 
 
 def checkpoint_name(epoch: int) -> str:
-    """The folder of an epoch's checkpoint inside its trial's."""
+    """The folder of an epoch's checkpoint inside the trial's folder."""
     return f"epoch_{epoch:03d}"
 
 
 def trial_row(tried: TrialRecord, keys: Iterable[str] = ()) -> Record:
-    """One row of ``trials.csv``: the searched ``keys``, and the figures of the trial's best epoch so far."""
+    """One row of ``trials.csv``: the searched ``keys``, and the metrics of the trial's best epoch so far."""
     best, history = tried.best, tried.history
     cost = costs(history) if history else dict.fromkeys(COSTS, "")
     return (
@@ -156,7 +156,7 @@ def trial_row(tried: TrialRecord, keys: Iterable[str] = ()) -> Record:
 
 
 def write_trials(results_dir: Path, rows: Iterable[Record]) -> None:
-    """Write ``trials.csv``, one row a trial."""
+    """Write ``trials.csv``, one row per trial."""
     rows = list(rows)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))

@@ -1,15 +1,16 @@
-"""How far a figure may be trusted: 95 % intervals, and a test of a difference, from a bootstrap over speakers.
+"""95 % intervals of metrics, and a test of differences, by a bootstrap over speakers.
 
-Utterances of one speaker resemble each other, so resampling utterances would claim more certainty than there is: what
-the field wants to know is how the model does on other speakers. Whole speakers are therefore drawn with replacement
-(the cluster bootstrap: Field and Welsh 2007, "Bootstrapping clustered data").
+Utterances of one speaker are correlated, so resampling utterances would give intervals that are too narrow: the
+question is how the model performs on other speakers. Whole speakers are therefore drawn with replacement (the cluster
+bootstrap: Field and Welsh 2007, "Bootstrapping clustered data").
 
-The percentiles of the draws are too narrow for the few speakers that corpora have: the draws spread by
-sqrt((S - 1) / S) too little, and S speakers tell their own spread only roughly (Hesterberg 2015, "What teachers should
-know about the bootstrap", section 4). An interval here is therefore the figure +- Student's t, with S - 1 degrees of
-freedom, times the draws' standard deviation set right; on the logit scale, where a figure near 1 varies evenly and no
-limit lies outside of what the figure can be. Simulated intervals of 10 to 90 speakers hold the truth 94 % of the time,
-of four 95 to 96 % at twice the width of the percentiles, which hold it 78 % (results/benchmarks/coverage.md).
+Percentile intervals are too narrow for the few speakers that corpora have: the draws' standard deviation is too small
+by a factor of sqrt((S - 1) / S), and S speakers estimate it only roughly (Hesterberg 2015, "What teachers should know
+about the bootstrap", section 4). An interval here is therefore the metric +- Student's t, with S - 1 degrees of
+freedom, times the draws' standard deviation divided by that factor. It is computed on the logit scale, where the spread
+of a metric near 1 is symmetric and no limit leaves the metric's range. In simulations with 10 to 90 speakers the
+intervals cover the true value 94 % of the time; with four speakers 95 to 96 %, at twice the width of percentile
+intervals, which cover it 78 % (results/benchmarks/coverage.md).
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from scipy.special import expit, logit, stdtr, stdtrit
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 
 LOWEST: Final = {"kappa": -1.0}
-"""What a figure can be at least, where that is not 0."""
+"""The lowest possible value of a metric, where that is not 0."""
 ROUNDING: Final = 1e-9
-"""A standard error below this is none: sums of shares differ by some 1e-16, an utterance in a million makes 1e-6."""
+"""A standard error below this counts as 0: rounding makes some 1e-16, one utterance in a million makes 1e-6."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A figure of one model less that of another, its 95 % interval, and the two-sided p-value of there being none.
+    """A metric of one model minus that of another, its 95 % interval, and the two-sided p-value of no difference.
 
-    Where every speaker has the same gap there is no spread to judge it by: it cannot be tested, and the interval and p
-    are NaN.
+    If the gap is the same for every speaker, there is no spread to test it with: the interval and p are NaN.
     """
 
     difference: float
@@ -51,23 +51,23 @@ def bootstrap_ci95(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[dict[str, tuple[float, float]], str]:
-    """The 95 % interval of each headline figure, and the unit that was drawn.
+    """The 95 % interval of each headline metric, and the unit that was drawn.
 
     Args:
         labels: (N,) int, true labels.
         predicted: (N,) int, predicted labels.
         speakers: N names.
         num_labels: K, the number of declared emotions.
-        draws: the number of bootstrap replicates; 2000 settle the second digit of the limits.
+        draws: the number of bootstrap replicates; with 2000 the second digit of the limits is stable.
         seed: of the draws; equal seeds give equal intervals.
 
     Returns:
-        Figure -> (low, high), and ``speakers``; or ``utterances``, where there is one speaker only, of whom
-        nothing can be said about others. Where all speakers are recognised alike, as without any error, there is no
-        spread to judge by, and the limits all but meet.
+        Metric -> (low, high), and ``speakers``; or ``utterances`` if there is only one speaker, who says nothing about
+        others. If all speakers have the same metrics, as without any error, there is no spread, and the limits nearly
+        coincide.
 
     Raises:
-        ValueError: the lengths differ, there are no utterances, or a label lies outside of 0..K-1.
+        ValueError: the lengths differ, there are no utterances, or a label is outside 0..K-1.
 
     >>> labels, predicted = np.arange(60) % 3, np.arange(60) % 3
     >>> predicted[:30:2] = 0  # errors of the first three of six speakers
@@ -100,14 +100,14 @@ def paired_gap(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Gap]:
-    """Every headline figure of ``one`` less that of ``other``, both of the same N utterances, and whether it is luck.
+    """Every headline metric of ``one`` minus that of ``other`` on the same N utterances, with a significance test.
 
-    Paired: a draw of speakers counts for both, so that a speaker who is hard for both does not widen the interval. The
-    p-value is that of the same t, so that it is below 0.05 where the interval leaves out 0. (Swapping the two models
-    for every speaker by the toss of a coin kept the level hardly better, and can never say p < 0.05 of five speakers.)
-    The arguments are those of `bootstrap_ci95`.
+    Paired: both models are scored on the same draws of speakers, so a speaker who is hard for both does not widen the
+    interval. The p-value comes from the same t, so it is below 0.05 if the interval excludes 0. (A permutation test
+    that swaps the two models at random for each speaker kept the level hardly better, and can never reach p < 0.05 with
+    five speakers.) The arguments are those of `bootstrap_ci95`.
 
-    Raises ValueError where the lengths differ, or there are fewer than two speakers.
+    Raises ValueError if the lengths differ, or there are fewer than two speakers.
 
     >>> labels, one, other = np.arange(60) % 3, np.arange(60) % 3, np.arange(60) % 3
     >>> other[:30:2] = 0
@@ -122,7 +122,7 @@ def paired_gap(
             f"{len(one)}, {len(other)}, {len(speakers)} of {units} speakers"
         )
     values = [headline(confusion(labels, predicted, num_labels)) for predicted in (one, other)]
-    # One seed, the same draws.
+    # The same seed gives the same draws.
     drawn = [_over_speakers(labels, predicted, speakers, num_labels, draws, seed) for predicted in (one, other)]
     return {
         name: _gap(name, float(values[0][name] - values[1][name]), drawn[0][name] - drawn[1][name], units)
@@ -134,21 +134,21 @@ def paired_gap(
 
 
 def _limits(name: str, value: float, drawn: np.ndarray, units: int, half_error: float) -> tuple[float, float]:
-    """The interval on the logit scale. That of a figure without any error is infinite: it counts as half an error."""
+    """The interval on the logit scale. The logit without any error is infinite: it is clipped to half an error."""
     lowest = LOWEST.get(name, 0.0)
 
-    def scaled(figure: float | np.ndarray) -> np.ndarray:
-        share = (figure - lowest) / (1 - lowest)
+    def scaled(metric: float | np.ndarray) -> np.ndarray:
+        share = (metric - lowest) / (1 - lowest)
         return np.asarray(logit(np.clip(share, half_error, 1 - half_error)))
 
     middle, half = scaled(value), stdtrit(max(units - 1, 1), 0.975) * _standard_error(scaled(drawn), units)
     low, high = lowest + (1 - lowest) * expit(np.array([middle - half, middle + half]))
-    # A figure without an error lies beyond what the clipped scale can say.
+    # A metric without any error is outside the clipped scale.
     return float(min(low, value)), float(max(high, value))
 
 
 def _gap(name: str, difference: float, drawn: np.ndarray, units: int) -> Gap:
-    """On the plain scale, on which the gap of two figures is even."""
+    """On the linear scale, on which the gap of two metrics is symmetric."""
     error, most = _standard_error(drawn, units), 1 - LOWEST.get(name, 0.0)
     half = stdtrit(units - 1, 0.975) * error
     if error < ROUNDING:
@@ -158,14 +158,14 @@ def _gap(name: str, difference: float, drawn: np.ndarray, units: int) -> Gap:
 
 
 def _standard_error(drawn: np.ndarray, units: int) -> float:
-    """Of a figure, from its bootstrap draws; of a single unit nothing is known."""
+    """The standard error of a metric from its bootstrap draws; infinite for a single unit."""
     return float(drawn.std() * np.sqrt(units / (units - 1))) if units > 1 else np.inf
 
 
 def _over_speakers(
     labels: np.ndarray, predicted: np.ndarray, speakers: Sequence[str], num_labels: int, draws: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Headline figures (draws,) of samples of whole speakers; the draws depend on the speakers and the seed alone."""
+    """Headline metrics (draws,) of samples of whole speakers; the draws depend only on the speakers and the seed."""
     names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
     cells = (speaker * num_labels + np.asarray(labels)) * num_labels + np.asarray(predicted)
     by_speaker = np.bincount(cells, minlength=len(names) * num_labels**2).reshape(len(names), -1)
@@ -178,8 +178,8 @@ def _over_speakers(
 def _over_utterances(
     labels: np.ndarray, predicted: np.ndarray, num_labels: int, draws: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The same of single utterances: drawing N with replacement draws N cells of the confusion matrix, each as often
-    as it occurs."""
+    """The same for single utterances: drawing N with replacement draws N cells of the confusion matrix, each with its
+    frequency."""
     shares = confusion(labels, predicted, num_labels).reshape(-1) / len(labels)
     flat = np.random.default_rng(seed).multinomial(len(labels), shares, size=draws)
     return dict(headline(flat.reshape(draws, num_labels, num_labels).astype(np.float64)))

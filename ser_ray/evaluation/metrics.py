@@ -1,9 +1,9 @@
-"""The figures of emotion recognition, computed from a confusion matrix in plain numpy.
+"""The metrics of emotion recognition, computed from a confusion matrix in plain numpy.
 
 A confusion matrix is (K, K) counts, rows the true emotion, columns the predicted one, over the K declared emotions,
-whether they occur or not. Every figure also takes stacked matrices (..., K, K) and gives (...): the bootstrap in
-`ser_ray.evaluation.intervals` evaluates thousands at once. All of them raise ValueError for what is not a confusion
-matrix, and for one without utterances, of which no figure exists.
+whether they occur or not. Every metric also accepts stacked matrices (..., K, K) and returns (...): the bootstrap in
+`ser_ray.evaluation.intervals` evaluates thousands at once. All raise ValueError for an array that is not a confusion
+matrix, and for a matrix without utterances, for which no metric is defined.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 HEADLINE: Final = ("accuracy", "uar", "macro_f1", "weighted_f1", "kappa")
-"""The figures that every table shows, in this order."""
+"""The metrics that every table shows, in this order."""
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, num_labels: int) -> np.ndarray:
@@ -29,23 +29,23 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, num_labels: int) -> np.
         (K, K) int64.
 
     Raises:
-        ValueError: the lengths differ, or a label lies outside of 0..K-1.
+        ValueError: the lengths differ, or a label is outside 0..K-1.
 
     >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=3).tolist()
     [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     """
     labels, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
     if labels.shape != predicted.shape or labels.ndim != 1:
-        raise ValueError(f"labels and predicted must be of one length, not {labels.shape} and {predicted.shape}")
+        raise ValueError(f"labels and predicted must be (N,) of the same N, not {labels.shape} and {predicted.shape}")
     for name, values in (("labels", labels), ("predicted", predicted)):
         if values.size and not 0 <= values.min() <= values.max() < num_labels:
-            raise ValueError(f"{name} must lie in 0..{num_labels - 1}, not in {values.min()}..{values.max()}")
+            raise ValueError(f"{name} must be in 0..{num_labels - 1}, not in {values.min()}..{values.max()}")
     counts = np.bincount(labels * num_labels + predicted, minlength=num_labels**2)
     return counts.reshape(num_labels, num_labels)
 
 
 def accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Share of utterances recognised: trace / sum. Also known as weighted accuracy (WA).
+    """Share of utterances classified correctly: trace / sum. Also known as weighted accuracy (WA).
 
     >>> float(accuracy(np.array([[3, 1], [0, 4]])))
     0.875
@@ -55,10 +55,10 @@ def accuracy(confusion: np.ndarray) -> np.ndarray:
 
 
 def uar(confusion: np.ndarray) -> np.ndarray:
-    """Unweighted average recall: the mean over emotions of the share of their utterances that is recognised.
+    """Unweighted average recall: the mean recall over emotions.
 
-    The mean runs over the emotions that occur among the true labels; a recall over no utterances does not exist.
-    Equal to scikit-learn's balanced_accuracy_score. The field's usual figure since Schuller et al. 2009, "The
+    The mean is over the emotions that occur among the true labels; without utterances recall is undefined.
+    Equal to scikit-learn's balanced_accuracy_score. The field's usual metric since Schuller et al. 2009, "The
     INTERSPEECH 2009 Emotion Challenge", because emotions are seldom equally frequent.
 
     >>> float(uar(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]])))
@@ -93,10 +93,10 @@ def weighted_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 def kappa(confusion: np.ndarray) -> np.ndarray:
-    """Agreement beyond chance: (p_o - p_e) / (1 - p_e), observed accuracy p_o, expected from the margins p_e.
+    """Agreement beyond chance: (p_o - p_e) / (1 - p_e), with observed accuracy p_o and p_e expected from the margins.
 
-    0 where p_e is 1 (a single emotion, true and predicted throughout): all agreement is then what chance gives, and
-    the quotient 0 / 0. Cohen 1960, "A coefficient of agreement for nominal scales".
+    0 if p_e is 1 (a single emotion, true and predicted throughout): all agreement is then by chance, and the quotient
+    is 0 / 0. Cohen 1960, "A coefficient of agreement for nominal scales".
 
     >>> float(kappa(np.array([[3, 1], [1, 3]])))
     0.5
@@ -112,7 +112,7 @@ def kappa(confusion: np.ndarray) -> np.ndarray:
 def per_emotion(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall, F1 and the count n of true utterances, each (..., K).
 
-    F1 = 2 true positives / (true + predicted). A quotient over no utterances is 0, as with scikit-learn's
+    F1 = 2 true positives / (true + predicted). A quotient over no utterances is 0, as in scikit-learn's
     precision_recall_fscore_support(labels=range(K), zero_division=0).
 
     >>> per_emotion(np.array([[3, 1], [0, 4]]))["recall"].tolist()
@@ -138,13 +138,13 @@ def ece(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
     Args:
         labels: (N,) int, true labels.
         probabilities: (N, K), rows sum to 1.
-        bins: their number.
+        bins: the number of bins.
 
     Returns:
-        0 (certainty matches success) to 1.
+        0 (confidence matches accuracy) to 1.
 
     Raises:
-        ValueError: the shapes do not fit, or there are no utterances.
+        ValueError: the shapes do not match, or there are no utterances.
 
     >>> ece(np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]]))
     0.5
@@ -165,7 +165,7 @@ assert tuple(_HEADLINE_FUNCTIONS) == HEADLINE
 
 
 def headline(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """All `HEADLINE` figures by name; of stacked matrices (..., K, K) arrays (...), of a single one scalars.
+    """All `HEADLINE` metrics by name: scalars for one matrix, arrays (...) for stacked matrices (..., K, K).
 
     >>> {name: float(value) for name, value in headline(np.array([[3, 1], [1, 3]])).items()}
     {'accuracy': 0.75, 'uar': 0.75, 'macro_f1': 0.75, 'weighted_f1': 0.75, 'kappa': 0.5}
@@ -177,14 +177,14 @@ def headline(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _total(confusion: np.ndarray) -> np.ndarray:
-    """(...): the number of utterances; refuses what is not a confusion matrix."""
+    """(...): the number of utterances; ValueError for an array that is not a confusion matrix."""
     if confusion.ndim < 2 or confusion.shape[-1] != confusion.shape[-2]:
         raise ValueError(f"expected confusion matrices (..., K, K), not {confusion.shape}")
     total = confusion.sum(axis=(-2, -1))
     if confusion.min(initial=0) < 0 or np.any(total == 0):
         raise ValueError(
-            f"expected counts of at least one utterance, not a lowest count of {confusion.min(initial=0)} "
-            f"and a lowest sum of {np.min(total)}"
+            f"expected counts of at least 0 and a sum of at least 1; the lowest count is {confusion.min(initial=0)}, "
+            f"the lowest sum {np.min(total)}"
         )
     return total
 

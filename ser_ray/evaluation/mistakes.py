@@ -1,6 +1,6 @@
-"""The most confident mistakes, and how they sound: where a label is doubtful or a model hears something else.
+"""The most confident mistakes with their audio: either the label is doubtful or the model is wrong.
 
-The recordings come from the prepared shards, as data URIs, so that a page which holds them opens anywhere.
+The recordings are read from the prepared shards and become data URIs, so that a page that holds them opens anywhere.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Final
 
 import numpy as np
 
-from ser_ray.schema import SAMPLING_RATE, Predictions, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import SAMPLING_RATE, Predictions
 from ser_ray.speech import shards
 
 BANDS: Final = 64
 """Mel bands of a small spectrogram, one row of pixels each."""
 FLOOR_DB: Final = 60.0
-"""What lies so far below the loudest point is left empty; below is mostly the noise of the room."""
+"""Levels this far below the loudest point are left blank; they are mostly room noise."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An utterance that the model got wrong, with the probabilities of what it said and of the true emotion."""
+    """A misclassified utterance, with the probabilities of the predicted and of the true emotion."""
 
     utterance_id: str
     speaker: str
@@ -37,7 +38,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Recording:
-    """An utterance to listen to and look at."""
+    """The audio and the spectrogram of an utterance."""
 
     seconds: float
     audio: str
@@ -47,13 +48,13 @@ class Recording:
 
 
 def most_confident(predictions: Predictions, count: int = 12) -> list[Mistake]:
-    """The ``count`` wrong utterances with the highest probability; one that several runs got wrong is named once."""
+    """The ``count`` misclassified utterances with the highest confidence; one of several runs is listed once."""
     predicted = predictions.predicted
     confidence = predictions.probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != predictions.labels)
-    found: dict[str, Mistake] = {}
+    chosen: dict[str, Mistake] = {}
     for i in sorted(wrong.tolist(), key=lambda i: (-confidence[i], predictions.utterance_ids[i])):
-        if len(found) == count:
+        if len(chosen) == count:
             break
         mistake = Mistake(
             utterance_id=predictions.utterance_ids[i],
@@ -63,16 +64,16 @@ def most_confident(predictions: Predictions, count: int = 12) -> list[Mistake]:
             probability=float(confidence[i]),
             true_probability=float(predictions.probabilities[i, predictions.labels[i]]),
         )
-        found.setdefault(mistake.utterance_id, mistake)
-    return list(found.values())
+        chosen.setdefault(mistake.utterance_id, mistake)
+    return list(chosen.values())
 
 
 def recordings(utterance_ids: Sequence[str], directories: Iterable[Path]) -> dict[str, Recording]:
     """Utterance id -> its recording, from directories of prepared shards.
 
-    Raises UserError where a directory or a shard is not there any more, or an utterance is in none of them.
+    Raises UserError if a directory or a shard is missing, or an utterance is in none of them.
     """
-    found: dict[str, Recording] = {}
+    by_id: dict[str, Recording] = {}
     for directory in directories:
         for path in shards.shard_paths(directory):
             if not path.is_file():
@@ -83,14 +84,14 @@ def recordings(utterance_ids: Sequence[str], directories: Iterable[Path]) -> dic
                 for utterance_id, audio in zip(
                     rows["utterance_id"].to_pylist(), rows["audio"].to_pylist(), strict=True
                 ):
-                    found[utterance_id] = recording(np.frombuffer(audio, dtype="<i2"))
-    if missing := [utterance_id for utterance_id in utterance_ids if utterance_id not in found]:
+                    by_id[utterance_id] = recording(np.frombuffer(audio, dtype="<i2"))
+    if missing := [utterance_id for utterance_id in utterance_ids if utterance_id not in by_id]:
         raise UserError(f"{missing[0]}: not in the prepared speech any more; run ser-ray prepare")
-    return found
+    return by_id
 
 
 def recording(samples_T: np.ndarray) -> Recording:
-    """A player's and a picture's data of int16 samples (T,) at 16 kHz."""
+    """The audio and the spectrogram of int16 samples (T,) at 16 kHz, as data URIs."""
     import soundfile
 
     flac, picture = io.BytesIO(), io.BytesIO()
@@ -104,7 +105,7 @@ def recording(samples_T: np.ndarray) -> Recording:
 
 
 def log_mel(waveform_T: np.ndarray) -> np.ndarray:
-    """(BANDS, F) in 0..1: a log-mel spectrogram by librosa, 25 ms every 10 ms, from the floor to the loudest."""
+    """A log-mel spectrogram by librosa, (BANDS, F): 25 ms every 10 ms; 0 is the floor, 1 the loudest point."""
     import librosa  # takes a second to import, and pages without audio do not need it
 
     power = librosa.feature.melspectrogram(
@@ -118,7 +119,7 @@ def log_mel(waveform_T: np.ndarray) -> np.ndarray:
 
 
 def _write_png(levels_BF: np.ndarray, file: io.BytesIO) -> None:
-    """Low bands at the bottom; as opacity, so that the ground shows through in light and dark alike."""
+    """Low bands at the bottom. Levels are opacity, so that the picture fits light and dark pages."""
     from matplotlib.image import imsave
 
     pixels = np.zeros((*levels_BF.shape, 4), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Pages of HTML: one search, or several side by side. Templates: ``ser_ray/templates``; every value is escaped."""
+"""HTML pages of one search, or of several side by side. Templates: ``ser_ray/templates``; every value is escaped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ser_ray.config import to_dict
+from ser_ray.errors import UserError
 from ser_ray.evaluation import comparison, mistakes, plots, trial_plots
 from ser_ray.evaluation.calibration import reliability
 from ser_ray.evaluation.card import what_chose
@@ -23,7 +24,7 @@ from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.results import Results, as_number
 from ser_ray.evaluation.verdicts import NAMES, brief_p, limits_of, signed, verdicts
-from ser_ray.schema import Predictions, UserError
+from ser_ray.schema import Predictions
 
 TITLES: Final = NAMES | {
     "f1": "F1",
@@ -36,14 +37,14 @@ TITLES: Final = NAMES | {
     "dev_kappa": "dev kappa",
     "peak_memory_mb": "memory [MB]",
     "trainable_parameters": "trainable",
-    "seconds_per_epoch": "s an epoch",
+    "seconds_per_epoch": "s per epoch",
 }
-"""What a key is called in a table; one that is not here goes by its own name."""
+"""The title of a key in tables; a key without an entry is shown by its own name."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A figure of a page: its matplotlib original, for files of its own, and as SVG in the page's colours."""
+    """A plot of a page: the matplotlib figure, to save as a file, and its SVG in the page's colours."""
 
     figure: Figure
     svg: Markup
@@ -53,10 +54,10 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
     """The page of one search.
 
     Args:
-        results: what its folder holds.
-        parts: of `search_parts`.
+        results: the content of its folder.
+        parts: from `search_parts`.
         importances: of the searched keys, from `ser_ray.search.importance`, or None.
-        audio: whether the recordings of the most confident mistakes become a part of the page.
+        audio: whether to embed the recordings of the most confident mistakes.
     """
     split = "test" if results.test else "dev"
     detail = results.test or results.dev
@@ -95,7 +96,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
 
 
 def search_parts(results: Results) -> dict[str, Part]:
-    """The figures that there is something for: test, dev, curves, parallel, cost, reliability."""
+    """The plots that there are data for, of: test, dev, curves, parallel, cost, reliability."""
     metric, winner = results.space.tune.metric, results.leader.get("trial_id")
     parts = {}
     for split, summary in (("test", results.test), ("dev", results.dev)):
@@ -130,7 +131,7 @@ def comparison_page(searches: Sequence[Results]) -> str:
     }
     drawn = {}
     if tested:
-        drawn["intervals"] = _part(plots.plot_intervals(tested, "test UAR"), "test figures with intervals").svg
+        drawn["intervals"] = _part(plots.plot_intervals(tested, "test UAR"), "test metrics with intervals").svg
     metrics = {r.space.tune.metric for r in searches}
     if any(histories.values()):
         metric = metrics.pop() if len(metrics) == 1 else "dev_uar"
@@ -155,7 +156,7 @@ def comparison_page(searches: Sequence[Results]) -> str:
 
 
 def show(key: str, value: object) -> str:
-    """A value as a table shows it: figures with three decimals, durations in minutes, a dash for nothing.
+    """A value as a table shows it: metrics with three decimals, durations in hours and minutes, a dash if empty.
 
     >>> show("dev_uar", "0.71249"), show("optimizer.lr", "0.000312987"), show("seconds", "4000"), show("epochs", "")
     ('0.712', '0.000313', '1 h 07 min', '-')
@@ -163,7 +164,7 @@ def show(key: str, value: object) -> str:
     if value is None or value == "":
         return "-"
     number = as_number(value)
-    if number is None or key in ("trial_id", "status"):  # an id of digits is no number
+    if number is None or key in ("trial_id", "status"):  # an id of digits is not a number
         return str(value)
     if key.removeprefix("dev_") in (*HEADLINE, "precision", "recall", "f1", "ece", "probability"):
         return f"{number:.3f}"
@@ -174,19 +175,19 @@ def show(key: str, value: object) -> str:
 
 
 def interval(summary: Mapping[str, Any], name: str) -> str:
-    """The 95 % interval of a figure, or nothing where there is none."""
+    """The 95 % interval of a metric as text; empty if there is none."""
     limits = (summary.get("ci95") or {}).get(name)
     return f"[{limits[0]:.3f}, {limits[1]:.3f}]" if limits else ""
 
 
 def named_leader(results: Results) -> str:
-    """The leader's id, and where nothing of the backbone was trained for it, that it is the probe."""
+    """The leader's id, and if nothing of its backbone was trained, that it is the probe."""
     trial_id: str = results.leader["trial_id"]
     return f"{trial_id}, {results.probe}" if results.probe else trial_id
 
 
 def interval_units(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Of every row of figures what its intervals are over: speakers, utterances, or nothing where it has none."""
+    """The unit of the intervals of each row of metrics: speakers, utterances, or empty if it has no intervals."""
     return {title: row.get("ci95_unit", "") if row.get("ci95") else "" for title, row in rows.items()}
 
 
@@ -198,7 +199,7 @@ def trial_columns(results: Results) -> list[str]:
 
 
 def trial_counts(results: Results) -> str:
-    """How many trials there are, and what became of them."""
+    """The number of trials, in total and by status."""
     total = f"{len(results.trials)} trial{'s' if len(results.trials) != 1 else ''}"
     counts = Counter(row.get("status", "unknown") for row in results.trials)
     return total + "".join(f", {many} {status}" for status, many in counts.most_common())
@@ -216,26 +217,26 @@ def _with_numbers(rows: Sequence[dict[str, str]], keys: Sequence[str]) -> list[d
 
 
 def _costs(results: Results) -> list[str]:
-    """The costs that are known of any trial; one that an older table lacks is left out."""
+    """The costs that at least one trial has; an older table may lack some."""
     return [key for key in COSTS if any(as_number(row.get(key)) is not None for row in results.trials)]
 
 
 def _front(results: Results) -> list[str]:
-    """The costs that the front is drawn for: those that the search kept low, or the time an epoch takes."""
+    """The costs of the Pareto front: those that the search minimised, or the time per epoch."""
     known = _costs(results)
     return [key for key in results.space.tune.also or COSTS[:1] if key in known] or known[:1]
 
 
 def _plot_reliability(predictions: Predictions) -> Figure:
-    found = reliability(predictions)
-    return plots.plot_reliability(found, f"{len(predictions)} utterances, calibration error {found.ece:.3f}")
+    diagram = reliability(predictions)
+    return plots.plot_reliability(diagram, f"{len(predictions)} utterances, calibration error {diagram.ece:.3f}")
 
 
 def _recordings(results: Results, doubtful: Sequence[mistakes.Mistake]) -> tuple[dict[str, mistakes.Recording], str]:
-    """The recordings, or none and the reason: prepared speech may be gone long before its results are."""
+    """The recordings, or none and the reason: the prepared speech may have been deleted."""
     directories = [Path(data["directory"]) for data in results.provenance.get("data", ()) if "directory" in data]
     if not directories:
-        return {}, "provenance.json does not say where the prepared speech lies"
+        return {}, "provenance.json does not say where the prepared speech is"
     try:
         return mistakes.recordings([mistake.utterance_id for mistake in doubtful], directories), ""
     except UserError as error:

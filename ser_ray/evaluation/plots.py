@@ -1,7 +1,7 @@
-"""Figures for papers and for the report, drawn by matplotlib without a display: confusion, curves, calibration.
+"""Plots for papers and for the report, drawn by matplotlib without a display: confusion, curves, calibration.
 
-Each is a `Figure` on a transparent ground: `to_png` puts it on white, `to_svg` lets it take the colours of the page
-around it, light or dark. Those of a search's trials are in `ser_ray.evaluation.trial_plots`.
+Each is a `Figure` with a transparent background: `to_png` puts it on white, `to_svg` gives it the colours of the page
+around it, light or dark. The plots of a search's trials are in `ser_ray.evaluation.trial_plots`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MUTED: Final = "#8a939d"
 GROUND: Final = "#fdfefe"
 FILL: Final = "#1f5fae"
 SERIES: Final = (ACCENT, "#c2612c", "#2f8f63", "#8d63b8", "#b5508a", "#7d7a2c")
-"""Colours of lines that are told apart, of middle lightness: they are read on white and on black."""
+"""Colours that distinguish lines; of medium lightness, so readable on white and on black."""
 MARKS: Final = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Final[dict[Any, Any]] = {
     "font.size": 9.5,
@@ -38,7 +38,7 @@ STYLE: Final[dict[Any, Any]] = {
     "axes.spines.right": False,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "text.parse_math": False,  # a name with two dollar signs is a name, no formula
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     "svg.fonttype": "none",
 }
 
@@ -47,7 +47,7 @@ Epoch = Mapping[str, Any]
 
 
 def plot_confusion(confusion: np.ndarray, labels: Sequence[str], title: str) -> Figure:
-    """Rows are true emotions: the share of each row as colour, from 0 to 1 in every figure, and the counts as text.
+    """Rows are true emotions: the share of each row as colour, from 0 to 1 in every plot, and the counts as text.
 
     Args:
         confusion: (K, K) int counts.
@@ -62,7 +62,7 @@ def plot_confusion(confusion: np.ndarray, labels: Sequence[str], title: str) -> 
         axes = figure.add_subplot()
         for row, column in np.ndindex(size, size):
             corner = (column - 0.47, row - 0.46)
-            # Opacity instead of a colour map, so that an empty cell is the ground, whatever that is.
+            # Opacity instead of a colour map, so that an empty cell fits any background.
             axes.add_patch(Rectangle(corner, 0.94, 0.92, color=FILL, alpha=0.06 + 0.94 * share[row, column], lw=0))
             ink = "white" if share[row, column] > 0.7 else INK
             text: dict[str, Any] = {"color": ink, "ha": "center", "va": "center"}
@@ -102,7 +102,7 @@ def plot_learning_curves(histories: Mapping[str, Sequence[Epoch]], winner: str |
 
 
 def plot_reliability(found: Reliability, title: str) -> Figure:
-    """How often the model is right where it is so sure, beside the line where both agree; below, how often it is."""
+    """Accuracy against confidence by bin, with the diagonal of perfect calibration; below, the utterances per bin."""
     bins = len(found.n)
     centres, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
     with mpl.rc_context(STYLE):
@@ -111,14 +111,14 @@ def plot_reliability(found: Reliability, title: str) -> Figure:
         upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1)
         upper.bar(centres, np.nan_to_num(found.accuracy), width, color=ACCENT, alpha=0.35)
         upper.plot(found.confidence, found.accuracy, "o", color=ACCENT, markersize=4)
-        upper.set(ylim=(0, 1.02), ylabel="share that is right", title=title)
+        upper.set(ylim=(0, 1.02), ylabel="accuracy", title=title)
         lower.bar(centres, found.n, width, color=MUTED, alpha=0.6)
         lower.set(xlim=(0, 1), xlabel="probability of the predicted emotion", ylabel="utterances")
     return figure
 
 
 def plot_winners(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figure:
-    """The dev metric of the winners of several searches, epoch by epoch; told apart by colour, mark and dash."""
+    """The dev metric of the winners of several searches, epoch by epoch; distinguished by colour, marker and dash."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
@@ -134,7 +134,7 @@ def plot_winners(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figur
 
 
 def plot_intervals(rows: Mapping[str, tuple[float, Sequence[float] | None]], title: str) -> Figure:
-    """Figures with their intervals, one line each, the first on top."""
+    """Metrics with their intervals, one line each, the first on top."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 0.9 + 0.34 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
@@ -151,7 +151,7 @@ def plot_intervals(rows: Mapping[str, tuple[float, Sequence[float] | None]], tit
 
 
 def plain(metric: str) -> str:
-    """A metric as an axis names it.
+    """A metric's name as an axis label.
 
     >>> plain("dev_macro_f1"), plain("seconds_per_epoch")
     ('dev macro F1', 'seconds per epoch')
@@ -161,16 +161,16 @@ def plain(metric: str) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
-    """On white, 200 dots an inch."""
+    """PNG on white, 200 dots per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, facecolor="white")
     return buffer.getvalue()
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An ``<svg>`` element for an HTML page, without a ground, in the page's ``color`` and ``--accent``.
+    """An ``<svg>`` element for an HTML page, without a background, in the page's ``color`` and ``--accent``.
 
-    ``name`` must differ between the figures of a page: it makes their inner ids differ, and it is what is read aloud.
+    ``name`` must be unique among the plots of a page: it makes their inner ids unique, and screen readers read it.
     """
     buffer = io.StringIO()
     with mpl.rc_context(STYLE | {"svg.hashsalt": name, "svg.id": name.replace(" ", "-")}):
@@ -183,7 +183,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def _line(axes: Axes, epochs: Sequence[Epoch], key: str, **style: Any) -> None:
-    """Draw what there is: an epoch may lack a value."""
+    """Draw the epochs that have a value; some may lack one."""
     points = [(epoch["epoch"], epoch[key]) for epoch in epochs if epoch.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **{"marker": "o", "markersize": 3, **style})

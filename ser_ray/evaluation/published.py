@@ -1,7 +1,7 @@
-"""What others reached, and what people hear: figures from papers, each with the protocol that it holds for.
+"""Published metrics of models and of human listeners, from papers, each with its protocol.
 
-A figure of another split, or over other emotions, is no yardstick: `matching` gives those alone that a run may be
-held against, and says of each what still differs.
+Metrics of another split or over other emotions are not comparable: `matching` returns only those that a run may be
+compared with, and notes for each what still differs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _EIGHT: Final = _SEVEN | {"calm"}
 
 @dataclass(frozen=True)
 class Published:
-    """Shares (0 to 1) under one name, and what they were measured on.
+    """Metrics (0 to 1) of one model or of human listeners, and what they were measured on.
 
-    ``protocol``: the fields of `ser_ray.config.Protocol` that a run must have had; none for people, who were not
-    trained. ``leaky``: whether train and test shared speakers; None where nothing was trained.
+    ``protocol``: the fields of `ser_ray.config.Protocol` that a run must match; empty for people, who were not trained.
+    ``leaky``: whether train and test shared speakers; None if nothing was trained.
     """
 
     corpus: str
@@ -46,7 +46,7 @@ def _emobox(
     note: str,
     metrics: Mapping[str, tuple[float, float | None]],
 ) -> tuple[Published, ...]:
-    """A column of its table: encoder -> (UAR, accuracy), there called UA and WA."""
+    """One column of the EmoBox table; ``metrics``: encoder -> (UAR, accuracy), there called UA and WA."""
     return tuple(
         Published(corpus, protocol, emotions, leaky, f"{encoder}, frozen, MLP head", *both, _EMOBOX, note)
         for encoder, both in metrics.items()
@@ -59,7 +59,7 @@ ROWS: Final = (
         {"scheme": "given_folds", "given": "emobox"},
         _EIGHT,
         False,
-        "mean over the six folds: a single fold lies several points above or below",
+        "mean over the six folds; a single fold is several points higher or lower",
         {
             "wav2vec2-base": (0.543, 0.554),
             "HuBERT-base": (0.654, 0.662),
@@ -73,7 +73,7 @@ ROWS: Final = (
         {"scheme": "random"},
         _SIX,
         True,
-        "another split, which also has every speaker on both sides",
+        "another split, also with every speaker in both train and test",
         {
             "wav2vec2-base": (0.620, 0.619),
             "HuBERT-base": (0.711, 0.710),
@@ -87,7 +87,7 @@ ROWS: Final = (
         {"scheme": "random"},
         _SEVEN,
         True,
-        "another split, which also has both speakers on both sides",
+        "another split, also with both speakers in both train and test",
         {
             "wav2vec2-base": (0.979, None),
             "HuBERT-base": (0.996, None),
@@ -119,25 +119,25 @@ ROWS: Final = (
         "of the intended emotion, over all utterances, not this test split",
     ),
 )
-"""Everything that is known well enough to be quoted; order is kept."""
+"""All results that are reliable enough to quote, in the order in which they are shown."""
 
 
 def matching(
     corpora: Iterable[str], protocol: Mapping[str, Any], emotions: Iterable[str], leaky: bool
 ) -> list[dict[str, Any]]:
-    """The published and human figures that a run on one corpus may be compared with.
+    """The published and human metrics that a run on one corpus may be compared with.
 
     Args:
-        corpora: those of the experiment; of several together nothing is published.
+        corpora: those of the experiment; for several together nothing is published.
         protocol: the fields of `ser_ray.config.Protocol`, as an evaluation record holds them; others are ignored.
         emotions: those of the experiment, after merging.
         leaky: whether its train and test share speakers or recordings.
 
     Returns:
-        A dict a figure: name, uar, accuracy (shares, or None where it was not published), source, note.
+        One dict per result: name, uar, accuracy (0 to 1, or None if not published), source, note.
 
-    >>> found = matching(["crema_d"], {"scheme": "speaker_kfold"}, _SIX, leaky=False)
-    >>> [(row["name"], row["accuracy"]) for row in found][0]
+    >>> rows = matching(["crema_d"], {"scheme": "speaker_kfold"}, _SIX, leaky=False)
+    >>> [(row["name"], row["accuracy"]) for row in rows][0]
     ('people, one listener, voice alone', 0.409)
     >>> matching(["crema_d", "ravdess"], {"scheme": "speaker_kfold"}, _SIX, leaky=False)
     []

@@ -1,4 +1,4 @@
-"""Read a results folder: what `tune`, `train` and `evaluate` left there, however far they came."""
+"""Read a results folder that `tune`, `train` and `evaluate` wrote, finished or not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
+from ser_ray.errors import UserError
 from ser_ray.evaluation.summary import read_predictions
-from ser_ray.schema import Predictions, UserError
+from ser_ray.schema import Predictions
 
 THE_PROBE: Final = "the probe"
-"""What a model is called whose best epoch is 0: `Head.init` probe, before anything of the backbone was trained."""
+"""The name of a model whose best epoch is 0: `Head.init` probe, before any training of the backbone."""
 _LORA_ONLY: Final = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a results folder holds; whatever is not there yet is empty."""
+    """The content of a results folder; what is not there yet is empty."""
 
     folder: Path
     space: SearchSpace
@@ -32,29 +33,29 @@ class Results:
     dev: dict[str, Any]
     test: dict[str, Any]
     openings: list[dict[str, Any]]
-    """One entry for every time that the test split was scored."""
+    """One entry for every opening of the test set."""
     trials: list[dict[str, str]]
-    """Rows of trials.csv, the best by the search's metric first."""
+    """Rows of trials.csv, best first by the search's metric."""
     histories: dict[str, list[dict[str, Any]]]
     """Trial -> its epochs in order."""
     predictions: dict[str, Predictions]
-    """Split -> what the chosen trial said about it."""
+    """Split -> the predictions of the chosen trial."""
 
     @property
     def metric(self) -> str:
-        """The headline figure that trials are compared by: ``uar``."""
+        """The headline metric that trials are compared by, such as ``uar``."""
         return self.space.tune.metric.removeprefix("dev_")
 
     @property
     def leader(self) -> dict[str, str]:
-        """The row of the chosen trial; before the choice, of the best one so far; without any figure, empty."""
+        """The row of the chosen trial; before the choice, of the best one so far; empty if no trial has the metric."""
         if chosen := self.choice.get("trial_id"):
             return next((row for row in self.trials if row["trial_id"] == chosen), {"trial_id": chosen})
         return next((row for row in self.trials if as_number(row.get(self.space.tune.metric)) is not None), {})
 
     @property
     def probe(self) -> str:
-        """`the_probe` of the leader: of the runs that it is judged by, or of its one trial."""
+        """`the_probe` of the leader: over the runs that it is compared by, or of its one trial."""
         rows = [row for row in self.choice.get("finalists", ()) if row["trial_id"] == self.choice.get("trial_id")]
         runs = [run for row in rows for run in row.get("runs", ())] or self.runs
         checkpoints = [run["checkpoint"] for run in runs if run.get("checkpoint")]
@@ -62,17 +63,17 @@ class Results:
 
     @property
     def leaky(self) -> bool:
-        """Whether anything here says that train and another split share speakers or recordings."""
+        """Whether the audit, dev or test record says that train shares speakers or recordings with another split."""
         return any(part.get("leaky", False) for part in (self.audit, self.dev, self.test))
 
     @property
     def chosen_config(self) -> dict[str, Any]:
-        """The leader's backbone, adapter and searched keys, dotted; of an adapter without LoRA no rank or the like, of
-        the probe nothing of what was not trained."""
+        """The leader's backbone, adapter and searched keys, dotted; without LoRA no LoRA keys, for the probe no keys of
+        the adapter or the optimizer."""
         return self.leaders_config(self.space.search)
 
     def leaders_config(self, searched: Iterable[str]) -> dict[str, Any]:
-        """The same with other keys than those searched here, as a comparison with another search needs it."""
+        """The same for the keys in ``searched``, which may be those of another search to compare with."""
         keys = dict.fromkeys(["backbone", *(f"adapter.{name}" for name in Adapter.model_fields), *searched])
         base = to_dict(self.space.experiment)
         values: dict[str, Any] = {
@@ -89,17 +90,17 @@ class Results:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """The figures of each fold and seed that was tested; empty where one checkpoint was."""
+        """The test metrics of each run, a fold and a seed; empty without a test record."""
         return list(self.test.get("runs", ()))
 
     @property
     def answer(self) -> dict[str, Any]:
-        """The test figures that count: the mean over the runs where there are several, else those of the one."""
+        """The test metrics to report: the mean over the runs if there are several, else those of the only run."""
         return self.test.get("mean") or self.test
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Row of the table of headline figures (test, dev, baselines) -> figures, as far as there are any."""
+        """Row of the table of headline metrics (test, dev, baselines) -> its metrics; rows without any are left out."""
         rows = {"test": self.test}
         if "mean" in self.test:
             rows = {f"test, mean of {len(self.runs)} runs": self.answer, "test, runs pooled": self.test}
@@ -112,9 +113,9 @@ class Results:
 
 
 def read_results(results_dir: Path) -> Results:
-    """Read a results folder; UserError where it is none, or a file in it is broken."""
+    """Read a results folder. Raises UserError if it is not one, or a file in it is broken."""
     if not (results_dir / "search.yaml").is_file():
-        raise UserError(f"{results_dir}: no results folder (it holds no search.yaml); give results/<name>")
+        raise UserError(f"{results_dir}: not a results folder (it holds no search.yaml); give results/<name>")
     space = load(results_dir / "search.yaml")
     evaluation = results_dir / "evaluation"
     predictions = evaluation / "predictions.parquet"
@@ -135,7 +136,7 @@ def read_results(results_dir: Path) -> Results:
 
 
 def the_probe(checkpoints: Sequence[str]) -> str:
-    """``the probe`` where all checkpoints are of epoch 0, in how many runs where some are, else nothing.
+    """``the probe`` if all checkpoints are of epoch 0; with the number of runs if some are; else empty.
 
     >>> the_probe(["trials/001/epoch_000"]), the_probe(["a/epoch_000", "b/epoch_004"]), the_probe(["b/epoch_010"])
     ('the probe', 'the probe in 1 of 2 runs', '')
@@ -146,9 +147,9 @@ def the_probe(checkpoints: Sequence[str]) -> str:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a history.jsonl in order; of an epoch that a resumed trial repeats, the last line counts.
+    """The epochs of a history.jsonl in order; if a resumed trial repeats an epoch, its last line counts.
 
-    Raises UserError where a line is no epoch. A last line that was cut off by a kill is left out.
+    Raises UserError if a line is not an epoch. A last line that was cut off by a kill is left out.
     """
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
@@ -157,12 +158,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     try:
         epochs = {record["epoch"]: record for record in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line is no epoch ({error}); remove it") from None
+        raise UserError(f"{path}: a line is not an epoch ({error}); remove it") from None
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def as_number(value: object) -> float | None:
-    """The finite number that a cell of a table holds, or None for a word, nothing, true or NaN.
+    """The finite number in a cell of a table; None for text, an empty cell, a bool, NaN or infinity.
 
     >>> as_number("3e-4"), as_number(2), as_number("openai/whisper-base"), as_number(""), as_number("nan")
     (0.0003, 2.0, None, None, None)
@@ -194,10 +195,10 @@ def _read_trials(path: Path, metric: str) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if any("trial_id" not in row for row in rows):
-        raise UserError(f"{path}: has no column trial_id; it is not what ser-ray tune wrote")
+        raise UserError(f"{path}: has no column trial_id; it was not written by ser-ray")
 
     def by_metric(row: dict[str, str]) -> float:
-        figure = as_number(row.get(metric))
-        return -math.inf if figure is None else figure
+        value = as_number(row.get(metric))
+        return -math.inf if value is None else value
 
     return sorted(rows, key=by_metric, reverse=True)

@@ -1,6 +1,6 @@
 """The evaluation record: what `evaluate` writes for a split, and what `report` shows.
 
-`summarise` makes ``evaluation/<split>.json``; `write_predictions` keeps what every figure can be computed from again.
+`summarise` makes ``evaluation/<split>.json``; `write_predictions` saves what every metric can be recomputed from.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ser_ray.disk import replacing
+from ser_ray.errors import UserError
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import accuracy, confusion, ece, headline, per_emotion, uar
-from ser_ray.schema import Predictions, UserError
+from ser_ray.schema import Predictions
 
 _COLUMNS: Final = ("utterance_id", "corpus", "speaker", "split", "emotion", "predicted")
 _PROBABILITY: Final = "p_"
 
 
 def summarise(predictions: Predictions, protocol: dict[str, Any], leaky: bool, seed: int = 0) -> dict[str, Any]:
-    """All figures of one split, as plain JSON types.
+    """All metrics of one split, as plain JSON types.
 
     Args:
         predictions: of N utterances.
-        protocol: how the split was made; carried along as it is.
+        protocol: how the split was made; stored as it is.
         leaky: whether train and this split share speakers or recordings.
         seed: of the bootstrap.
 
     Returns:
-        n, the headline figures, ``ci95`` (figure -> [low, high]) and ``ci95_unit``, ``confusion`` (K rows, true) with
+        n, the headline metrics, ``ci95`` (metric -> [low, high]) and ``ci95_unit``, ``confusion`` (K rows, true) with
         its ``labels`` (the emotions' names), ``per_emotion`` (precision, recall, f1, n), ``per_corpus`` and
         ``per_speaker`` (n, accuracy, uar), ``ece``, ``protocol``, ``leaky``.
 
     Raises:
-        UserError: there are no utterances, or the probabilities are no numbers.
+        UserError: there are no utterances, or the probabilities are NaN or infinite.
     """
     if not len(predictions):
         raise UserError("no utterances to evaluate: the split is empty; check experiment.protocol and the corpora")
     if broken := int((~np.isfinite(predictions.probabilities)).any(axis=1).sum()):
         raise UserError(
-            f"{broken} of {len(predictions)} utterances have probabilities that are no numbers: training diverged; "
-            "lower experiment.optimizer.lr"
+            f"{broken} of {len(predictions)} utterances have probabilities that are NaN or infinite: training "
+            "diverged; lower experiment.optimizer.lr"
         )
     labels, predicted, emotions = predictions.labels, predictions.predicted, predictions.emotions
     matrix = confusion(labels, predicted, len(emotions))
@@ -70,11 +71,11 @@ def summarise(predictions: Predictions, protocol: dict[str, Any], leaky: bool, s
 
 
 def write_predictions(predictions: Predictions, split: str, path: Path) -> None:
-    """Write one split's predictions to Parquet; other splits that the file holds are kept, the same one is replaced.
+    """Write one split's predictions to Parquet; other splits in the file are kept, the same split is replaced.
 
-    Columns utterance_id, corpus, speaker, split, emotion, predicted, and p_<emotion> for each in order.
+    Columns utterance_id, corpus, speaker, split, emotion, predicted, and p_<emotion> for each emotion in order.
 
-    Raises UserError where the file holds predictions over other emotions.
+    Raises UserError if the file holds predictions of other emotions.
     """
     names = np.asarray(predictions.emotions)
     columns = (
@@ -92,7 +93,7 @@ def write_predictions(predictions: Predictions, split: str, path: Path) -> None:
         before = pq.read_table(path)
         if before.column_names != table.column_names:
             raise UserError(
-                f"{path}: holds {_emotions_of(before, path)}, not {predictions.emotions}; move the file away"
+                f"{path}: holds emotions {_emotions_of(before, path)}, not {predictions.emotions}; move the file away"
             )
         table = pa.concat_tables([before.filter(pc.not_equal(before["split"], split)), table])
     with replacing(path) as aside:
@@ -102,7 +103,7 @@ def write_predictions(predictions: Predictions, split: str, path: Path) -> None:
 def read_predictions(path: Path) -> dict[str, Predictions]:
     """Split -> its predictions, from a file of `write_predictions`.
 
-    Raises UserError where the file is missing or has other columns.
+    Raises UserError if the file is missing or has other columns.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; ser-ray evaluate writes it")

@@ -1,4 +1,4 @@
-"""Figures of a search's trials: parallel coordinates of what was tried, and what a good figure costs."""
+"""Plots of a search's trials: parallel coordinates of the searched values, and the metric against costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ser_ray.evaluation.plots import ACCENT, GROUND, INK, MUTED, STYLE, plain
 from ser_ray.evaluation.results import as_number
 
 ABSENT: Final = -0.14
-"""Where a trial passes an axis whose key it does not have: below its end."""
+"""Where a trial crosses an axis whose key it does not have: below the axis."""
 
 Row = Mapping[str, str]
 """A row of trials.csv."""
@@ -26,7 +26,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Axis:
-    """One upright axis: where each of N trials crosses it (0 at the bottom to 1, or `ABSENT`), and its ticks."""
+    """One vertical axis: where each of N trials crosses it (0 at the bottom to 1, or `ABSENT`), and its ticks."""
 
     name: str
     positions: tuple[float, ...]
@@ -36,8 +36,8 @@ class Axis:
 def axis(name: str, cells: Sequence[str], distribution: Distribution | None = None) -> Axis:
     """Scale the cells of one column of trials.csv.
 
-    Choices are spread evenly, in their order or, where all are numbers, by size; a range reaches from end to end of
-    what is searched, in the logarithm where it is searched so; a column that is not searched, over its own values.
+    Choices are spaced evenly, in their order or, if all are numbers, by size. The axis of a range covers the searched
+    range, in the logarithm if it is searched so; that of a column that is not searched covers the column's values.
 
     >>> axis("lr", ["1e-5", "1e-4", ""], Distribution(loguniform=(1e-5, 1e-3))).positions
     (0.0, 0.5, -0.14)
@@ -65,7 +65,7 @@ def axis(name: str, cells: Sequence[str], distribution: Distribution | None = No
 
 
 def plot_parallel(rows: Sequence[Row], search: Mapping[str, Distribution], metric: str, winner: str | None) -> Figure:
-    """One line a trial through all that was searched, to the metric; the better, the stronger. The winner is thick.
+    """One line per trial through the searched keys to the metric; better trials are more opaque, the winner is thick.
 
     Args:
         rows: trials that all have a number under ``metric``.
@@ -108,13 +108,13 @@ def pareto_front(metric_N: np.ndarray, costs_NC: np.ndarray) -> np.ndarray:
 
 
 def plot_cost(rows: Sequence[Row], costs: Sequence[str], front: Sequence[str], metric: str) -> Figure:
-    """The metric against each cost; filled are the trials on the front of the metric and all costs of ``front``.
+    """The metric against each cost; trials on the Pareto front of the metric and all costs of ``front`` are filled.
 
     Args:
         rows: trials that all have numbers under ``metric``, ``costs`` and ``front``.
-        costs: columns, a panel each.
-        front: columns to keep low; where it is one, its panel shows the front as a line.
-        metric: what to keep high.
+        costs: columns, one panel each.
+        front: columns to minimise; if there is only one, its panel shows the front as a line.
+        metric: the column to maximise.
     """
     gained = _column(rows, metric)
     on_front = pareto_front(gained, np.column_stack([_column(rows, cost) for cost in front]))
@@ -158,7 +158,7 @@ def _categories(name: str, cells: Sequence[str], choices: list[str]) -> Axis:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Both ends and what is round between them, but not close to an end."""
+    """Both ends, and the round numbers between them that are not close to an end."""
     if low == high:
         return [low]
     if log:
@@ -171,7 +171,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 def _draw_axis(axes: Axes, place: int, one: Axis) -> None:
     axes.plot([place, place], [0, 1], color=INK, linewidth=0.9, zorder=4)
-    # On a patch of the ground, or the lines would run through the words.
+    # On a patch of the background colour, so that no line crosses the text.
     behind = {"facecolor": GROUND, "alpha": 0.8, "linewidth": 0, "pad": 0.8}
     text: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8, "zorder": 5, "bbox": behind}
     for height, label in one.ticks:
@@ -182,11 +182,11 @@ def _draw_axis(axes: Axes, place: int, one: Axis) -> None:
 
 
 def _short(choice: str) -> str:
-    """Of a hub id or a directory the last part tells backbones apart."""
+    """The last part of a hub id or a directory, which distinguishes backbones; at most 20 characters."""
     last = choice.rsplit("/", 1)[-1]
     return last if len(last) <= 20 else f"{last[:19]}…"
 
 
 def _broken(name: str) -> str:
-    """A dotted key over two lines, so that neighbours do not touch."""
+    """A dotted key over two lines, so that neighbouring labels do not touch."""
     return name.replace(".", ".\n")

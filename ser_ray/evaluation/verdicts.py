@@ -1,4 +1,4 @@
-"""What a search found, in sentences: what the winner beats, by how much, and how sure that is."""
+"""The result of a search in sentences: what the winner beats, by how much, and whether that is significant."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ NAMES: Final = {
 
 
 def verdicts(results: Results) -> list[str]:
-    """Sentences on the winner: against baselines on test, the runner-up on dev, and what others published."""
-    found, it = [], THE_PROBE if results.probe == THE_PROBE else "it"
+    """Sentences that compare the winner with baselines on test, the runner-up on dev, and published results."""
+    sentences, it = [], THE_PROBE if results.probe == THE_PROBE else "it"
     for name, gaps in results.test.get("against", {}).items():
         if metric := _metric(gaps, results.metric):
-            found.append(f"On test {it} {comparison(_with_article(name), gaps[metric], metric)}.")
+            sentences.append(f"On test {it} {comparison(_with_article(name), gaps[metric], metric)}.")
     runner_up = results.choice.get("against") or {}
     if metric := _metric(runner_up.get("gap", {}), results.metric):
         name = f"the runner-up, trial {runner_up['trial_id']}"
-        found.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
-    found.append(_averaged(results))
-    found.append(_beside_published(results))
-    return [sentence for sentence in found if sentence]
+        sentences.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
+    sentences.append(_averaged(results))
+    sentences.append(_beside_published(results))
+    return [sentence for sentence in sentences if sentence]
 
 
 def comparison(name: str, gap: Gap, metric: str) -> str:
-    """Whether one beats the other: the interval must leave out 0, after the correction for several comparisons too.
+    """Whether one beats the other: the interval must exclude 0, and p_holm, if there is one, must be below 0.05.
 
     >>> comparison("the runner-up", {"difference": 0.041, "ci95": [0.01, 0.072]}, "uar")
     'beats the runner-up by 4.1 points UAR [1.0, 7.2]'
@@ -42,12 +42,12 @@ def comparison(name: str, gap: Gap, metric: str) -> str:
     >>> comparison("chance", {"difference": -0.02, "ci95": [-0.03, -0.01]}, "kappa")
     'is worse than chance: -2.0 points kappa [-3.0, -1.0]'
     >>> comparison("chance", {"difference": 0.1, "ci95": None, "p": None}, "uar")
-    'cannot be compared with chance: +10.0 points UAR for every speaker alike, which cannot be tested'
+    'cannot be compared with chance: the same gap for every speaker (+10.0 points UAR) cannot be tested'
     """
     interval = limits(gap)
     if interval is None:
-        alike = f"{signed(gap['difference'])} points {NAMES[metric]} for every speaker alike, which cannot be tested"
-        return f"cannot be compared with {name}: {alike}"
+        points = f"{signed(gap['difference'])} points {NAMES[metric]}"
+        return f"cannot be compared with {name}: the same gap for every speaker ({points}) cannot be tested"
     tested = f", {p_of(gap)}" if gap.get("p") is not None else ""
     if wins(gap) > 0:
         low, high = interval
@@ -58,7 +58,7 @@ def comparison(name: str, gap: Gap, metric: str) -> str:
 
 
 def p_of(gap: Gap) -> str:
-    """The p-value of a gap, and where several comparisons were made the corrected one.
+    """The p-value of a gap, and if several comparisons were made, also the corrected one.
 
     >>> p_of({"p": 0.0123}), p_of({"p": 0.0123, "p_holm": 0.0246, "comparisons": 2})
     ('p = 0.01', 'p = 0.01, 0.02 corrected for 2 comparisons (Holm)')
@@ -78,7 +78,7 @@ def brief_p(gap: Gap) -> str:
 
 
 def signed(share: float) -> str:
-    """A difference of shares in points, with its sign.
+    """A difference of shares in percentage points, with its sign.
 
     >>> signed(0.0031), signed(-0.02), signed(-0.0001)
     ('+0.3', '-2.0', '0.0')
@@ -88,7 +88,7 @@ def signed(share: float) -> str:
 
 
 def limits_of(gap: Gap) -> str:
-    """The interval of a difference, in points; or that there is none."""
+    """The interval of a difference in points, or that it cannot be tested."""
     interval = limits(gap)
     return f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "cannot be tested"
 
@@ -105,7 +105,7 @@ def _after(gap: Gap) -> str:
 
 
 def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:
-    """Of the figures that have a gap the one that trials are compared by, or UAR, or the first."""
+    """The metric to report: of those with a gap the one that trials are compared by, else UAR, else the first."""
     known = [name for name in (preferred, "uar", *gaps) if name in gaps and name in NAMES]
     return known[0] if known else None
 
@@ -123,23 +123,23 @@ def _averaged(results: Results) -> str:
     over = f", the mean over {folds} folds" if folds > 1 else ""
     return (
         f"The mean of its {seeds} seeds' probabilities gives {NAMES[results.metric]} {metrics[results.metric]:.3f} on "
-        f"test{over}; one of them alone {results.answer[results.metric]:.3f}."
+        f"test{over}; a single seed gives {results.answer[results.metric]:.3f} on average."
     )
 
 
 def _beside_published(results: Results) -> str:
-    """The highest published figure; no test of a difference: of others' work there are no predictions."""
+    """The gap to the highest published metric, not tested: there are no predictions of published models."""
     known = [
         (metric, [row for row in results.test.get("published", ()) if row.get(metric) is not None])
         for metric in (results.metric, "uar", "accuracy")
         if metric in results.answer
     ]
-    metric, rows = next((found for found in known if found[1]), ("", []))
+    metric, rows = next((pair for pair in known if pair[1]), ("", []))
     if not rows:
         return ""
     row = max(rows, key=lambda one: one[metric])
     gap = round(100 * (results.answer[metric] - row[metric]), 1)
     where = f"{abs(gap):.1f} points {NAMES[metric]} {'above' if gap > 0 else 'below'}" if gap else "level with"
     note = f"; {row['note']}" if row.get("note") else ""
-    highest = f", the highest of {len(rows)} published figures" if len(rows) > 1 else " as published"
+    highest = f", the highest of {len(rows)} published results" if len(rows) > 1 else " as published"
     return f"It is {where} {row['name']}{highest} ({row[metric]:.3f}, {row.get('source', 'no source given')}{note})."

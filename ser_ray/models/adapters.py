@@ -1,4 +1,4 @@
-"""How a backbone is adapted: which weights learn, LoRA through PEFT, and the check that all of them do learn."""
+"""How a backbone is adapted: which weights are trainable, LoRA through PEFT, and the check that all get gradients."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 
 from ser_ray import config
+from ser_ray.errors import UserError
 from ser_ray.models.backbones import Backbone
-from ser_ray.schema import UserError
 
-# PEFT takes seconds to import, which a trial that trains a head or everything need not wait for.
+# PEFT takes seconds to import, which a trial that trains only the head or all weights need not wait for.
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ATTENTION: Final = {
     "wav2vec2": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "hubert": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    # WavLM hands raw weights to F.multi_head_attention_forward: an adapter there is by-passed and never learns.
+    # WavLM passes raw weights to F.multi_head_attention_forward: an adapter there is bypassed and never trained.
     "wavlm": (),
     "whisper": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
@@ -30,7 +30,7 @@ FEED_FORWARD: Final = {
 
 
 def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
-    """Set which of the backbone's weights learn; for lora and qlora, put low-rank updates in.
+    """Set which of the backbone's weights are trainable; for lora and qlora, insert low-rank updates.
 
     Returns PEFT's view of the backbone, which saves and loads the updates; None for frozen and full.
     Raises UserError where `adapter.targets` or `adapter.first_layer` do not fit this backbone.
@@ -61,7 +61,7 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
 
 
 def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftModel:
-    """Put saved low-rank updates (PEFT layout, safetensors) into a freshly loaded backbone."""
+    """Insert saved low-rank updates (PEFT layout, safetensors) into a newly loaded backbone."""
     backbone.first_trained = adapter.first_layer
     backbone.model.requires_grad_(False)
     from peft import PeftModel
@@ -70,23 +70,23 @@ def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftM
 
 
 def check_gradients(model: nn.Module) -> None:
-    """After the first backward pass: every weight that should learn has a gradient, or the run stops here.
+    """Check after the first backward pass that every trainable weight has a gradient.
 
-    A gradient of zero passes: LoRA's A has one at first, since B begins at zero, and so have the blocks above the one
-    that a probe reads. No gradient at all means that the weight takes no part.
-    Raises UserError naming the first module that is by-passed.
+    A gradient of zero is accepted: LoRA's A has one at first, since B starts at zero, and so have the blocks above the
+    one that a probe reads. No gradient at all means that the forward pass does not use the weight.
+    Raises UserError naming the first module that is bypassed.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             module = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
             raise UserError(
-                f"adapter: {module} got no gradient in the first step: the backbone by-passes it and it would never "
-                "learn; take it out of adapter.targets"
+                f"adapter: {module} got no gradient in the first step: the backbone bypasses it and it would never be "
+                "trained; remove it from adapter.targets"
             )
 
 
 def _unfreeze_from(backbone: Backbone, first_layer: int) -> None:
-    """All weights, or with ``first_layer`` above 0 only those of the blocks from there on."""
+    """Train all weights, or with ``first_layer`` above 0 only those of the blocks from there on."""
     if first_layer == 0:
         return
     backbone.model.requires_grad_(False)
@@ -106,13 +106,13 @@ def _target_modules(backbone: Backbone, adapter: config.Adapter) -> list[str]:
                 for name, module in layer.named_modules()
                 if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
             ]
-    found = {name.rsplit(".", 1)[-1] for name in names}
-    if missing := [target for target in wanted if target not in found]:
+    matched = {name.rsplit(".", 1)[-1] for name in names}
+    if missing := [target for target in wanted if target not in matched]:
         known = sorted(
             {n.rsplit(".", 1)[-1] for n, m in backbone.layers()[0].named_modules() if isinstance(m, nn.Linear)}
         )
         raise UserError(
-            f"adapter.targets: {missing[0]!r} is no linear layer of this {backbone.family} backbone; "
+            f"adapter.targets: {missing[0]!r} is not a linear layer of this {backbone.family} backbone; "
             f"known: {', '.join(known)}"
         )
     return names

@@ -1,15 +1,15 @@
 """Pre-trained speech encoders of four families, by hub id, local directory or embedded name.
 
-A `Backbone` is run in two parts, so that what is frozen can be told from what learns:
+A `Backbone` is run in two parts, so that frozen layers can be separated from trainable ones:
 
     hidden_BFD, mask_BF = backbone.embed(waveform_BT, lengths_B)     # convolutions, log-mel, positions
     layers = backbone.blocks(hidden_BFD, mask_BF)                    # one hidden_BFD before and after every block
     layers = backbone.blocks(hidden_BFD, mask_BF, start=k)           # the same from block k on, given its input
 
-Both keep an utterance's frames independent of what it is batched with. That takes care in three places where
-transformers' own forward lets the padding in: Whisper's log-mel and convolutions, the group norm of wav2vec2-base's
-first convolution (its statistics run over time), and attention, which is masked. On a batch without padding the
-result is transformers' own.
+In both, an utterance's frames do not depend on the other utterances of its batch. Three places need care, where
+padding changes the result of transformers' own forward: Whisper's log-mel and convolutions, the group norm of
+wav2vec2-base's first convolution (its statistics run over time), and attention, which is masked. On a batch without
+padding the result equals that of transformers.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from ser_ray.errors import UserError
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
-from ser_ray.schema import UserError
 from ser_ray.speech.augment import mask
 
 FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
 ASSETS: Final = Path(__file__).parent.parent / "assets"
 EMBEDDED: Final = "embedded/"
 
-transformers.utils.logging.disable_progress_bar()  # for people: not one for every load
+transformers.utils.logging.disable_progress_bar()  # there would be one for every load
 
-# Parts of a pre-trained checkpoint that an encoder has no use for, or that it may lack.
+# Parts of a pre-trained checkpoint that an encoder does not use, and parts that it may lack.
 _UNUSED = ("model.decoder.", "decoder.", "proj_out.", "lm_head.", "quantizer.", "project_", "classifier.", "projector.")
 _OPTIONAL = ("masked_spec_embed",)
-# What never learns: the former serves transformers' own SpecAugment, which is not run here; the latter is Whisper's
-# given sinusoids, which transformers freezes too, but not when it loads them.
+# Parameters that are never trained: the former is for transformers' own SpecAugment, which is not run here; the latter
+# are Whisper's fixed sinusoids, which transformers freezes too, but not when it loads them.
 _FIXED = ("masked_spec_embed", "embed_positions.")
 
 
@@ -66,12 +66,12 @@ class Backbone(nn.Module):
         self.width = self.model.config.hidden_size
         self.num_layers = self.model.config.num_hidden_layers
         self.first_trained: int | None = 0
-        """Blocks from here on learn; None: nothing does. What is below stays in evaluation mode."""
+        """The first trainable block; None: nothing is trainable. What is below stays in evaluation mode."""
         self.masks = (0.0, 0.0)
-        """SpecAugment in training: the largest share of channels, and of frames, that a mask takes."""
+        """SpecAugment in training: the largest share of channels, and of frames, that a mask covers."""
         self.recompute = False
-        """Gradient checkpointing: a block's activations are computed again in the backward pass, not kept."""
-        self._varies = False
+        """Gradient checkpointing: a block's activations are recomputed in the backward pass, not stored."""
+        self._augments = False
 
     def layers(self) -> nn.ModuleList:
         """The transformer blocks."""
@@ -84,8 +84,8 @@ class Backbone(nn.Module):
     def blocks(
         self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, start: int = 0, stop: int | None = None
     ) -> list[torch.Tensor]:
-        """The input of block ``start`` and the output of every block from there to before ``stop``; the last block's
-        with the final norm."""
+        """The input of block ``start`` and the output of every block from there to before ``stop``. The last block's
+        output includes the final norm."""
         hiddens = [hidden_BFD]
         run = self._block(hidden_BFD, mask_BF)
         for index in range(start, self.num_layers if stop is None else stop):
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         return hiddens
 
     def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """Block number and its input -> its output, for a batch of this shape and mask."""
+        """A function for a batch of this shape and mask: number of a block and its input -> its output."""
         raise NotImplementedError
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
@@ -116,9 +116,9 @@ class Backbone(nn.Module):
         return self.blocks(hidden_BFD, mask_BF, stop=stop), mask_BF
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training mode for the part that learns; dropout in a frozen part would only add noise."""
+        """Training mode for the trainable part; dropout in a frozen part would only add noise."""
         super().train(False)
-        self._varies = mode and max(self.masks) > 0
+        self._augments = mode and max(self.masks) > 0
         if mode and self.first_trained is not None:
             if self._embedding_trainable():
                 super().train(True)
@@ -142,10 +142,10 @@ class Whisper(Backbone):
 
     def embed(self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features_BMF, mel_frames_B = self.logmel(waveform_BT, lengths_B)
-        if self._varies:
+        if self._augments:
             features_BMF = mask(features_BMF, mel_frames_B, *self.masks)
         hidden_BDF = nn.functional.gelu(self.model.conv1(features_BMF))
-        # The first convolution leaks one frame beyond an utterance and adds its bias there: silence it again.
+        # The first convolution leaks one frame beyond an utterance and adds its bias there: set this to zero again.
         hidden_BDF = hidden_BDF * frame_mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
         hidden_BFD = nn.functional.gelu(self.model.conv2(hidden_BDF)).transpose(1, 2)
         frames = hidden_BFD.shape[1]
@@ -176,12 +176,12 @@ class Wav2Vec2(Backbone):
         if self.normalize:
             waveform_BT = _standardise(waveform_BT, lengths_B)
         features_BCF, frames_B = self._convolve(waveform_BT, lengths_B)
-        if self._varies:
+        if self._augments:
             features_BCF = mask(features_BCF, frames_B, *self.masks)
         projected = self.model.feature_projection(features_BCF.transpose(1, 2))
-        hidden_BFD = projected[0] if isinstance(projected, tuple) else projected  # HuBERT gives the tensor alone
+        hidden_BFD = projected[0] if isinstance(projected, tuple) else projected  # HuBERT returns the tensor alone
         mask_BF = frame_mask(frames_B, hidden_BFD.shape[1])
-        # Zero beyond the end, as the positional convolution's own padding is for an utterance alone.
+        # Zero beyond the end, like the positional convolution's own padding of an utterance without a batch.
         hidden_BFD = hidden_BFD * mask_BF[..., None]
         encoder = self.model.encoder
         hidden_BFD = hidden_BFD + encoder.pos_conv_embed(hidden_BFD)
@@ -193,7 +193,7 @@ class Wav2Vec2(Backbone):
         layers = self.layers()
         if self.family == "wavlm":
             batch, frames = mask_BF.shape
-            # The first block's relative positions serve all: a function of the number of frames alone.
+            # All blocks use the first one's relative positions, which depend on the number of frames alone.
             bias_HFF = self.model.encoder.layers[0].attention.compute_bias(frames, frames)
             bias = bias_HFF.repeat(batch, 1, 1)
             return lambda index, hidden: layers[index](hidden, attention_mask=mask_BF, position_bias=bias)[0]
@@ -223,22 +223,22 @@ class Wav2Vec2(Backbone):
 
 
 def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", precision: str = "auto") -> Backbone:
-    """The backbone of that name: a hub id, a local directory, or ``embedded/...``.
+    """Load the backbone of that name: a hub id, a local directory, or ``embedded/...``.
 
-    ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314),
-    computed in what ``precision`` means on the device.
+    ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314), computed in
+    the dtype of ``precision`` on the device.
     Weights are read from safetensors only.
 
-    Raises UserError, in one line, for a name that leads nowhere and for an architecture that is none of `FAMILIES`.
+    Raises UserError, in one line, for a name that cannot be found and for an architecture that is not in `FAMILIES`.
     """
     config, extractor = describe(name)
     model = _from_pretrained(name, config, quantize, device, precision)
-    setattr(model, "name_or_path", name)  # noqa: B010 (goes into adapter_config.json: what the adapter belongs to)
+    setattr(model, "name_or_path", name)  # noqa: B010 (written to adapter_config.json as the base model)
     return _wrapped(model, config, extractor).to(device)
 
 
 def untrained(name: str, seed: int = 0) -> Backbone:
-    """The architecture of that name with random weights, as transformers draws them; see `load` for errors."""
+    """The architecture of that name with transformers' random initial weights; see `load` for errors."""
     config, extractor = describe(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -255,25 +255,25 @@ def describe(name: str) -> tuple[Any, Any]:
     if config.model_type not in FAMILIES:
         raise UserError(f"backbone {name}: its type is {config.model_type}; supported are {', '.join(FAMILIES)}")
     if getattr(config, "add_adapter", False):
-        raise UserError(f"backbone {name}: add_adapter in its config.json shortens the frames; not supported")
+        raise UserError(f"backbone {name}: add_adapter in its config.json reduces the number of frames; not supported")
     return config, extractor
 
 
 def identity(name: str) -> str:
-    """What tells these weights from others of the same name: a digest of the configuration and of which weights."""
+    """A digest of a backbone's configuration and of which weights it has: distinguishes those of the same name."""
     config, _ = describe(name)
     directory = _directory(name)
     files = sorted(directory.glob("*.safetensors")) if directory is not None else []
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = [
+    parts = [
         config.to_json_string(use_diff=False),
         weights or getattr(config, "_commit_hash", None) or transformers.__version__,
     ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def embedded_directory(name: str) -> Path | None:
-    """Where an embedded backbone lies; None for others. Raises UserError for an embedded name that there is not."""
+    """The directory of an embedded backbone; None for others. Raises UserError for an unknown embedded name."""
     return _directory(name) if name.startswith(EMBEDDED) else None
 
 
@@ -281,12 +281,12 @@ def embedded_directory(name: str) -> Path | None:
 
 
 def _directory(name: str) -> Path | None:
-    """Where a local or embedded backbone lies; None for a hub id."""
+    """The directory of a local or embedded backbone; None for a hub id."""
     if name.startswith(EMBEDDED):
         directory = ASSETS / name.removeprefix(EMBEDDED)
         if not (directory / "config.json").is_file():
             known = ", ".join(sorted(EMBEDDED + path.parent.name for path in ASSETS.glob("*/config.json")))
-            raise UserError(f"backbone {name}: not embedded; there are {known}")
+            raise UserError(f"backbone {name}: not embedded; known: {known}")
         return directory
     path = Path(name).expanduser()
     if path.is_dir():
@@ -297,7 +297,7 @@ def _directory(name: str) -> Path | None:
 
 
 def _source(name: str) -> str:
-    """What transformers is to read for that name."""
+    """The hub id or directory that transformers reads for that name."""
     return str(_directory(name) or name)
 
 
@@ -307,7 +307,7 @@ def _unreachable(name: str, error: Exception) -> str:
         return f"backbone {name}: {first_line}"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     return (
-        f"backbone {name}: no such directory, and not to be had from the hub{offline}; "
+        f"backbone {name}: no such directory, and not available from the hub{offline}; "
         f"give a local directory, or download it where there is a network ({first_line})"
     )
 
@@ -324,7 +324,7 @@ def _architecture(config: Any) -> Any:
 def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str, precision: str) -> nn.Module:
     options: dict[str, Any] = {}
     if quantize:
-        # WavLM hands the raw weights of its attention to torch, which cannot read 4-bit ones; the projection after
+        # WavLM passes the raw weights of its attention to torch, which cannot read 4-bit ones. The projection after
         # the convolutions is small, and its 4-bit product is a view that later in-place steps may not change.
         skip = ["feature_projection.projection", *([r".*\.attention"] if config.model_type == "wavlm" else [])]
         options["quantization_config"] = BitsAndBytesConfig(
@@ -344,23 +344,23 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
             dtype=WEIGHTS,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below
+            ignore_mismatched_sizes=True,  # reported, and rejected below
             **options,
         )
     except (OSError, SafetensorError) as error:
         raise UserError(_unreachable(name, error)) from None
     missing = [key for key in info["missing_keys"] if not key.startswith(_OPTIONAL)]
-    strange = [key for key in info["unexpected_keys"] if not any(part in key for part in _UNUSED)]
+    unexpected = [key for key in info["unexpected_keys"] if not any(part in key for part in _UNUSED)]
     mismatched = [key for key, *_ in info["mismatched_keys"]]
-    if problems := sorted([*missing, *strange, *mismatched]):
-        raise UserError(f"backbone {name}: its weights do not fit its config.json, first at {problems[0]}")
+    if problems := sorted([*missing, *unexpected, *mismatched]):
+        raise UserError(f"backbone {name}: its weights do not fit its config.json; first mismatch: {problems[0]}")
     for key, parameter in model.named_parameters():
         if key.startswith(_FIXED):
             parameter.requires_grad_(False)
     for module in model.modules() if quantize else ():
-        if type(module).__name__ == "Linear4bit":  # bitsandbytes', which takes seconds to import for everyone else
-            # On a CPU with AVX512-BF16 it would repack itself in the first evaluation, for good, and training after
-            # that would get no gradient through it.
+        if type(module).__name__ == "Linear4bit":  # by name: bitsandbytes takes seconds to import
+            # On a CPU with AVX512-BF16 it would repack itself permanently in the first evaluation, and later training
+            # would get no gradient through it.
             module.support_avx512bf16_for_cpu = False
     return model
 
@@ -382,7 +382,7 @@ def _standardise(waveform_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Te
 
 @in_fp32
 def _masked_channel_norm(hidden_BCF: torch.Tensor, frames_B: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """`nn.GroupNorm` with one channel a group, its statistics over real frames only."""
+    """`nn.GroupNorm` with one channel per group, its statistics over real frames only."""
     assert norm.num_groups == norm.num_channels, (norm.num_groups, norm.num_channels)
     mask_B1F = frame_mask(frames_B, hidden_BCF.shape[-1])[:, None]
     count_B11 = frames_B[:, None, None]

@@ -5,7 +5,7 @@ backbone/            the whole encoder in transformers' layout (full)
 head.safetensors     layer mix, pooling, classifier
 experiment.yaml      the resolved configuration
 labels.json          index -> emotion
-metrics.json         what was measured when it was written
+metrics.json         the metrics when it was written
 training/            optimiser moments and counters, to resume from
 """
 
@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from ser_ray import config
 from ser_ray.disk import write_json
+from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.schema import UserError
 
 
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
-    """Write the model into ``directory``; ``metrics.json`` comes last, so a directory that has it is whole."""
+    """Write the model into ``directory``; ``metrics.json`` comes last, so a directory that has it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     with _system_errors(directory):
         if model.peft is not None:
@@ -48,13 +48,13 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> EmotionClassifier:
     """The model that `save` wrote, in evaluation mode.
 
-    Raises UserError where the directory is no whole checkpoint, or its backbone cannot be found.
+    Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
     directory = Path(directory)
     experiment = config.load_experiment(directory / "experiment.yaml")
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
-            raise UserError(f"{directory}: {name} is missing; this is no whole checkpoint")
+            raise UserError(f"{directory}: {name} is missing; give a complete checkpoint")
     method = experiment.adapter.method
     if method == "full":
         experiment = experiment.model_copy(update={"backbone": str(directory / "backbone")})
@@ -62,7 +62,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> EmotionCl
     if method in ("lora", "qlora"):
         adapter = str(directory / "adapter")
         if not (directory / "adapter" / "adapter_model.safetensors").is_file():
-            raise UserError(f"{directory}: adapter/adapter_model.safetensors is missing; this is no whole checkpoint")
+            raise UserError(f"{directory}: adapter/adapter_model.safetensors is missing; give a complete checkpoint")
     model = build(experiment, device, adapter=adapter)
     model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
     return model.eval()
@@ -81,7 +81,7 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
 
 
 def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the moments back into ``optimizer`` (built over the same parameters) and return the counters."""
+    """Load the moments into ``optimizer`` (built over the same parameters) and return the counters."""
     directory = directory / "training"
     state: dict[int, dict[str, torch.Tensor]] = {}
     with safe_open(directory / "optimizer.safetensors", framework="pt") as file:
@@ -94,7 +94,7 @@ def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> di
 
 
 def load_weights(model: EmotionClassifier, directory: Path) -> None:
-    """Put a checkpoint's learned weights into a model that was built from the same experiment."""
+    """Load a checkpoint's trained weights into a model that was built from the same experiment."""
     device = next(model.head.parameters()).device
     model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
     if model.peft is not None:
@@ -110,7 +110,7 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
 
 @contextmanager
 def _system_errors(directory: Path) -> Iterator[None]:
-    """safetensors says in words what the system said by a number: a full disk is an OSError here as elsewhere."""
+    """Turn a safetensors error that quotes a system error number into OSError: a full disk is one as elsewhere."""
     try:
         yield
     except SafetensorError as error:

@@ -60,12 +60,12 @@ class Head(nn.Module):
 
     @in_fp32
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
-        """One vector an utterance -> logits_BK."""
+        """One vector per utterance -> logits_BK."""
         logits_BK: torch.Tensor = self.classifier((pooled_BP - self.center_P) / self.scale_P)
         return logits_BK
 
     def mix(self, hiddens: list[torch.Tensor]) -> torch.Tensor:
-        """A learned sum of the layers, every frame normalised first, since norms grow with depth."""
+        """A trainable weighted sum of the layers. Every frame is normalised first, since norms grow with depth."""
         if self.layer_mix == "last":
             return normalise(hiddens[-1])
         mixed = normalise(hiddens[0]) * self.mix_L[0]
@@ -74,7 +74,7 @@ class Head(nn.Module):
         return mixed
 
     def pool(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
-        """Frames -> one vector an utterance, over real frames only."""
+        """Frames -> one vector per utterance, over real frames only."""
         if self.pooling != "attentive":
             return masked_statistics(hidden_BFD, mask_BF, deviation=self.pooling == "statistics")
         scores_BF = self.score(hidden_BFD)[..., 0].masked_fill(~mask_BF, -torch.inf)
@@ -90,13 +90,13 @@ class EmotionClassifier(nn.Module):
         self.backbone = backbone
         self.head = Head(experiment, backbone.num_layers, backbone.width)
         self.prefix: Prefix | None = None
-        """Set while the model is fed what was kept of an utterance in place of its waveform."""
+        """Set while the model's inputs are cached features in place of waveforms."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
 
     def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or what `prefix` kept of them -> logits_BK."""
+        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK."""
         if self.prefix is not None and self.prefix.moments:
             if self.head.layer_mix == "concat":
                 return self.head.classify(torch.cat(self.pooled_layers(inputs, lengths_B), dim=-1))
@@ -107,7 +107,7 @@ class EmotionClassifier(nn.Module):
         return logits_BK
 
     def hidden_states(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """What the head mixes, each (B, F, D), and mask_BF."""
+        """The states that the head mixes, each (B, F, D), and mask_BF."""
         if self.prefix is None:
             hiddens, mask_BF = self.backbone(inputs, lengths_B)
             return hiddens, mask_BF
@@ -115,7 +115,7 @@ class EmotionClassifier(nn.Module):
         return below + self.backbone.blocks(hidden_BFD, mask_BF, start=self.prefix.first_layer), mask_BF
 
     def pooled_layers(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
-        """Plain statistics over the frames of every layer, each (B, P): what a probe of that layer sees."""
+        """Plain statistics over the frames of every layer, each (B, P): the input of a probe of that layer."""
         deviation = self.head.pooling != "mean"
         if self.prefix is not None and self.prefix.moments:
             return [pool_moments(inputs, one, deviation) for one in torch.eye(self.head.states, device=inputs.device)]
@@ -126,9 +126,9 @@ class EmotionClassifier(nn.Module):
 def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: str | None = None) -> EmotionClassifier:
     """The classifier that an experiment describes, before training.
 
-    Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: a saved one to start from
-    instead of a new one.
-    Raises UserError where backbone or adapter do not fit; see `backbones.load` and `adapters.adapt`.
+    Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: directory of a saved one
+    to start from instead of a new one.
+    Raises UserError if backbone or adapter do not fit; see `backbones.load` and `adapters.adapt`.
     """
     quantize = experiment.adapter.method == "qlora"
     backbone = backbones.load(experiment.backbone, quantize, device, experiment.precision)

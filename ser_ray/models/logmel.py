@@ -1,7 +1,7 @@
 """Whisper's log-mel spectrogram on the device of the model, at the true length of every utterance.
 
-Equal to transformers' ``WhisperFeatureExtractor`` on the same audio padded to 30 s, without the padding: there the
-silence after an utterance is transformed and encoded too, 85 % of the work for an utterance of 4 s.
+Equal to transformers' ``WhisperFeatureExtractor`` on the same audio padded to 30 s, without the frames of the padding.
+There the silence after an utterance is transformed and encoded too: 85 % of the work for an utterance of 4 s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ser_ray.schema import SAMPLING_RATE
 N_FFT = 400
 HOP = 160
 CHUNK_SAMPLES = 30 * SAMPLING_RATE
-"""Whisper's longest input; the extractor reflects the signal at this border, and zero-pads before it."""
+"""Whisper's longest input; its extractor zero-pads the signal up to this border, and reflects it there."""
 
 
 class LogMel(nn.Module):
@@ -43,10 +43,10 @@ class LogMel(nn.Module):
         longest = waveform_BT.shape[1]
         if longest > CHUNK_SAMPLES:
             raise ValueError(f"utterance of {longest / SAMPLING_RATE:.1f} s; Whisper's limit is 30 s")
-        # Zeros behind the longest utterance, so that its last frames see what they would see in a longer batch.
+        # Zeros after the longest utterance, so that its last frames are the same as in a longer batch.
         padded_BT = nn.functional.pad(waveform_BT, (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
         mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
-        # The floor is 8 below the utterance's own maximum; the silence behind it is the lowest there is.
+        # The floor is 8 below the utterance's own maximum; the silence after it has the lowest possible value.
         floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0
         features_BMF = (torch.maximum(mel_BMF, floor_B11) + 4.0) / 4.0
         frames_B = _ceil_divide(lengths_B, HOP)

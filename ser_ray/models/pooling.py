@@ -1,4 +1,4 @@
-"""From frames to one vector an utterance: masked statistics, and the moments from which those of any layer mix follow.
+"""From frames to one vector per utterance: masked statistics, and moments that give those of any layer mix.
 
 All in fp32, whatever dtype the frames have: a deviation is a small difference of large numbers.
 
@@ -15,13 +15,13 @@ from ser_ray.models.precision import in_fp32
 
 @in_fp32
 def normalise(hidden_BFD: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance over the width of every frame; nothing is learned here."""
+    """Zero mean and unit variance over the width of every frame; nothing is trainable here."""
     return nn.functional.layer_norm(hidden_BFD, hidden_BFD.shape[-1:])
 
 
 @in_fp32
 def masked_statistics(hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, deviation: bool = True) -> torch.Tensor:
-    """Mean over real frames, and with ``deviation`` the standard deviation behind it: (B, D) or (B, 2 D)."""
+    """Mean over real frames, and with ``deviation`` the standard deviation appended: (B, D) or (B, 2 D)."""
     weights_BF = mask_BF / mask_BF.sum(-1, keepdim=True)
     if deviation:
         return weighted_statistics(hidden_BFD, weights_BF)
@@ -38,7 +38,7 @@ def weighted_statistics(hidden_BFD: torch.Tensor, weights_BF: torch.Tensor) -> t
 
 @in_fp32
 def moments(hiddens: list[torch.Tensor], mask_BF: torch.Tensor, covariances: bool) -> torch.Tensor:
-    """Means over real frames of the normalised states, then their covariances, a row a pair: (B, M, D)."""
+    """Means over real frames of the normalised states, then their covariances, a row per pair: (B, M, D)."""
     normed_BFSD = torch.stack([normalise(hidden) for hidden in hiddens], dim=2)
     weights_BF = mask_BF / mask_BF.sum(-1, keepdim=True)
     mean_BSD = torch.einsum("bf,bfsd->bsd", weights_BF, normed_BFSD)
@@ -61,7 +61,7 @@ def pool_moments(moments_BMD: torch.Tensor, mix_S: torch.Tensor, deviation: bool
     if not deviation:
         return mean_BD
     one, other = torch.triu_indices(states, states, device=mix_S.device)
-    # A pair of different states stands in the square of the sum twice.
+    # A pair of different states occurs twice in the square of the sum.
     weight_P = mix_S[one] * mix_S[other] * torch.where(one == other, 1.0, 2.0)
     variance_BD = torch.einsum("bpd,p->bd", moments_BMD[:, states:], weight_P)
     return torch.cat([mean_BD, (variance_BD.clamp(min=0) + 1e-6).sqrt()], dim=-1)

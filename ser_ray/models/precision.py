@@ -1,9 +1,9 @@
-"""Precision, in one place: what is computed in fewer bits, what never is, and how much of a GPU a process may take.
+"""Precision: what is computed in fewer bits, what never is, and how much of a GPU's memory a process may take.
 
-Forward passes run under `autocast`: matrix products and convolutions in bf16 or fp16, as ``precision`` says. What adds
-up many numbers or takes small differences of large ones is marked with `in_fp32`, and is computed in fp32 under
-autocast too, on every device: log-mel, the norms over time, pooling, moments, the head. The loss and the metrics are
-computed outside of autocast. Importing this module keeps TF32 off: fp32 is fp32 on a GPU as on a CPU.
+Forward passes run under `autocast`: matrix products and convolutions in bf16 or fp16, as ``precision`` says. Functions
+that sum many numbers or take small differences of large ones are marked with `in_fp32` and run in fp32 even under
+autocast, on every device: log-mel, the norms over time, pooling, moments, the head. The loss and the metrics are
+computed outside of autocast. Importing this module turns TF32 off: fp32 on a GPU is the same as on a CPU.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Final, ParamSpec, TypeVar
 import torch
 
 WEIGHTS: Final = torch.float32
-"""The dtype in which weights are held, trained and frozen alike. Trained ones need it: a step of AdamW is often smaller
-than what bf16 can tell apart. Frozen ones could be held in `compute_dtype`, which would halve them and save autocast
-its copies; as long as that is not measured on a GPU, one dtype for both is simpler."""
+"""The dtype of weights, trainable and frozen alike. Trainable ones need it: a step of AdamW is often smaller than the
+resolution of bf16. Frozen ones could be in `compute_dtype`, which would halve their size and save autocast its copies;
+until that is measured on a GPU, one dtype for both is simpler."""
 CONTEXT_BYTES: Final = 600 * 2**20
-"""An estimate of what a process takes of a GPU beside its tensors: the CUDA context, loaded kernels, cuBLAS."""
+"""Estimated GPU memory of a process besides its tensors: the CUDA context, loaded kernels, cuBLAS."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# TF32 rounds the inputs of fp32 products to 11 bits. Torch allows it for convolutions unless told otherwise. Who wants
-# speed takes bf16, which is what `auto` means on a GPU; what is left in fp32 there is left so to be exact.
+# TF32 rounds the inputs of fp32 products to 11 bits. Torch allows it for convolutions by default. For speed there is
+# bf16, which is what `auto` means on a GPU; what runs in fp32 there is meant to be exact.
 torch.backends.cudnn.allow_tf32 = False
 torch.set_float32_matmul_precision("highest")
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """What the setting ``precision`` (fp32, bf16, fp16 or auto) means on a device."""
+    """The dtype that the setting ``precision`` (fp32, bf16, fp16 or auto) means on a device."""
     if precision == "auto":
         return _best_dtype() if torch.device(device).type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def nf4_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """What 4-bit weights are unpacked to for a product: fp32 on a CPU, where bf16 is no faster, and was 19 times slower
-    with some versions of torch."""
+    """The dtype that 4-bit weights are dequantised to for a product: fp32 on a CPU, where bf16 is no faster, and was 19
+    times slower with some versions of torch."""
     return compute_dtype(precision, device) if torch.device(device).type == "cuda" else torch.float32
 
 
@@ -52,7 +52,8 @@ def autocast(precision: str, device: torch.device | str) -> torch.autocast:
 def in_fp32(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: the function runs in fp32 whatever `autocast` surrounds it.
 
-    Floating-point tensors among its arguments arrive in fp32; those in a list it converts itself, one at a time.
+    Floating-point tensors among its arguments are converted to fp32. Tensors in a list are not: the function converts
+    them itself, one at a time.
 
     >>> double = in_fp32(lambda x: x @ x)
     >>> with torch.autocast("cpu", torch.bfloat16):
@@ -71,9 +72,9 @@ def in_fp32(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def memory_fraction(share: float, total_bytes: int) -> float:
-    """The fraction of a GPU's memory that the tensors of one process may take, where ``share`` of the GPU is its own.
+    """The fraction of a GPU's memory that the tensors of a process with ``share`` of the GPU may take.
 
-    As many processes as fit have a context each, which comes off before the rest is divided.
+    Every process that fits on the GPU has a context; these are subtracted before the rest is divided.
 
     >>> round(memory_fraction(0.25, 80 * 2**30), 3), memory_fraction(1.0, 80 * 2**30)
     (0.243, 1.0)
@@ -85,9 +86,9 @@ def memory_fraction(share: float, total_bytes: int) -> float:
 
 
 def bound_memory(share: float) -> None:
-    """Hold this process to ``share`` of its GPU: a trial that needs more fails by itself, not its neighbours.
+    """Limit this process to ``share`` of its GPU's memory: a trial that needs more fails alone, not its neighbours.
 
-    Nothing to do for a whole GPU or none, nor where a GPU was declared to Ray that is not there.
+    Does nothing for a whole GPU or none, nor if a GPU was declared to Ray that does not exist.
     """
     if 0 < share < 1 and torch.cuda.is_available():
         _, total_bytes = torch.cuda.mem_get_info()

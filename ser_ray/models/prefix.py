@@ -1,8 +1,8 @@
-"""The frozen part of a model as a function of an utterance: what is the same in every epoch and every trial.
+"""Compute cached features: the output of a model's frozen part, which is the same in every epoch and every trial.
 
-With adapters from block k on, all below is a constant of the recording. `of` says what of it an experiment needs,
-`compute` makes it, and an `EmotionClassifier` whose ``prefix`` is set takes it in place of waveforms. The form is that
-of `ser_ray.speech.cached_features`: states of frames, or their moments.
+With adapters from block k on, everything below depends on the recording alone. `of` describes what an experiment needs
+of it, `compute` computes it, and an `EmotionClassifier` whose ``prefix`` is set takes it in place of waveforms. The
+format is that of `ser_ray.speech.cached_features`: states of frames, or their moments.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ser_ray.config import Experiment
+from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.backbones import Backbone, frame_mask
 from ser_ray.models.pooling import moments
-from ser_ray.schema import UserError
 from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.stream import Batch
 
@@ -22,7 +22,7 @@ from ser_ray.speech.stream import Batch
 def of(experiment: Experiment, precision: str) -> Prefix:
     """The frozen part of an experiment's model, computed in ``precision`` (such as "fp32").
 
-    Raises UserError where the backbone cannot be found.
+    Raises UserError if the backbone cannot be found.
     """
     config, _ = backbones.describe(experiment.backbone)
     frozen = experiment.adapter.method == "frozen"
@@ -42,25 +42,25 @@ def of(experiment: Experiment, precision: str) -> Prefix:
 
 @torch.inference_mode()
 def compute(prefix: Prefix, backbone: Backbone, batch: Batch) -> list[np.ndarray]:
-    """What is kept of every utterance of a batch of waveforms, in the shape and dtype that `Prefix` says.
+    """The cached features of every utterance of a batch of waveforms, in the shape and dtype of ``prefix``.
 
-    Computed on the backbone's device. Raises UserError where a value is not finite, or exceeds what fp16 holds.
+    Computed on the backbone's device. Raises UserError if a value is not finite, or exceeds the range of fp16.
     """
     hiddens, mask_BF = backbone(batch.inputs, batch.lengths_B, stop=prefix.first_layer)
-    kept = hiddens[-prefix.num_states :]
+    needed = hiddens[-prefix.num_states :]
     if prefix.moments is not None:
-        moments_BMD = moments(kept, mask_BF, covariances=prefix.moments == "statistics").cpu()
+        moments_BMD = moments(needed, mask_BF, covariances=prefix.moments == "statistics").cpu()
         if not bool(torch.isfinite(moments_BMD).all()):
             raise UserError(f"backbone {prefix.backbone}: its hidden states overflow; set precision to bf16 or fp32")
         arrays = list(moments_BMD.numpy())
     else:
-        states_BFSD = torch.stack(kept, dim=2).to(torch.float16).cpu()
+        states_BFSD = torch.stack(needed, dim=2).to(torch.float16).cpu()
         frames_B = mask_BF.sum(1).tolist()
         rows = [row_FSD[:frames] for row_FSD, frames in zip(states_BFSD, frames_B, strict=True)]
         if not all(bool(torch.isfinite(row_FSD).all()) for row_FSD in rows):
             raise UserError(f"backbone {prefix.backbone}: a hidden state exceeds fp16; set storage.prefix_gb to 0")
         arrays = [row_FSD.numpy() for row_FSD in rows]
-    for array in arrays:  # what is written as bytes must be read as the same
+    for array in arrays:  # they are stored as bytes, and read with this dtype and shape
         assert (array.dtype, array.shape[-2:]) == (prefix.dtype, prefix.shape), (array.dtype, array.shape, prefix)
     return arrays
 

@@ -1,1 +1,1 @@
-"""Who is trained on and who is tested on (folds), and what crosses the line all the same (leakage)."""
+"""How utterances are split into train, dev and test (folds), and the audit for leakage between them."""

@@ -1,4 +1,4 @@
-"""Whole speakers dealt to groups that are alike in emotions, genders, corpora and size: what folds are made of."""
+"""Assign speakers to groups that are balanced in emotions, genders, corpora and size; folds are made of these."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 Rows = Sequence[Mapping[str, str | None]]
 
 SCALE: Final = 2**50
-"""Shares are counted in whole numbers, so that ties are ties on every machine, whatever its floating point."""
+"""Shares are computed in integers, so that ties are the same on every machine, whatever its floating point."""
 
 
 def balanced_groups(rows: Rows, groups: int, seed: int) -> dict[str, int]:
-    """Speaker -> group, equal as far as whole speakers allow in utterances, emotions, genders, corpora and speakers.
+    """Speaker -> group. The groups are as equal as possible in utterances, emotions, genders, corpora and speakers.
 
-    Greedy, larger speakers first: each goes to the group that has least of what the speaker brings, which is the choice
-    that adds least to the sum of squared shares; a rare emotion weighs as much as a common one. The seed breaks ties.
+    Greedy, speakers with more utterances first: each goes to the group that has least of the speaker's traits, which is
+    the choice that adds least to the sum of squared shares. A rare emotion weighs as much as a common one. The seed
+    breaks ties.
     ``rows`` have speaker, corpus, emotion and gender; their order does not matter.
 
     >>> rows = [{"speaker": s, "corpus": "a", "emotion": "sad", "gender": g} for s, g in zip("1234", "mmff")]

@@ -1,4 +1,4 @@
-"""Which folds and seeds a search trains: its own, and those of ``tune.final_folds`` and ``tune.final_seeds``."""
+"""Which folds and seeds a search trains: those of the experiment, ``tune.final_folds`` and ``tune.final_seeds``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import itertools
 import pyarrow as pa
 
 from ser_ray.config import Protocol, SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.protocols.folds import count_folds, make_fold
-from ser_ray.schema import Fold, UserError
+from ser_ray.schema import Fold
 
 
 def final_runs(space: SearchSpace, index: pa.Table) -> list[tuple[int, int]]:
-    """The (fold, seed) that every finalist is trained with, the experiment's own first where it is among them.
+    """The (fold, seed) pairs that every finalist is trained with; the experiment's own is first, if it is one of them.
 
-    Raises UserError where ``tune.final_folds`` names a fold that the labelled ``index`` does not have.
+    Raises UserError if ``tune.final_folds`` names a fold that the labelled ``index`` does not have.
     """
     own = (space.experiment.protocol.fold, space.experiment.seed)
     asked = space.tune.final_folds
@@ -27,24 +28,24 @@ def final_runs(space: SearchSpace, index: pa.Table) -> list[tuple[int, int]]:
 
 
 def dev_after(space: SearchSpace, seed: int) -> int:
-    """`Protocol.dev_after` under a seed: `Tune.rotate_dev` moves dev one fold on with every further one."""
+    """`Protocol.dev_after` for a seed: with `Tune.rotate_dev` each further seed moves dev by one fold."""
     moved = seed - space.experiment.seed if space.tune.rotate_dev else 0
     return space.experiment.protocol.dev_after + moved
 
 
 def trained_protocols(space: SearchSpace, index: pa.Table) -> list[Protocol]:
-    """Every protocol (fold, dev_after) that the search trains, once each; the experiment's own, which all trials have,
-    comes first."""
+    """Every distinct protocol (fold, dev_after) that the search trains. The experiment's own, which all trials use, is
+    first."""
     own = space.experiment.protocol
-    found = [own]
+    protocols = [own]
     for fold, seed in final_runs(space, index):
         protocol = own.model_copy(update={"fold": fold, "dev_after": dev_after(space, seed)})
-        found += [protocol] if protocol not in found else []
-    return found
+        protocols += [protocol] if protocol not in protocols else []
+    return protocols
 
 
 def trained_folds(space: SearchSpace, index: pa.Table) -> dict[str, Fold]:
-    """The same as folds, named ``fold 2`` or ``fold 2, dev_after 3``; what is split alike is there once."""
+    """The folds of `trained_protocols`, named ``fold 2`` or ``fold 2, dev_after 3``; identical splits occur once."""
     folds: dict[str, Fold] = {}
     for protocol in trained_protocols(space, index):
         rotated = f", dev_after {protocol.dev_after}" if space.tune.rotate_dev else ""
@@ -55,7 +56,7 @@ def trained_folds(space: SearchSpace, index: pa.Table) -> dict[str, Fold]:
 
 
 def more_dev(space: SearchSpace, index: pa.Table) -> str:
-    """What to set, so that more speakers choose among the trials."""
+    """What to set so that more dev speakers decide between the trials."""
     folds = {protocol.fold for protocol in trained_protocols(space, index)}
     if len(folds) < count_folds(index, space.experiment.protocol):
         return "tune.final_folds: all"

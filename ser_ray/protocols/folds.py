@@ -1,9 +1,9 @@
-"""Who is trained on and who is tested on: an index over utterance ids, made from the columns of prepared speech.
+"""Assign utterances to train, dev and test: an index over utterance ids, made from the columns of prepared speech.
 
-By default no speaker is on two sides: a network that has heard a speaker recognises the speaker, and every figure
-rises (IEMOCAP: 79.6 % with shared speakers, 73.0 % without, arXiv 2111.02735; RAVDESS: results/benchmarks/premium.md).
-The random split exists to measure that difference, and is stamped leaky. Every fold depends on the set of rows and the
-seed, not on the order of the rows nor on the machine.
+By default no speaker is in two splits: a network recognises the speakers that it was trained on, which inflates every
+metric (IEMOCAP: 79.6 % with shared speakers, 73.0 % without, arXiv 2111.02735; RAVDESS: results/benchmarks/leakage.md).
+The random split exists to measure this leakage gap, and is stamped leaky. A fold depends on the set of rows and the
+seed, not on the order of the rows or the machine.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ser_ray.config import Protocol
+from ser_ray.errors import UserError
 from ser_ray.protocols.balance import Rows, balanced_groups
 from ser_ray.protocols.given import read_folds
-from ser_ray.schema import SPLITS, Fold, UserError
+from ser_ray.schema import SPLITS, Fold
 
 EMOBOX_RAVDESS: Final = (
     ("01", "11", "20", "21"),
@@ -34,18 +35,18 @@ EMOBOX_RAVDESS: Final = (
 def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str], label: str = "intended") -> pa.Table:
     """The utterances that an experiment uses: emotions merged, others dropped, and an int64 column ``label``.
 
-    With ``label`` "perceived" the column ``perceived`` replaces the emotion wherever it is known; where listeners did
-    not agree (`schema.TIE`) the utterance is left out. `unheard` counts those that keep the intended emotion.
+    With ``label`` "perceived" the column ``perceived`` replaces the emotion where it is known, and utterances with a
+    tie among listeners (`schema.TIE`) are left out. `unheard` counts those that keep the intended emotion.
 
-    Raises UserError where nothing is left. An emotion that is absent is a finding of `leakage.audit`.
+    Raises UserError if no utterance is left. An absent emotion is no error here: `leakage.audit` reports it.
 
     >>> index = pa.table({"utterance_id": ["a", "b", "c"], "emotion": ["calm", "sad", "fear"]})
     >>> labelled(index, ["neutral", "sad"], {"calm": "neutral"}).to_pydict()
     {'utterance_id': ['a', 'b'], 'emotion': ['neutral', 'sad'], 'label': [0, 1]}
     """
     label_of = {emotion: label for label, emotion in enumerate(emotions)}
-    said = pc.coalesce(index["perceived"], index["emotion"]) if label == "perceived" else index["emotion"]
-    merged = [merge.get(emotion, emotion) for emotion in said.to_pylist()]
+    chosen = pc.coalesce(index["perceived"], index["emotion"]) if label == "perceived" else index["emotion"]
+    merged = [merge.get(emotion, emotion) for emotion in chosen.to_pylist()]
     labels = pa.array([label_of.get(emotion) for emotion in merged], pa.int64())
     if labels.null_count == len(labels):
         raise UserError(
@@ -56,14 +57,14 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str],
 
 
 def counted_emotions(index: pa.Table, emotions: Sequence[str], fold: Fold) -> tuple[str, ...]:
-    """The emotions that figures are over: all of the experiment's, or where a fold leaves out what train and test have
-    not in common, those that they have; ``index`` holds the utterances of the fold."""
+    """The emotions that metrics are computed over: all of the experiment's or, if the fold leaves out those that train
+    and test do not share, only the shared ones. ``index`` holds the utterances of the fold."""
     present = set(index["emotion"].to_pylist())
     return tuple(emotion for emotion in emotions if emotion in present or not fold.common_emotions)
 
 
 def unheard(index: pa.Table) -> dict[str, int]:
-    """Corpus -> utterances of which no listener's judgement is known, where there are any."""
+    """Corpus -> number of its utterances without listener ratings, for corpora that have such utterances."""
     unknown = index.filter(pc.is_null(index["perceived"]))["corpus"].to_pylist()
     return {corpus: unknown.count(corpus) for corpus in sorted(set(unknown))}
 
@@ -73,7 +74,7 @@ def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
 
     ``index`` needs the columns utterance_id, corpus, speaker, emotion and gender, and split for ``official``.
 
-    Raises UserError, saying what to change, where the data do not admit the protocol.
+    Raises UserError, saying what to change, if the data do not fit the protocol.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "gender"]
     columns += ["split"] if protocol.scheme == "official" else []
@@ -206,11 +207,11 @@ def _random(rows: Rows, protocol: Protocol) -> dict[str, str]:
     return {key: _split(fold, protocol.folds, protocol) for key, fold in folds.items()}
 
 
-# -- what they share
+# -- shared by the schemes
 
 
 def _enough_speakers(rows: Rows) -> list[str]:
-    """All speakers by name. Raises UserError for fewer than train, dev and test need to be disjoint."""
+    """All speakers, sorted. Raises UserError if they are too few for disjoint train, dev and test."""
     speakers = sorted({str(row["speaker"]) for row in rows})
     if len(speakers) < 3:
         raise UserError(
@@ -221,7 +222,8 @@ def _enough_speakers(rows: Rows) -> list[str]:
 
 
 def _with_dev(rows: Rows, protocol: Protocol, test: set[str]) -> dict[str, str]:
-    """The rows of ``test``; of every corpus's other speakers one balanced group of `Protocol.folds` is dev."""
+    """A split with the utterances ``test``. In each corpus, dev is one of `Protocol.folds` balanced groups of the other
+    speakers."""
     others = [row for row in rows if _id(row) not in test]
     dev: set[str] = set()
     for corpus in {row["corpus"] for row in others}:
@@ -239,7 +241,7 @@ def _by_speaker(rows: Rows, fold_of: Mapping[str, int], folds: int, protocol: Pr
 
 
 def _split(fold: int, folds: int, protocol: Protocol) -> str:
-    """Test is the fold asked for, dev one after it, cyclically; never the same."""
+    """Test is `Protocol.fold`; dev is `Protocol.dev_after` folds later, cyclically, and never the test fold."""
     dev = (protocol.fold + 1 + (protocol.dev_after - 1) % (folds - 1)) % folds
     return "test" if fold == protocol.fold else "dev" if fold == dev else "train"
 

@@ -1,4 +1,4 @@
-"""Folds from a CSV file: the columns speaker (such as ``ravdess/01``) and fold (a number from 0), one row a speaker."""
+"""Folds from a CSV file: one row per speaker, with the columns speaker (``ravdess/01``) and fold (a number from 0)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import csv
 from pathlib import Path
 from typing import Final
 
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 DIGITS: Final = 4
-"""Of a fold's number: ten thousand folds and more are a slip, as every fold is a run of its own."""
+"""Maximum length of a fold's number: ten thousand folds or more are a mistake, since every fold is a separate run."""
 
 
 def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
     """The speakers of every fold, in order of the fold's number; other columns are ignored.
 
-    Raises UserError, with the file and the line, for what cannot be meant: a missing column, a fold that is no number,
-    a speaker without a name or twice, a number that is left out.
+    Raises UserError, with the file and the line, for a missing column, a fold that is not a number, a row without a
+    speaker, a speaker that occurs twice, and a fold number that is left out.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""The audit of every fold that is trained: what is on two sides of a split, or on none, before a GPU is used.
+"""The audit of every fold that is trained: leakage between splits and flaws of the data, before a GPU is used.
 
-Levels: ``error`` the experiment cannot mean anything; ``leak`` its figures are too high, and everything made from it is
-stamped LEAKY; ``note`` worth knowing. Where the audio is the same is found by its digest, or told by
+Levels: ``error``: the experiment is meaningless; ``leak``: its metrics are too high, and all results are stamped LEAKY;
+``note``: worth knowing. Identical audio is detected by its digest, versions of one recording by
 `ser_ray.speech.fingerprint`.
 """
 
@@ -23,31 +23,31 @@ from ser_ray.speech.fingerprint import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
 Finding = dict[str, Any]
-"""level, what, detail; of several folds also folds."""
+"""level, what, detail; with several folds also folds."""
 
 NO_NOTES: Final[Mapping[str, str]] = {}
 TOLD: Final = 3
-"""Folds, or details, that a line for people names."""
+"""Maximum number of folds, or of details, in a human-readable line."""
 
 FEW_SPEAKERS: Final = 5
-"""In dev and test: with fewer, an interval over speakers is so wide that few differences can be told from chance."""
+"""In dev and test: with fewer, intervals over speakers are so wide that few differences can be told from chance."""
 SHIFT: Final = 0.2
-"""Total variation between the emotions of two splits from which it is noted: a fifth of one split is otherwise."""
+"""Total variation distance between the emotions of two splits above which it is noted: a fifth of a split differs."""
 ONE_LENGTH: Final = 0.25
-"""Share of a corpus's utterances of exactly the same length from which it looks cut or padded; as recorded and trimmed,
-fewer than one in twenty are (RAVDESS)."""
+"""A corpus looks cut or padded if at least this share of its utterances have exactly the same length. As recorded and
+trimmed, fewer than one in twenty do (RAVDESS)."""
 MANY: Final = 20
-"""Utterances a corpus has to have before its lengths are judged."""
+"""Minimum number of utterances of a corpus for a check of their lengths."""
 
 
 def audit_search(
     space: SearchSpace, task: Task, pairs: Iterable[SameRecording] = (), overlaps: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`audit` of every fold that a search trains, the finals' too. Raises UserError where one cannot be made."""
+    """`audit` of every fold that a search trains, finals included. Raises UserError if a fold cannot be made."""
     notes = {}
     if space.experiment.label == "perceived" and (counts := unheard(task.index)):
         detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
-        notes["no listener's label"] = f"{detail}: the intended emotion stands"
+        notes["no listener ratings"] = f"{detail}: the intended emotion is used"
     folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
     return audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy)
 
@@ -61,22 +61,22 @@ def audit(
     notes: Mapping[str, str] = NO_NOTES,
     remedy: str = "tune.final_folds: all",
 ) -> dict[str, Any]:
-    """What a reader of results has to know about the data of the folds that are trained; JSON types only.
+    """Audit the data of the folds that are trained; returns JSON types only.
 
     Args:
         index: the labelled index that the folds were made from.
-        folds: a name, such as ``fold 0``, and the fold; the experiment's own first.
+        folds: name, such as ``fold 0`` -> fold; the experiment's own first.
         emotions: of the experiment.
-        pairs: what `fingerprint.same_recordings_in` found; pairs that the index does not hold are passed over.
-        overlaps: a line for every backbone that was pre-trained on what is tested here.
-        notes: what else is worth knowing: what it is, and the detail.
-        remedy: what to set where few speakers are in dev.
+        pairs: from `fingerprint.same_recordings_in`; pairs that are not in the index are ignored.
+        overlaps: a line for every backbone that was pre-trained on speech that is tested here.
+        notes: further notes, what -> detail.
+        remedy: what to set if dev has few speakers.
 
     Returns:
-        ``leaky`` (whether any fold leaks); ``findings`` (level, what, detail), the gravest first; ``splits``
+        ``leaky`` (whether any fold leaks); ``findings`` (level, what, detail), the most severe first; ``splits``
         (utterances, speakers, minutes and a count per emotion) of the first fold. With several folds also ``folds``
-        (name -> description), and in a finding that is not of the data as a whole ``folds`` (name -> detail): those in
-        which it holds.
+        (name -> description), and each finding that is not about the data as a whole has ``folds`` (name -> detail),
+        the folds in which it holds.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
     rows, pairs = index.select(columns).to_pylist(), list(pairs)
@@ -118,7 +118,7 @@ def _audit_fold(
         *_scheme(fold),
         *_shared_speakers(rows),
         *_same_audio(_identical(rows), "identical audio", " = "),
-        *_same_audio(_alike(rows, pairs), "the same take", " ~ "),
+        *_same_audio(_alike(rows, pairs), "versions of one recording", " ~ "),
         *_shifted_emotions(splits),
         *_untrained_corpora(rows),
         *_one_voice_tested(rows),
@@ -137,15 +137,15 @@ def _merged(by_fold: Mapping[str, Sequence[Finding]]) -> Iterable[Finding]:
 
 
 def _in_folds(held: Mapping[str, str], folds: int) -> str:
-    """One line: the detail, and which folds it is of unless it is the same in all of them."""
+    """One line: every detail with its folds, or the detail alone if it is the same in all folds."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, detail in held.items():
         names[detail].append(name)
     if len(names) == 1 and len(held) == folds:
         return next(iter(names))
-    told = [f"{_some_folds(where)}: {detail}" for detail, where in names.items()]
-    more = f"; and otherwise in {len(told) - TOLD} more (audit.json)" if len(told) > TOLD else ""
-    return "; ".join(told[:TOLD]) + more
+    lines = [f"{_some_folds(where)}: {detail}" for detail, where in names.items()]
+    more = f"; and {len(lines) - TOLD} more in audit.json" if len(lines) > TOLD else ""
+    return "; ".join(lines[:TOLD]) + more
 
 
 def _some_folds(names: Sequence[str]) -> str:
@@ -175,7 +175,7 @@ def _absent_emotions(splits: Mapping[str, Mapping[str, Any]], by_design: bool) -
     nowhere = [emotion for emotion in emotions if not any(part["emotions"][emotion] for part in splits.values())]
     if nowhere:
         yield _finding(
-            "note", "emotion not common to train and test", f"{', '.join(nowhere)}: not learned, not counted"
+            "note", "emotion not common to train and test", f"{', '.join(nowhere)}: neither trained nor scored"
         )
     for split, description in splits.items():
         if absent := [emotion for emotion, n in description["emotions"].items() if n == 0 and emotion not in nowhere]:
@@ -192,7 +192,7 @@ def _shared_speakers(rows: Rows) -> Iterable[Finding]:
 
 
 def _identical(rows: Rows) -> list[Rows]:
-    """Utterances whose decoded audio is the same to the last bit."""
+    """Groups of utterances whose decoded audio is bit-identical."""
     alike = defaultdict(list)
     for row in rows:
         alike[row["audio_sha256"]].append(row)
@@ -214,20 +214,20 @@ def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Findin
         ("note", "under different speakers", "speaker", True),
     )
     for level, where, key, differs in kinds:
-        found = [group for group in groups if (len({row[key] for row in group}) > 1) == differs]
-        if found:
-            names = sorted(sign.join(sorted(row["utterance_id"] for row in group)) for group in found)
+        chosen = [group for group in groups if (len({row[key] for row in group}) > 1) == differs]
+        if chosen:
+            names = sorted(sign.join(sorted(row["utterance_id"] for row in group)) for group in chosen)
             yield _finding(level, f"{what} {where}", _some(names))
 
 
 def _few_speakers(speakers: Mapping[str, Set[str]], remedy: str) -> Iterable[Finding]:
-    """Of all folds together: the finals' figures are over all of them."""
+    """Over all folds together, since the metrics of the finals are."""
     wide = {1: "1 speaker: intervals are over utterances, and say nothing about other speakers"}
     for split in SPLITS[1:]:
         if (number := len(speakers[split])) < FEW_SPEAKERS:
             what = f"{'one speaker' if number == 1 else 'few speakers'} in {split}"
             detail = wide.get(number, f"{number} speakers: intervals over speakers are wide")
-            chooses = f"; few voices choose among the trials: with {remedy} more do"
+            chooses = f"; few speakers decide between the trials: use {remedy}"
             yield _finding("note", what, detail + (chooses if split == "dev" else ""))
 
 
@@ -237,24 +237,22 @@ def _few_voices(rows: Rows) -> Iterable[Finding]:
         voices[row["corpus"]].add(row["speaker"])
     for corpus, speakers in sorted(voices.items()):
         if len(speakers) < len(SPLITS):
-            detail = (
-                f"{len(speakers)}: train, dev and test cannot have a voice each; its figures tell of no other speaker"
-            )
+            detail = f"{len(speakers)}: too few for train, dev and test; its metrics say nothing about other speakers"
             yield _finding("note", f"too few speakers in {corpus}", detail)
 
 
 def _untrained_corpora(rows: Rows) -> Iterable[Finding]:
-    """Corpora that choose among the trials and that none of them learns from; one that is held out is in test alone."""
+    """Corpora in dev, where they decide between the trials, but not in train. A held-out corpus is in test alone."""
     corpora = {split: {row["corpus"] for row in rows if row["split"] == split} for split in SPLITS}
     if missing := sorted(corpora["dev"] - corpora["train"]):
         detail = (
-            f"{', '.join(missing)}: in dev, but no trial learns from it; another protocol.fold may have it in train"
+            f"{', '.join(missing)}: in dev, but no trial is trained on it; another protocol.fold may have it in train"
         )
         yield _finding("note", "corpus absent from train", detail)
 
 
 def _one_voice_tested(rows: Rows) -> Iterable[Finding]:
-    """One of several speakers who is most of test: an interval over speakers hangs on whether that one is drawn."""
+    """One of several speakers with most of test: an interval over speakers depends on whether that one is drawn."""
     counts = Counter(row["speaker"] for row in rows if row["split"] == "test")
     (speaker, most), total = counts.most_common(1)[0], sum(counts.values())
     if len(counts) > 1 and most > total / 2:
@@ -265,14 +263,14 @@ def _one_voice_tested(rows: Rows) -> Iterable[Finding]:
 
 
 def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[Finding]:
-    """Total variation: half the sum of the differences between two distributions."""
+    """Total variation distance: half the sum of the absolute differences between two distributions."""
     train = _shares(splits["train"])
     for split in SPLITS[1:]:
         shares = _shares(splits[split])
         if sum(abs(shares[emotion] - train[emotion]) for emotion in train) / 2 > SHIFT:
             most = max(train, key=lambda emotion: shares[emotion] - train[emotion])
-            detail = f"most of all {most}: {train[most]:.0%} of train, {shares[most]:.0%} of {split}"
-            yield _finding("note", f"emotions are distributed otherwise in {split} than in train", detail)
+            detail = f"most of all, {most}: {train[most]:.0%} of train, {shares[most]:.0%} of {split}"
+            yield _finding("note", f"emotions are distributed differently in {split} than in train", detail)
 
 
 def _shares(split: Mapping[str, Any]) -> dict[str, float]:
@@ -286,7 +284,7 @@ def _one_length(rows: Rows) -> Iterable[Finding]:
     for corpus, seconds in sorted(durations.items()):
         commonest, n = Counter(seconds).most_common(1)[0]
         if len(seconds) >= MANY and n >= ONE_LENGTH * len(seconds):
-            detail = f"{n} of {len(seconds)} last exactly {commonest:g} s: speech is lost, or silence added"
+            detail = f"{n} of {len(seconds)} last exactly {commonest:g} s: speech was cut off, or silence added"
             yield _finding("note", f"{corpus} looks cut or padded to one length", detail)
 
 

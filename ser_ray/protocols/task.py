@@ -1,7 +1,7 @@
-"""An experiment's utterances by split: what the shards hold, under its emotions and its protocol.
+"""An experiment's utterances by split: those of the shards that have its emotions, split by its protocol.
 
-It is made once, and written as one Parquet file, the fold, which every process that trains or scores reads: a row for
-every utterance, in the order of the shards, with where its speech is.
+They are computed once and written as one Parquet file, the fold, which every process that trains or scores reads. It
+has a row for every utterance, in the order of the shards, with the location of its audio.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ser_ray.speech import shards
 
 COLUMNS: Final = (
     *("utterance_id", "corpus", "speaker", "emotion", "label", "split", "duration", "num_samples"),
-    "shard",  # the file of its speech, dictionary-encoded; what a frozen prefix kept of it has the same file name
+    "shard",  # the file of its audio, dictionary-encoded; the file of its cached features has the same name
     "row",  # in that file
 )
-"""Of the file of a fold."""
+"""The columns of a fold's file."""
 METADATA: Final = b"ser_ray"
 
 
 @dataclass(frozen=True)
 class Task:
-    """``index`` has a row for every utterance of the fold, in the order of the shards: `COLUMNS`, and where the task
-    was made from the shards all of their other columns but the audio."""
+    """``index`` has a row for every utterance of the fold, in the order of the shards. Its columns are `COLUMNS`; in a
+    task that was made from the shards also all of their other columns except the audio."""
 
     emotions: tuple[str, ...]
     index: pa.Table
     description: str
-    """Of the fold, for people."""
+    """Human-readable description of the fold."""
     leaky: bool
     """Whether the protocol shares speakers between splits."""
     common_emotions: bool
@@ -50,8 +50,8 @@ class Task:
 
     @property
     def unsplit(self) -> pa.Table:
-        """The index as it was before it was split, for other folds: its column split is what the corpus itself says.
-        Only of a task that was made from the shards."""
+        """The index for making other folds: its column split is the corpus's own. Only for a task that was made from
+        the shards."""
         return self.index.drop_columns("split").rename_columns({"own_split": "split"})
 
     @cached_property
@@ -70,7 +70,7 @@ class Task:
         return dict(zip(rows["utterance_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
     def counts(self, split: str) -> tuple[int, ...]:
-        """Utterances of every emotion in one split."""
+        """Number of utterances of every emotion in one split."""
         return tuple(np.bincount(self.rows(split)["label"].to_numpy(), minlength=len(self.emotions)).tolist())
 
     def durations(self, split: str) -> list[float]:
@@ -92,16 +92,16 @@ class Task:
 
     @classmethod
     def read(cls, path: Path) -> Task:
-        """What `write` wrote."""
+        """Read what `write` wrote."""
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[METADATA])
         return cls(tuple(about["emotions"]), table, about["description"], about["leaky"], about["common_emotions"])
 
 
 def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
-    """Read the shards' index and split it; the same on every process.
+    """Read the shards' index and split it; every process gets the same result.
 
-    Raises UserError where the protocol does not fit the speakers.
+    Raises UserError if the protocol does not fit the speakers.
     """
     everything = shards.read_index(list(shard_dirs))
     index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
@@ -112,7 +112,8 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
 
 
 def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
-    """Where in the directory ``folds`` the fold of an experiment is: the name tells all that decides on it."""
+    """The file of an experiment's fold in the directory ``folds``; its name is a digest of all that the fold depends
+    on."""
     given = experiment.protocol.given
     table = Path(given).read_text(encoding="utf-8") if isinstance(given, str) and given.endswith(".csv") else ""
     deciding = (experiment.protocol, table, experiment.emotions, experiment.merge, experiment.label)
@@ -120,7 +121,7 @@ def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -
 
 
 def write_fold(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
-    """The fold's file, made where it is missing. Raises what `load_task` raises."""
+    """The fold's file, which is written if it is missing. Raises what `load_task` raises."""
     path = fold_path(experiment, shard_dirs, folds)
     if not path.is_file():
         load_task(experiment, shard_dirs).write(path)

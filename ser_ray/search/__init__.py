@@ -1,1 +1,1 @@
-"""What to try next: points of a search space, and the study that learns from what was tried."""
+"""What to try next: points of a search space, and the Optuna study that models the trials so far."""

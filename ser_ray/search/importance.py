@@ -1,4 +1,4 @@
-"""Which searched keys the outcome hung on, by Optuna, from the trials of a results folder."""
+"""Which searched keys mattered most, by Optuna's importance on the trials of a results folder."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.search import study
 
 LEAST: Final = 8
-"""Trials below which nothing is said: the better half of fewer is two or three."""
+"""Minimum number of trials for an answer: the better half of fewer is two or three."""
 TOP: Final = 5
-"""Trials that the method should see among the best, as Optuna advises."""
+"""Number of best trials that the method should have, as Optuna advises."""
 
 
 @dataclass(frozen=True)
 class Importances:
-    """Searched key -> its share of what tells the best trials from the rest; the shares sum to 1, largest first."""
+    """Searched key -> its share of what separates the best trials from the rest; shares sum to 1, largest first."""
 
     shares: Mapping[str, float]
     trials: int
-    """How many they rest on."""
+    """Number of trials that they are computed from."""
     top: int
-    """How many of them count as the best."""
+    """Number of those that count as the best."""
 
 
 def importances(space: SearchSpace, tried: Iterable[TrialRecord]) -> Importances | None:
     """How much each key matters for being among the best trials by the metric alone, on the trials of this search.
 
-    PED-ANOVA (arXiv 2304.10255; for keys that only some trials have, arXiv 2601.20800) compares where the best trials
-    lie with where all of them do. None with fewer than `LEAST` trials that have a figure, one searched key, or
-    figures that tell no trial from another.
+    PED-ANOVA (arXiv 2304.10255; for keys that only some trials have, arXiv 2601.20800) compares the distribution of the
+    best trials with that of all trials. None if fewer than `LEAST` trials have a metric, if only one key is searched,
+    or if the metric does not separate the trials.
     """
     alone = space.model_copy(update={"tune": space.tune.model_copy(update={"also": (), "warm_start": ()})})
     known = study.make(alone, tried)
@@ -48,7 +48,7 @@ def importances(space: SearchSpace, tried: Iterable[TrialRecord]) -> Importances
     values = sorted((float(trial.values[0]) for trial in complete), reverse=True)
     top = sum(
         value >= values[math.ceil(share * len(values)) - 1] for value in values
-    )  # equals of the last belong to it
+    )  # those that tie with the last one included
     if top == len(values):
         return None
     evaluator = PedAnovaImportanceEvaluator(target_quantile=share)

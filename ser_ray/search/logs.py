@@ -1,4 +1,4 @@
-"""Epochs for TensorBoard or MLflow, where ``tune.log`` asks for it: the same figures as in every history.jsonl.
+"""Log epochs to TensorBoard or MLflow if ``tune.log`` asks for it: the same metrics as in every history.jsonl.
 
 tensorboard --logdir results/NAME/tensorboard
 mlflow ui --backend-store-uri sqlite:///results/NAME/mlflow.db      (or the server that MLFLOW_TRACKING_URI names)
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.evaluation.folder import Record
-from ser_ray.schema import UserError
 
 Log = Callable[[str, Mapping[str, Any], Record], None]
-"""Is told a trial's id, its values and an epoch's record."""
+"""Receives a trial's id, its values and an epoch's record."""
 
 
 def open_logs(space: SearchSpace, results_dir: Path) -> list[Log]:
-    """Those that ``tune.log`` names.
+    """The logs that ``tune.log`` names.
 
-    Raises UserError where MLflow is not installed.
+    Raises UserError if it names MLflow and that is not installed.
     """
     made = {"tensorboard": _tensorboard, "mlflow": _mlflow}
     return [made[name](space, results_dir) for name in space.tune.log]

@@ -1,4 +1,4 @@
-"""Points of a search space: asked of Optuna key by key, given by the user, or laid out as a grid.
+"""Points of a search space: suggested by Optuna key by key, given by the user, or laid out as a grid.
 
 A point is a mapping from searched keys to values, without the keys whose conditions (``when``) do not hold.
 """
@@ -29,7 +29,7 @@ def ask(trial: optuna.trial.Trial, search: Mapping[str, Distribution]) -> Point:
 
 
 def as_optuna(distribution: Distribution) -> BaseDistribution:
-    """The same distribution in Optuna's words."""
+    """The same distribution as an Optuna object."""
     if distribution.choice is not None:
         return CategoricalDistribution([encode(value) for value in distribution.choice])
     if distribution.randint is not None:
@@ -39,7 +39,7 @@ def as_optuna(distribution: Distribution) -> BaseDistribution:
 
 
 def encode(value: Any) -> Any:
-    """A value as an Optuna study knows it: its categories are scalars, so lists travel as JSON.
+    """A value as it is passed to Optuna: its categories must be scalars, so a list becomes JSON.
 
     >>> encode(["q_proj", "v_proj"]), encode(0.1)
     ('["q_proj", "v_proj"]', 0.1)
@@ -50,21 +50,21 @@ def encode(value: Any) -> Any:
 def grid(search: Mapping[str, Distribution], per_range: int, seed: int) -> list[Point]:
     """Every combination of choices and of ``per_range`` values of each range (evenly spaced, or in their logarithm).
 
-    In an order shuffled by ``seed``, so that a grid that is cut short has seen a bit of everything.
+    The order is shuffled by ``seed``, so that a grid that is cut short covers the whole space.
 
     >>> space = {"a": Distribution(choice=("x", "y")), "b": Distribution(uniform=(0.0, 1.0), when={"a": ("x",)})}
     >>> sorted(map(str, grid(space, 2, seed=0)))
     ["{'a': 'x', 'b': 0.0}", "{'a': 'x', 'b': 1.0}", "{'a': 'y'}"]
     """
-    found: dict[str, Point] = {}
+    distinct: dict[str, Point] = {}
     for values in itertools.product(*(_levels(distribution, per_range) for distribution in search.values())):
         point: Point = {}
         for (key, distribution), value in zip(search.items(), values, strict=True):
             if _applies(distribution, point):
                 point[key] = value
-        found.setdefault(json.dumps(point), point)
-    order = np.random.default_rng(seed).permutation(len(found))
-    points = list(found.values())
+        distinct.setdefault(json.dumps(point), point)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    points = list(distinct.values())
     return [points[i] for i in order]
 
 

@@ -1,7 +1,7 @@
-"""The Optuna study of a search, told from the results folder: the folder is the truth, the study is made from it.
+"""The Optuna study of a search, which is built from the trials in the results folder.
 
-So nothing has to be saved beside the trials themselves. A search that was killed at any moment, one that is extended,
-and one that begins with what earlier searches learned all make their study in the same way; no pickle is read.
+So nothing has to be saved besides the trials themselves. A search that was killed at any moment, one that is extended
+and one that starts from the trials of earlier searches all build their study in the same way; no pickle is read.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ser_ray import config
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Record, TrialRecord, costs
-from ser_ray.schema import UserError
 from ser_ray.search import points
 
 STARTUP: Final = (4, 10)
-"""At least and at most so many random points before the sampler models anything; between them a third of the trials."""
+"""Minimum and maximum number of random points before TPE starts; between these limits, a third of the trials."""
 
 
 def make(space: SearchSpace, tried: Iterable[TrialRecord]) -> optuna.Study:
-    """A study that knows the trials that are over, and those of ``tune.warm_start``.
+    """A study with the trials that are over, and those of ``tune.warm_start``.
 
-    Raises UserError where a folder to start from cannot be read.
+    Raises UserError if a folder of ``tune.warm_start`` has no trials of a search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -48,10 +48,10 @@ def make(space: SearchSpace, tried: Iterable[TrialRecord]) -> optuna.Study:
 def begin(
     study: optuna.Study, space: SearchSpace, number: int, point: Mapping[str, Any] | None
 ) -> tuple[optuna.Trial, points.Point]:
-    """Open the ``number``-th trial: at ``point``, whose missing keys are sampled, or wherever the sampler goes.
+    """Open the ``number``-th trial at ``point``, whose missing keys are sampled, or at one that the sampler chooses.
 
-    What it draws depends on the seed, the number and what the study knows: a search that was cut off and continued
-    tries what the unbroken one would have tried.
+    What is sampled depends on the seed, the number and the trials in the study: a search that was interrupted and
+    continued tries the same points as an uninterrupted one.
     """
     study.sampler = _sampler(space, number)
     if point is not None:
@@ -61,7 +61,7 @@ def begin(
 
 
 def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: TrialRecord) -> None:
-    """Tell the study what became of a trial."""
+    """Report the result of a trial to the study."""
     values = objectives(space, tried.history)
     if values is None or tried.status == "failed":
         study.tell(trial, state=TrialState.FAIL)
@@ -70,8 +70,8 @@ def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: Tri
 
 
 def objectives(space: SearchSpace, history: Sequence[Record]) -> tuple[float, ...] | None:
-    """What the study compares trials by: the best dev figure so far, and the figures of ``tune.also``; None without an
-    epoch. The running best, as a trial that is stopped early counts with what it reached."""
+    """What the study compares trials by: the best dev metric so far, and the costs of ``tune.also``; None before the
+    first epoch. The best so far, because a trial that is stopped early counts with what it reached."""
     if not history:
         return None
     cost = costs(history)
@@ -79,8 +79,8 @@ def objectives(space: SearchSpace, history: Sequence[Record]) -> tuple[float, ..
 
 
 def frozen(space: SearchSpace, tried: TrialRecord) -> FrozenTrial | None:
-    """A trial that is over, as a study keeps it; None where a value lies outside of the space, as an earlier
-    search's may."""
+    """A trial that is over, as an Optuna trial; None if a value is outside of the space, as one of an earlier search
+    may be."""
     params, distributions = {}, {}
     for key, value in tried.values.items():
         if key not in space.search:
@@ -103,7 +103,7 @@ def frozen(space: SearchSpace, tried: TrialRecord) -> FrozenTrial | None:
 
 
 def first_points(space: SearchSpace) -> list[points.Point]:
-    """The points that are tried before the sampler chooses: those of ``tune.first``, or all of a grid."""
+    """The points to try before the sampler chooses any: those of ``tune.first``, or all of a grid."""
     if space.tune.sampler == "grid":
         return points.grid(space.search, space.tune.grid_points, space.tune.seed)
     return [dict(point) for point in space.tune.first]
@@ -118,7 +118,7 @@ def _sampler(space: SearchSpace, number: int) -> optuna.samplers.BaseSampler:
         seed=seed,
         multivariate=True,
         group=True,  # conditional keys
-        constant_liar=True,  # trials run at the same time: keep them apart
+        constant_liar=True,  # keeps trials that run at the same time apart
         n_startup_trials=max(least, min(most, space.tune.trials // 3)),
     )
 
@@ -130,5 +130,5 @@ def _within(distribution: optuna.distributions.BaseDistribution, value: Any) -> 
 
 def _earlier(results_dir: Path) -> list[TrialRecord]:
     if not (results_dir / "trials").is_dir():
-        raise UserError(f"tune.warm_start: {results_dir}: no results folder of a search; give results/<name>")
+        raise UserError(f"tune.warm_start: {results_dir}: not a results folder of a search; give results/<name>")
     return [trial for trial in folder.read_trials(results_dir / "trials") if trial.over]

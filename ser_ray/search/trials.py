@@ -1,4 +1,4 @@
-"""The trials of a search while it runs: what is on disk, in memory, and written back at every change."""
+"""The trials of a search while it runs: read from disk, held in memory, and written back at every change."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
 
 ATTEMPTS: Final = 4
-"""A trial whose processes keep dying is given up after so many attempts without an epoch between them, whatever killed
-them and in whatever session: a machine that fails now and then costs an epoch each time, one that always fails must not
-hold the search for ever."""
+"""A trial whose processes keep dying is given up after this many attempts without an epoch between them, whatever the
+cause and in whatever session. A machine that fails now and then costs an epoch each time; one that always fails must
+not block the search forever."""
 
 
 class Trials:
-    """The trials below ``results_dir/kind``; ``keys`` are the columns of ``trials.csv`` that say what was tried."""
+    """The trials below ``results_dir/kind``; ``keys`` are the columns of ``trials.csv`` for the searched values."""
 
     def __init__(self, results_dir: Path, keys: Iterable[str], kind: str = "trials", argv: Iterable[str] = ()) -> None:
         self.results_dir, self.keys, self.kind = results_dir, list(keys), kind
         self.known = {tried.trial_id: tried for tried in folder.read_trials(results_dir / kind)}
         self.before = {trial_id: tried.seconds for trial_id, tried in self.known.items()}
         self.begun: set[str] = set()
-        """Those with an attempt that has not ended yet."""
+        """Ids of trials with an attempt that has not ended yet."""
         self.error: Exception | None = None
-        """Why nothing can be written any more; Tune, which calls this, makes a traceback of it or passes over it."""
+        """Why nothing can be written any more. Tune, which calls this class, turns an exception into a traceback or
+        ignores it."""
         self.started = time.monotonic()
         self.session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": list(argv)}
 
@@ -38,18 +39,18 @@ class Trials:
         return iter(sorted(self.known.values(), key=lambda tried: tried.trial_id))
 
     def add(self, trial_id: str, values: Mapping[str, Any]) -> TrialRecord:
-        """A trial that is to be begun."""
+        """Add a trial that is to be started."""
         self.known[trial_id] = TrialRecord(trial_id, values)
         return self.update(trial_id)
 
     def resume(
         self, experiment_of: Callable[[Mapping[str, Any]], Experiment], wanted: Container[str] | None = None
     ) -> None:
-        """Look at every trial as a session begins, or at those that are ``wanted``. ``experiment_of``: a trial's values
-        -> its experiment.
+        """Decide at the start of a session which trials (of those that are ``wanted``) run again. ``experiment_of``: a
+        trial's values -> its experiment.
 
-        What failed is tried again, as things may be better now. What ended with its last epoch goes on where the
-        experiment has more of them now. What took whole sessions with it, and too often, is given up.
+        Failed trials are tried again, as the cause may be gone. Trials that ended with their last epoch continue if the
+        experiment has more epochs now. Trials that died with their session too often are given up.
         """
         for tried in [known for known in self if wanted is None or known.trial_id in wanted]:
             if tried.status == "failed" or tried.may_grow(experiment_of(tried.values)):
@@ -59,26 +60,25 @@ class Trials:
                 self.update(tried.trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
 
     def begin(self, trial_id: str) -> TrialRecord:
-        """Count an attempt, before any process of it exists: one that dies at once, or takes this process with it, has
-        been counted."""
+        """Count an attempt, before its processes start: one that dies at once, or ends this process too, is counted."""
         tried = self.known[trial_id]
         attempts = 1 if tried.reached != len(tried.history) else tried.attempts + 1
         self.begun.add(trial_id)
-        self.before[trial_id] = tried.seconds  # Tune counts those of an attempt
+        self.before[trial_id] = tried.seconds  # Tune reports the seconds of an attempt
         return self.update(trial_id, attempts=attempts, reached=len(tried.history))
 
     def release(self) -> None:
-        """Somebody ended the session in order: the attempts that it broke off do not count."""
+        """The session was ended on purpose: the attempts that this interrupted do not count."""
         for trial_id in sorted(self.begun):
             self.update(trial_id, attempts=self.known[trial_id].attempts - 1)
         self.begun.clear()
 
     def start(self, trial_id: str) -> TrialRecord:
-        """Its process is there: it begins, or goes on."""
+        """Its process runs: the trial starts, or continues."""
         return self.update(trial_id, status="running", error="")
 
     def update(self, trial_id: str, seconds: float | None = None, **changes: Any) -> TrialRecord:
-        """Write what is new of a trial: its status, error, ``seconds`` in this session; its history is read again."""
+        """Write what changed of a trial: status, error, ``seconds`` of this attempt; its history is read again."""
         if seconds is not None:
             changes["seconds"] = self.before.get(trial_id, 0.0) + seconds
         directory = self.results_dir / self.kind
@@ -98,7 +98,7 @@ class Trials:
         return tried
 
     def interrupted(self, trial_id: str, reason: str) -> TrialRecord:
-        """A trial whose process died: it goes on from its last epoch, unless that has happened too often."""
+        """A trial's process died: it continues from its last epoch, unless that has happened too often."""
         self.begun.discard(trial_id)
         tried = self.update(trial_id, status="running", error=reason)
         if not self._spent(tried):
@@ -106,14 +106,14 @@ class Trials:
         return self.update(trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
 
     def short_of_memory(self, trial_id: str, reason: str) -> TrialRecord:
-        """A trial that did not fit the memory: it goes on from its last epoch with half of the batch, once."""
+        """A trial ran out of memory: it continues from its last epoch with half of the batch, once."""
         self.begun.discard(trial_id)
         if self.known[trial_id].halved:
             return self.update(trial_id, status="failed", error=f"{reason} (half of batch_seconds was tried)")
         return self.update(trial_id, status="running", error=reason, halved=True, attempts=0)
 
     def hours(self) -> float:
-        """Hours of all sessions of this search."""
+        """Total hours of all sessions of this search."""
         sessions = [*_earlier_sessions(self.results_dir, self.session["started"]), {"seconds": self._own_seconds()}]
         return sum(float(session["seconds"]) for session in sessions) / 3600
 

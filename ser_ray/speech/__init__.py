@@ -1,1 +1,1 @@
-"""From recordings to batches: decode and check (audio), keep (shards), bucket by length (stream)."""
+"""From recordings to batches: decode and check (audio), store (shards), batch by length (order), read (stream)."""

@@ -1,9 +1,9 @@
 """One recording -> checked waveforms: decode, downmix, resample, trim.
 
-Every waveform of the project, in training as in prediction, comes through here, so that a backbone never hears a
-recording at the wrong rate, with seconds of silence around it, or with numbers that are no audio. A recording is
-refused with a reason (`Unusable`), or used; what is used but worth a look is flagged. Whatever a file contains, memory
-is bounded by `MAX_MINUTES` and `MAX_VALUES`.
+Every waveform of the project, in training as in prediction, is read here, so that a backbone never gets a recording at
+the wrong rate, with seconds of silence around it, or with values that are not audio. A recording is refused with a
+reason (`Unusable`) or used; a used recording that may be faulty is flagged. Whatever a file contains, memory is bounded
+by `MAX_MINUTES` and `MAX_VALUES`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from ser_ray.config import Audio
 from ser_ray.schema import SAMPLING_RATE
 
 MAX_MINUTES: Final = 10
-"""A header that claims more is refused before anything is decoded: a claim costs nothing, memory does. Of a part that
-is cut from a recording, only its own length counts."""
+"""A header that claims more is refused before anything is decoded, so that a false claim costs no memory. For a part
+that is cut from a recording, only its own length counts."""
 MAX_VALUES: Final = MAX_MINUTES * 60 * 48_000 * 2
-"""Frames x channels: the same for a header with many channels or a very high rate."""
+"""Frames x channels: the same limit for a header with many channels or a very high rate."""
 BLOCK: Final = 2**22
 """Values decoded at once: 16 MB, of which only the mean over the channels is kept."""
 RATES: Final = (4_000, 768_000)
-"""Hz. Outside, the header is nonsense."""
+"""Hz. A header with a rate outside is invalid."""
 SILENCE_PEAK: Final = 10 ** (-60 / 20)
-"""-60 dBFS: a peak of 33 of 32768, what is left of speech recorded with the microphone off."""
+"""-60 dBFS: a peak of 33 of 32768, as in a recording with the microphone off."""
 MARGIN: Final = int(0.05 * SAMPLING_RATE)
-"""Samples kept around what trimming finds, so that soft onsets and releases survive."""
+"""Samples kept on both sides when trimming, so that soft onsets and releases survive."""
 FRAME: Final = 2048
-"""Samples over which trimming averages; every `HOP` samples. Both as in librosa."""
+"""Samples over which trimming averages, every `HOP` samples. Both as in librosa."""
 HOP: Final = 512
 FULL_SCALE: Final = 0.99
-"""Samples from here on count as clipped; 8-bit recordings have no step above 0.992."""
+"""Samples of at least this magnitude count as clipped; 8-bit recordings have no step above 0.992."""
 CLIPPED_SHARE: Final = 0.001
-"""Flagged as clipped from here on, in any channel. Speech that was merely scaled to full scale stays far below."""
+"""Share of clipped samples in any channel from which a recording is flagged. Speech that was merely scaled to full
+scale stays far below."""
 SLACK: Final = 0.1
-"""Seconds by which a header may be wrong about the length unflagged: MP3 encoders pad."""
+"""Seconds by which a header may be wrong about the length without a flag: MP3 encoders pad."""
 MAX_CHUNKS: Final = 1000
-"""Of a WAV file that are looked at before its audio; a few are usual."""
+"""Chunks of a WAV file that are read in search of its audio; a few are usual."""
 CONTAINERS: Final = {
     ".wav": ("WAV", "WAVEX", "RF64"),
     ".flac": ("FLAC",),
@@ -57,7 +58,7 @@ CONTAINERS: Final = {
     ".aif": ("AIFF",),
     ".au": ("AU",),
 }
-"""What a name promises, in libsndfile's words."""
+"""File suffix -> the containers that it stands for, by libsndfile's names."""
 
 
 class Unusable(ValueError):  # noqa: N818 (a finding, not a failure)
@@ -66,8 +67,8 @@ class Unusable(ValueError):  # noqa: N818 (a finding, not a failure)
 
 @dataclass(frozen=True)
 class Recording:
-    """``windows``: (T,) float32 mono at 16 kHz each, several only of a recording that was too long; ``flags``: what is
-    worth a look, in words."""
+    """``windows``: (T,) float32 mono at 16 kHz each, several only if the recording was too long; ``flags``: what may be
+    wrong with it, human-readable."""
 
     windows: tuple[np.ndarray, ...]
     flags: tuple[str, ...]
@@ -76,10 +77,11 @@ class Recording:
 def load_recording(path: str | Path, audio: Audio, start: float | None = None, end: float | None = None) -> Recording:
     """Read any recording, or the part from ``start`` to ``end`` seconds, without the silence around it.
 
-    Channels are averaged, rates converted by soxr (HQ), and leading and trailing parts more than ``audio.trim_db``
-    below the loudest frame cut. What exceeds [-1, 1], as float files and resampling may, is scaled down, not clipped.
-    What is longer than ``audio.max_seconds`` becomes equal windows if ``audio.too_long`` is "split". Flagged are
-    clipping, a header that is wrong about the length, and a container that is not what the name says.
+    Channels are averaged, the rate is converted by soxr (HQ), and leading and trailing parts more than
+    ``audio.trim_db`` below the loudest frame are cut. A waveform that exceeds [-1, 1], as in float files or after
+    resampling, is scaled down, not clipped. One that is longer than ``audio.max_seconds`` is split into equal windows
+    if ``audio.too_long`` is "split". Flags report clipping, a header that is wrong about the length, a recording that
+    ends before ``end``, and a container that does not match the file name.
 
     Raises Unusable for a recording that cannot be decoded, is empty, not finite, silent, too short or too long.
     """
@@ -105,20 +107,20 @@ def load_recording(path: str | Path, audio: Audio, start: float | None = None, e
     windows = np.array_split(waveform, -(-len(waveform) // int(audio.max_seconds * SAMPLING_RATE)))
     if len(windows[-1]) / SAMPLING_RATE < audio.min_seconds:
         raise Unusable(
-            f"too long: {seconds:.1f} s{trimmed}, and {len(windows)} equal windows of it too short: "
+            f"too long: {seconds:.1f} s{trimmed}, and its {len(windows)} equal windows are too short: "
             f"{seconds / len(windows):.2f} s, less than {audio.min_seconds:g} s"
         )
     return Recording(tuple(windows), flags)
 
 
 def load_waveform(path: str | Path, audio: Audio, start: float | None = None, end: float | None = None) -> np.ndarray:
-    """The one waveform of a recording, (T,) float32: `load_recording`, where too long is refused in any case."""
+    """The waveform of a recording, (T,) float32: as `load_recording`, but a recording that is too long is refused."""
     (waveform,) = load_recording(path, audio.model_copy(update={"too_long": "reject"}), start, end).windows
     return waveform
 
 
 def is_silent(waveform: np.ndarray) -> bool:
-    """Whether nothing in it reaches -60 dBFS.
+    """Whether the peak is below -60 dBFS.
 
     >>> is_silent(np.array([0.0, 0.0009])), is_silent(np.array([0.0, -0.0011]))
     (True, False)
@@ -127,7 +129,7 @@ def is_silent(waveform: np.ndarray) -> bool:
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
-    """(T,) float in [-1, 1] -> (T,) int16, little-endian, rounded and clipped; exact for what was 16 bit before.
+    """(T,) float in [-1, 1] -> (T,) int16, little-endian, rounded and clipped; exact for audio that was 16 bit before.
 
     >>> to_int16(np.array([0.0, 0.5, 1.0, -1.0])).tolist()
     [0, 16384, 32767, -32768]
@@ -146,7 +148,7 @@ def from_int16(buffer: bytes | pa.Buffer | np.ndarray) -> np.ndarray:
 
 
 def _decode(path: Path, start: float | None, end: float | None) -> tuple[np.ndarray, int, tuple[str, ...]]:
-    """(T,) float32 mono, its rate, and what is worth a look; the header is checked first."""
+    """(T,) float32 mono, its rate, and its flags; the header is checked first."""
     if not path.is_file():
         raise Unusable("no such file")
     if path.suffix.lower() == ".raw":
@@ -171,13 +173,13 @@ def _decode(path: Path, start: float | None, end: float | None) -> tuple[np.ndar
 
 
 def _part(file: soundfile.SoundFile, start: float | None, end: float | None) -> tuple[int, int]:
-    """The first frame to read and how many, as the header claims them."""
+    """The first frame to read and the number of frames, by the length that the header claims."""
     rate = file.samplerate
     if not RATES[0] <= rate <= RATES[1]:
         raise Unusable(f"claims a sampling rate of {rate} Hz")
     begin, stop = start or 0.0, math.inf if end is None else end
     if not 0 <= begin < stop:
-        raise Unusable(f"a part from {begin:g} to {stop:g} s is none")
+        raise Unusable(f"a part from {begin:g} to {stop:g} s is invalid")
     first, last = (round(min(seconds * rate, file.frames)) for seconds in (begin, stop))
     if first and first == last:
         raise Unusable(f"begins at {begin:g} s, but the recording ends at {file.frames / rate:.2f} s")
@@ -192,7 +194,7 @@ def _part(file: soundfile.SoundFile, start: float | None, end: float | None) -> 
 def _read(file: soundfile.SoundFile, first: int, count: int) -> tuple[np.ndarray, float]:
     """(T,) float32, the mean over the channels, and the share of clipped samples in the worst channel.
 
-    Block by block: a claim that the file does not keep costs no memory.
+    Read block by block, so that a header that claims too much costs no memory.
     """
     if first:
         file.seek(first)
@@ -203,16 +205,16 @@ def _read(file: soundfile.SoundFile, first: int, count: int) -> tuple[np.ndarray
         if not len(block_TC):
             break
         count -= len(block_TC)
-        if _peak(block_TC) >= FULL_SCALE:  # most recordings are not counted sample by sample
+        if _peak(block_TC) >= FULL_SCALE:  # so that most recordings need no count
             clipped_C += np.count_nonzero(np.abs(block_TC) >= FULL_SCALE, axis=0)
-        with np.errstate(invalid="ignore", over="ignore"):  # what comes out is checked
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller checks the result
             blocks.append(block_TC[:, 0] if file.channels == 1 else block_TC.mean(axis=1))
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return waveform, float(clipped_C.max()) / max(len(waveform), 1)
 
 
 def _wav_length(path: Path) -> Sequence[str]:
-    """What is wrong with the length that a WAV file gives for its audio; decoding stops silently at either end."""
+    """Flags for a wrong length of the audio in a WAV header; decoding stops silently where header or file ends."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -224,7 +226,7 @@ def _wav_length(path: Path) -> Sequence[str]:
                 break
             name, claimed = struct.unpack("<4sI", chunk)
             held = size - file.tell()
-            file.seek(claimed + claimed % 2, 1)  # chunks begin at even places
+            file.seek(claimed + claimed % 2, 1)  # chunks begin at even offsets
             if name != b"data":
                 continue
             if claimed > held:
@@ -236,12 +238,12 @@ def _wav_length(path: Path) -> Sequence[str]:
 
 
 def _peak(waveform: np.ndarray) -> float:
-    """The largest absolute value, without a copy; not finite where a value is not."""
+    """The largest absolute value, without a copy; not finite if any value is not."""
     return float(max(waveform.max(initial=0.0), -waveform.min(initial=0.0)))
 
 
 def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
-    """Cut what is quiet at both ends: the rule of librosa.effects.trim, which takes seconds to load and compile."""
+    """Cut the quiet ends as librosa.effects.trim does, which itself takes seconds to import and compile."""
     if trim_db is None:
         return waveform
     # A frame is a run of hops, so each sample is squared once: F frames, H hops.
@@ -250,7 +252,7 @@ def _trim(waveform: np.ndarray, trim_db: float | None) -> np.ndarray:
     hops_HT = padded.reshape(-1, HOP)
     energy_H = np.einsum("ht,ht->h", hops_HT, hops_HT)
     power_F = np.convolve(energy_H, np.ones(FRAME // HOP, np.float32), mode="valid") / FRAME
-    power_F = np.maximum(power_F, 1e-10)  # -100 dB, where librosa's decibels end
+    power_F = np.maximum(power_F, 1e-10)  # -100 dB, the floor of librosa's decibels
     loud = np.flatnonzero(10 * np.log10(power_F / power_F.max()) > -trim_db)
     start, end = loud[0] * HOP, (loud[-1] + 1) * HOP
     return waveform[max(0, start - MARGIN) : min(end, len(waveform)) + MARGIN]

@@ -1,7 +1,7 @@
-"""Variation of training speech: gain, noise, speed and crops on the waveform, masks on the features.
+"""Augmentation of training speech: gain, noise, speed and crops on the waveform, masks on the features.
 
-What is drawn for a waveform depends on the epoch's seed and the utterance alone, so that order, batches and readers do
-not matter. Masks on features are drawn from torch's own generator, which the loop seeds every epoch.
+The random values for a waveform depend on the epoch's seed and the utterance alone, so that order, batches and readers
+do not matter. Masks on features are drawn from torch's own generator, which the loop seeds every epoch.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ser_ray.config import Augment
 from ser_ray.schema import SAMPLING_RATE
 
 MAX_SAMPLES: Final = 30 * SAMPLING_RATE
-"""The longest utterance that there is (`audio.max_seconds`), and that Whisper takes: a slower take is cut there."""
+"""The longest possible utterance (`audio.max_seconds`) and input of Whisper: a slowed waveform is cut there."""
 NUM_MASKS: Final = 2
 """Along each axis, as in SpecAugment's policies LD and SM (arXiv 1904.08779, table 1)."""
 
 
 def augmented(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed: int) -> np.ndarray:
-    """Another take of a waveform: crop, speed, noise, gain, in this order; (T,) -> (T',) float32.
+    """An augmented version of a waveform: crop, speed, noise, gain, in this order; (T,) -> (T',) float32.
 
-    The gain comes last: a loud take is not clipped, and may exceed 1.
+    The gain comes last: a loud version is not clipped, and may exceed 1.
 
     >>> tone = np.sin(np.arange(16_000, dtype=np.float32))
     >>> louder = augmented(tone, "a/1", Augment(gain_db=6), seed=0)
@@ -34,7 +34,7 @@ def augmented(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed
     (True, False)
     """
     rng = np.random.default_rng([seed, zlib.crc32(utterance_id.encode())])
-    # All are drawn whether used or not, so that switching one on leaves the others as they were.
+    # All are drawn, used or not, so that switching one on does not change the others.
     start, way, level, snr = rng.uniform(size=4)
     waveform = torch.from_numpy(waveform_T)
     if settings.crop_seconds is not None:
@@ -55,15 +55,15 @@ def augmented(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed
 def at_speed(waveform_T: np.ndarray, factor: float) -> np.ndarray:
     """The waveform played ``factor`` times as fast, which moves its pitch too: (T,) -> (T / factor,).
 
-    The factor is rounded to a thousandth. A ratio of small integers is quick whatever it is; from 0.9299999 a filter
-    of gigabytes would follow.
+    The factor is rounded to a thousandth: soxr is fast for any ratio of small integers, but 0.9299999 would need a
+    filter of gigabytes.
     """
     thousandths = round(factor * 1000)
     return waveform_T if thousandths == 1000 else np.asarray(soxr.resample(waveform_T, thousandths, 1000))
 
 
 def mask(features_BCF: torch.Tensor, frames_B: torch.Tensor, channel_share: float, time_share: float) -> torch.Tensor:
-    """SpecAugment (arXiv 1904.08779) without its warp: bands and stretches take the mean of their utterance.
+    """SpecAugment (arXiv 1904.08779) without time warping: masked values become the mean of their utterance.
 
     Two masks along each axis, each up to the given share of the channels C, or of the utterance's own frames; frames
     beyond ``frames_B`` stay as they are. Returns a copy.

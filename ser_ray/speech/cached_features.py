@@ -1,13 +1,14 @@
-"""The form in which the frozen part of a model is kept: what is the same in every epoch and every trial.
+"""The format of cached features: the output of a model's frozen part, which is the same in every epoch and trial.
 
-    states   (F, S, D) fp16: the input of block k, unless `head.layer_mix` is last the states below it as well
-    moments  (M, D) fp32: where nothing of the backbone learns and pooling is plain, frames are not needed either
+    states   (F, S, D) fp16: the input of block k, and the states below it unless `head.layer_mix` is last
+    moments  (M, D) fp32: no frames are needed if the backbone is frozen and pooling is mean or statistics
 
-Moments: a head that mixes S states with weights w and pools mean and deviation over frames sees sum_l w_l mean_l and
-sum_lm w_l w_m cov_lm, so the means of all states and their covariances (one row a pair) are all that it can ever ask
-for: the same figures to rounding, from a hundredth of the bytes.
+Moments: a head that mixes S states with weights w and pools mean and deviation over frames needs sum_l w_l mean_l and
+sum_lm w_l w_m cov_lm. So the means of all states and their covariances (one row per pair) are all that it needs: the
+same metrics up to rounding, from a hundredth of the bytes.
 
-`ser_ray.models.prefix` makes it. Nothing here needs torch: a process that only finds or feeds it starts at once.
+`ser_ray.models.prefix` computes them. Nothing here needs torch, so a process that only looks up or reads the cache
+starts quickly.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ import pyarrow as pa
 from ser_ray.config import fingerprint
 
 FORMAT: Final = 3
-"""Raised when `compute` gives something else; part of a cache's name."""
+"""Raised when the output of `ser_ray.models.prefix.compute` changes; part of a cache's name."""
 COLUMN: Final = "features"
 SCHEMA: Final = pa.schema([("utterance_id", pa.string()), ("num_samples", pa.int32()), (COLUMN, pa.large_binary())])
-"""num_samples are those of the speech: batches are packed by them, and so are the same as from speech."""
+"""num_samples is that of the speech: batches are packed by it, so they are the same as from speech."""
 FRAMES_PER_SECOND: Final = 50
-"""Of all four families: a frame each 20 ms."""
+"""Of all four families: one frame per 20 ms."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is kept of every utterance; see the module's docstring."""
+    """What is cached of every utterance; see the module's docstring."""
 
     backbone: str
     identity: str
-    """A digest of its configuration and weights; the name may be a place that another machine does not have."""
+    """A digest of the backbone's configuration and weights; its name may be a path that another machine lacks."""
     quantized: bool
     precision: str
     first_layer: int
-    """Block k, whose input is the last state that is kept; the number of blocks where all are frozen."""
+    """Block k, whose input is the last cached state; the number of blocks if all are frozen."""
     num_states: int
     """S."""
     width: int
     """D."""
     moments: str | None
-    """None: frames; else the pooling that they serve, mean or statistics."""
+    """None for frames; else the pooling that the moments are for, mean or statistics."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,11 +56,11 @@ class Prefix:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """fp16 for frames: with 11 bits eight times closer than bf16, and no hidden state comes near its range."""
+        """fp16 for frames: its 11 bits are eight times as precise as bf16, and no hidden state comes near its range."""
         return np.dtype(np.float32 if self.moments else np.float16)
 
     def gigabytes(self, seconds: float, utterances: int) -> float:
-        """What a cache of so much speech takes."""
+        """The size of a cache of so much speech."""
         rows = utterances if self.moments else seconds * FRAMES_PER_SECOND
         return rows * self.shape[0] * self.shape[1] * self.dtype.itemsize / 1e9
 
@@ -69,7 +70,7 @@ class Prefix:
         return np.frombuffer(buffer, self.dtype).reshape(shape)
 
     def key(self) -> str:
-        """The name of its cache: differs where anything differs that the values depend on."""
+        """The name of its cache: it changes with everything that the values depend on."""
         return fingerprint(FORMAT, {name: value for name, value in asdict(self).items() if name != "backbone"})
 
     def __str__(self) -> str:

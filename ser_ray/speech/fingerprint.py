@@ -1,13 +1,14 @@
-"""Audio fingerprints: the same take found again after resampling, trimming, a change of level, or a lossy codec.
+"""Audio fingerprints: detect one recording again after resampling, trimming, a change of level, or a lossy codec.
 
 After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (ISMIR 2002): a bit of a fingerprint says
-whether the contrast of two neighbouring bands grows or falls in time. Short speech has quiet parts, where noise decides
-the bit; so a second bit says whether the first is sure, and only bits that are sure on both sides are compared. Two
-takes of one sentence by one actor disagree in a tenth of them or more, two versions of one take in hardly any:
-``results/benchmarks/audit.md`` has the figures, and the reason for `THRESHOLD`.
+whether the contrast of two neighbouring bands rises or falls in time. Short speech has quiet parts, where noise decides
+the bit. So a second bit says whether the first is sure, and only bits that are sure on both sides are compared. Two
+recordings of one sentence by one actor disagree in a tenth of them or more, two versions of one recording in hardly
+any: ``results/benchmarks/audit.md`` has the measurements, and the reason for `THRESHOLD`.
 
-Candidates come from landmarks (the bands whose contrast changes most, at three moments), found by sorting and not by
-comparing all pairs. A second of speech takes 750 bytes; they are kept beside the shards in ``fingerprints.parquet``.
+Candidate pairs share landmarks (the bands whose contrast changes most, at three moments), and are found by sorting, not
+by comparing all pairs. A second of speech takes 750 bytes; fingerprints are cached beside the shards in
+``fingerprints.parquet``.
 """
 
 from __future__ import annotations
@@ -29,47 +30,47 @@ from ser_ray.speech import shards
 from ser_ray.speech.audio import from_int16
 
 VERSION: Final = 1
-"""Raised when fingerprints change, so that kept ones are made again."""
+"""Raised when fingerprints change, so that cached ones are computed again."""
 FILE: Final = "fingerprints.parquet"
 
 WINDOW: Final = 2048
-"""Samples, 128 ms: long against `HOP`, so that two cuts of a take that begin between two frames are still alike."""
+"""Samples, 128 ms: long against `HOP`, so that versions of one recording match even if their frames are not aligned."""
 HOP: Final = 256
 """Samples, 16 ms."""
 BANDS: Final = 33
 RANGE: Final = (300.0, 3400.0)
-"""Hz: what telephone speech keeps."""
+"""Hz: the band of telephone speech."""
 LAG: Final = 4
-"""Frames over which a contrast grows or falls."""
+"""Frames over which the change of a contrast is measured."""
 FLOOR_DB: Final = 30.0
-"""Below the loudest cell of an utterance by more than this, noise and codecs decide."""
+"""More than this below the loudest cell of an utterance, noise and codecs dominate."""
 SURE_DB: Final = 1.0
-"""A change of contrast from here on is sure."""
+"""A larger change of contrast is sure."""
 STEP: Final = 8
 """Frames between the three moments of a landmark."""
 NONE: Final = np.uint32(0xFFFFFFFF)
 """In place of a landmark where too little changes."""
 NEIGHBOURS: Final = 8
-"""Utterances with the same landmark that each is paired with: a bound on the work, whatever the speech repeats."""
+"""Utterances with the same landmark that each is paired with: a bound on the work, however repetitive the speech."""
 VOTES: Final = 2
-"""Landmarks that must agree on the time between two utterances before their bits are compared."""
+"""Landmarks that must agree on the offset of two utterances before their bits are compared."""
 PART: Final = 20_000
 """Utterances whose candidates are in memory at once: about 0.5 GB."""
 MIN_OVERLAP: Final = 0.5
-"""Of the shorter utterance."""
+"""As a share of the shorter utterance."""
 MIN_CELLS: Final = 300
-"""Sure on both sides; fewer say nothing."""
+"""Bits that are sure on both sides; fewer are no evidence."""
 THRESHOLD: Final = 0.03
-"""Share of sure bits that disagree, up to which two utterances are one take. Versions of RAVDESS's takes measure
-0.03 at worst and mostly nothing, its two closest takes 0.09."""
+"""Share of sure bits that disagree, up to which two utterances are one recording. Versions of one RAVDESS recording
+differ by 0.03 at worst and mostly by nothing, its two closest recordings by 0.09."""
 REPEATS: Final = 0.15
-"""A sound that is this like itself at another time (a tone, a beat) is like any other of its kind: no evidence. Speech
-stays above 0.28."""
+"""A sound that differs from itself at another time by no more than this (a tone, a beat) matches others of its kind:
+no evidence. Speech stays above 0.28."""
 
 
 @dataclass(frozen=True)
 class SameRecording:
-    """Two utterances that are one take, and the share of sure bits in which they disagree."""
+    """Two utterances that are one recording, and the share of sure bits in which they disagree."""
 
     one: str
     other: str
@@ -77,7 +78,7 @@ class SameRecording:
 
 
 def fingerprint(waveform: np.ndarray) -> np.ndarray:
-    """(T,) float, mono at 16 kHz -> (F, 3) uint32: of every 16 ms the bits, which of them are sure, the landmark.
+    """(T,) float, mono at 16 kHz -> (F, 3) uint32: per 16 ms the bits, which of them are sure, and the landmark.
 
     >>> tone = np.sin(np.arange(16_000) / 10)
     >>> fingerprint(tone).shape
@@ -98,8 +99,8 @@ def fingerprint(waveform: np.ndarray) -> np.ndarray:
 
 
 def difference(one: np.ndarray, other: np.ndarray, offset: int) -> float:
-    """The share of sure bits that disagree, if frame ``offset`` of ``one`` is frame 0 of ``other``; 1 where they share
-    too little to tell."""
+    """The share of sure bits that disagree, if frame ``offset`` of ``one`` is frame 0 of ``other``; 1 if too few
+    frames or sure bits overlap."""
     start, stop = max(0, offset), min(len(one), len(other) + offset)
     if stop - start < MIN_OVERLAP * min(len(one), len(other)):
         return 1.0
@@ -110,18 +111,18 @@ def difference(one: np.ndarray, other: np.ndarray, offset: int) -> float:
 
 
 def same_recordings(prints: Mapping[str, np.ndarray]) -> list[SameRecording]:
-    """All pairs of utterances that are versions of one take, in order of id; of many equal ones, pairs that link them.
+    """All pairs of utterances that are versions of one recording, by id; of many versions, pairs that link them.
 
-    ``prints`` maps an utterance's id to its `fingerprint`. Takes of less than half a second have no landmark and are
-    not found.
+    ``prints`` maps an utterance's id to its `fingerprint`. Recordings of less than half a second have no landmark and
+    are not detected.
     """
     ids = sorted(prints)
     least: dict[tuple[int, int], float] = {}
     for one, other, offset in _candidates([prints[i] for i in ids]):
-        found = min(difference(prints[ids[one]], prints[ids[other]], offset + d) for d in (-1, 0, 1))
-        if found <= THRESHOLD:
-            least[one, other] = min(found, least.get((one, other), 1.0))
-    alike = [(ids[one], ids[other], found) for (one, other), found in sorted(least.items())]
+        share = min(difference(prints[ids[one]], prints[ids[other]], offset + d) for d in (-1, 0, 1))
+        if share <= THRESHOLD:
+            least[one, other] = min(share, least.get((one, other), 1.0))
+    alike = [(ids[one], ids[other], share) for (one, other), share in sorted(least.items())]
     return [SameRecording(*pair) for pair in alike if not _repeats(prints[pair[0]])]
 
 
@@ -131,7 +132,7 @@ def same_recordings_in(directories: Iterable[Path]) -> list[SameRecording]:
 
 
 def read_fingerprints(directory: Path) -> dict[str, np.ndarray]:
-    """The fingerprint of every utterance of a directory of shards; made once, and kept in it where it can be written.
+    """The fingerprint of every utterance of a directory of shards; computed once, and cached there if it is writable.
 
     One shard is in memory at a time.
     """
@@ -184,13 +185,13 @@ def _repeats(print_F3: np.ndarray) -> bool:
 
 
 def _rows(shard: pa.Table) -> Iterable[dict[str, object]]:
-    """What is kept of every utterance of a shard."""
+    """The cached row of every utterance of a shard."""
     for i, audio in zip(shard["utterance_id"].to_pylist(), shard["audio"], strict=True):
         yield {"utterance_id": i, "fingerprint": fingerprint(from_int16(audio.as_buffer())).astype("<u4").tobytes()}
 
 
 def _candidates(prints: list[np.ndarray]) -> Iterable[tuple[int, int, int]]:
-    """Pairs of positions, first one smaller, and the frames from one to the other that `VOTES` landmarks agree on."""
+    """Pairs of positions, the smaller first, and an offset in frames that at least `VOTES` landmarks agree on."""
     if not prints:
         return
     assert len(prints) < 2**23, "positions are packed into 24 bits below"
@@ -208,7 +209,7 @@ def _candidates(prints: list[np.ndarray]) -> Iterable[tuple[int, int, int]]:
             same = np.flatnonzero((word[:-step] == word[step:]) & (owner[:-step] % parts == part))
             apart = frame[same] - frame[same + step] + 2**15
             one, other = (owner[rows].astype(np.int64) for rows in (same, same + step))
-            hits.append(one << 40 | other << 16 | apart)  # one number: sorted ten times as fast
+            hits.append(one << 40 | other << 16 | apart)  # as one number, which sorts ten times as fast
         pairs, votes = np.unique(np.concatenate(hits), return_counts=True)
         for pair in pairs[votes >= VOTES].tolist():
             yield pair >> 40, pair >> 16 & 2**24 - 1, (pair & 2**16 - 1) - 2**15

@@ -1,16 +1,16 @@
-"""The order of an epoch: which utterances make a batch, and which batch follows which.
+"""The order of an epoch: which utterances form a batch, and which batch follows which.
 
-It is a function of the seed, the epoch and the utterances alone. How many processes share an epoch, how many tasks read
-it, and whether its data lie in memory or are streamed changes nothing: processes take the batches in turns (`steps`).
+It depends on the seed, the epoch and the utterances alone: not on the number of processes that share an epoch, the
+number of tasks that read it, or whether its data are in memory or streamed. Processes take batches in turn (`steps`).
 
     piece    at most `PIECE` consecutive rows of one file: what is read at once
     window   consecutive pieces of about `WINDOW` utterances: what is in memory at once
     batch    utterances of a window of about the same length, within a budget of padded seconds
 
-Padding is what batches of similar length are for: in order of arrival half of a batch is padding where recordings last
-1 to 10 s, sorted within a window a few per cent. Corpora differ in length, though, and an order by length is an order
-by corpus. So the pieces of every corpus are spread evenly over the epoch, and the batches of every length evenly over
-their window: any stretch of an epoch holds each corpus by about its share.
+Batches of similar lengths reduce padding: for recordings of 1 to 10 s, half of a batch is padding in order of arrival,
+and a few per cent when sorted within a window. But corpora differ in length, so an order by length is an order by
+corpus. Therefore the pieces of every corpus are spread evenly over the epoch, and the batches of every length evenly
+over their window: any stretch of an epoch contains each corpus in about its share.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PIECE: Final = 256
 WINDOW: Final = 2048
 """Utterances: 200 MB of speech, at 3 s each."""
 JITTER: Final = 0.02
-"""Lengths are varied by up to this share before sorting, so that an utterance meets other neighbours each epoch; costs
+"""Lengths are jittered by up to this share before sorting, so that an utterance has other neighbours each epoch; costs
 about as much padding (RAVDESS, 60 s a batch: 2.2 % with it, 0.9 % without, 4.7 % at 0.05)."""
 
 Window = list[np.ndarray]
-"""Its batches, in their order; each the numbers of its rows."""
+"""A window's batches, in order; each is an array of row numbers."""
 
 
 def epoch(rows: pa.Table, batch_seconds: float, seed: Sequence[int] | None) -> list[Window]:
@@ -42,8 +42,8 @@ def epoch(rows: pa.Table, batch_seconds: float, seed: Sequence[int] | None) -> l
 
     ``rows`` has the columns num_samples, corpus, shard (dictionary-encoded) and row, in the order of the files
     (`ser_ray.protocols.task`). An utterance that is longer than ``batch_seconds`` is a batch by itself. ``seed`` is
-    that of the experiment and the number of the epoch; with None nothing is random, the files are taken in their order
-    and the batches of a window from short to long: for evaluation.
+    the experiment's seed and the epoch's number. With None, for evaluation, nothing is random: files come in their
+    order, and the batches of a window from short to long.
     """
     if rows.num_rows == 0:
         return []
@@ -55,19 +55,19 @@ def epoch(rows: pa.Table, batch_seconds: float, seed: Sequence[int] | None) -> l
     if rng is not None:
         corpus_N = rows["corpus"].combine_chunks().dictionary_encode().indices.to_numpy()
         order_P = _spread(corpus_N[starts_P], sizes_P, rng)
-    found = []
+    windows = []
     for pieces in _cut(sizes_P[order_P]):
         chosen = order_P[pieces]
         own = np.concatenate([np.arange(starts_P[p], starts_P[p] + sizes_P[p]) for p in chosen])
         packed = [own[batch] for batch in by_length(samples_N[own], batch_seconds, rng)]
-        found.append(packed if rng is None else _mixed(packed, rng))
-    return found
+        windows.append(packed if rng is None else _mixed(packed, rng))
+    return windows
 
 
 def by_length(samples_N: np.ndarray, batch_seconds: float, rng: np.random.Generator | None = None) -> list[np.ndarray]:
     """Utterances of ``samples_N`` samples in batches of at most ``batch_seconds`` padded seconds, from short to long.
 
-    Each batch is the numbers of its utterances. With ``rng`` the lengths are varied a little before they are sorted.
+    Each batch is an array of utterance numbers. With ``rng`` the lengths are jittered before they are sorted.
 
     >>> [batch.tolist() for batch in by_length(np.array([48_000, 16_000, 32_000]), batch_seconds=4.0)]
     [[1, 2], [0]]
@@ -92,21 +92,21 @@ class Step:
     every: range
     """Of all processes."""
     own: range
-    """Of this one; none where a step has fewer batches than there are processes."""
+    """Of this process; may be empty if a step has fewer batches than there are processes."""
 
     @property
     def read(self) -> Sequence[int]:
-        """What this process runs: its own batches. Gradients are summed over all processes, so one that has none runs
-        the last batch, which is another's, and counts it as nothing."""
+        """The batches that this process runs: its own. Gradients are summed over all processes, so a process without a
+        batch runs the last one, which is another's, with weight zero."""
         return self.own or self.every[-1:]
 
 
 def steps(batches: int, accumulate: int, rank: int = 0, size: int = 1) -> list[Step]:
-    """The steps of an epoch of so many batches, as one of ``size`` processes takes them.
+    """The steps of an epoch of so many batches, for process ``rank`` of ``size``.
 
-    A step is up to ``accumulate`` batches of each process. What an epoch has is shared evenly by as few steps as can
-    be, so that no small one is left at its end. All processes know this beforehand: none has to ask the others whether
-    a batch follows, which would make it wait for its GPU, and nothing of an epoch is left out.
+    A step is up to ``accumulate`` batches of each process. The batches are divided evenly among as few steps as
+    possible, so that no small step is left at the end. All processes know the steps beforehand: none has to ask the
+    others whether a batch follows, which would make it wait for its GPU, and no batch of an epoch is left out.
 
     >>> [(list(step.every), list(step.own)) for step in steps(5, accumulate=2, rank=1, size=2)]
     [([0, 1], [1]), ([2, 3, 4], [3])]
@@ -131,7 +131,7 @@ def _pieces(rows: pa.Table) -> np.ndarray:
 
 
 def _spread(group_M: np.ndarray, size_M: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An order of M things in which every group is spread evenly, its members in random order."""
+    """An order of M items in which every group is spread evenly, its members in random order."""
     place_M = np.empty(len(group_M))
     for group in np.unique(group_M):
         own = rng.permutation(np.flatnonzero(group_M == group))
@@ -141,7 +141,7 @@ def _spread(group_M: np.ndarray, size_M: np.ndarray, rng: np.random.Generator) -
 
 
 def _cut(size_P: np.ndarray) -> list[slice]:
-    """Runs of pieces, of about `WINDOW` rows and about equally many."""
+    """Runs of pieces, of about `WINDOW` rows and about equal size."""
     ends_P = np.cumsum(size_P)
     number = max(1, round(ends_P[-1] / WINDOW))
     cuts = [0, *np.searchsorted(ends_P, ends_P[-1] * np.arange(1, number) / number), len(size_P)]

@@ -1,9 +1,10 @@
-"""The form in which prepared speech is kept: a directory of Parquet shards with a manifest that is written last.
+"""The format of prepared speech: a directory of Parquet shards with a manifest that is written last.
 
-One directory holds one corpus. Folds are no part of it: one set of shards serves every protocol. The audio is
+One directory holds one corpus. Folds are not stored in it: one set of shards serves every protocol. The audio is
 uncompressed int16, which Parquet reads several times faster than lists or compressed audio; the other columns are zstd.
 Rows come in groups of `order.PIECE`, each of which can be read alone.
-A directory without ``manifest.json`` is not whole and is never read; every file is written aside and renamed.
+A directory without ``manifest.json`` is incomplete and never read; every file is written under a temporary name and
+renamed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import pyarrow.parquet as pq
 import ser_ray
 from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
-from ser_ray.schema import TIE, Rejected, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import TIE, Rejected
 from ser_ray.speech.order import PIECE
 
 FORMAT: Final = 3
@@ -76,11 +78,11 @@ def write_manifest(
     audio: Audio,
     flagged: Iterable[Rejected] = (),
 ) -> dict[str, Any]:
-    """Describe the shards and thereby declare the directory whole; returns the manifest.
+    """Write the manifest, which marks the directory as complete, and return it.
 
-    ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data, equal digest, however
-    the rows are spread over files. ``flagged`` recordings are used, but worth a look. ``ties`` counts those whose
-    listeners did not agree on one emotion.
+    ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data have equal digests,
+    however the rows are divided among files. ``flagged`` recordings are used, but may be faulty. ``ties`` counts the
+    recordings for which listeners preferred no single emotion.
     """
     index = _concatenated(_read(directory / name) for name in shards).sort_by("utterance_id")
     manifest = {
@@ -104,17 +106,17 @@ def write_manifest(
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether the directory was prepared to its end."""
+    """Whether the directory is complete."""
     return (directory / MANIFEST).is_file()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a directory of shards.
 
-    Raises UserError where the directory is not whole, or was written in another format.
+    Raises UserError where the directory is incomplete, or was written in another format.
     """
     if not is_whole(directory):
-        raise UserError(f"{directory}: not prepared, or not to the end; run ser-ray prepare")
+        raise UserError(f"{directory}: not prepared, or incomplete; run ser-ray prepare")
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
         raise UserError(f"{directory}: shards of format {manifest['format']}, not {FORMAT}; run ser-ray prepare")
@@ -129,7 +131,7 @@ def shard_paths(directory: Path) -> list[Path]:
 def read_index(directories: Iterable[Path]) -> pa.Table:
     """All columns but the audio, of all shards of all directories, in their order.
 
-    Beside them where the audio is: ``shard``, the path of the file, dictionary-encoded, and ``row``, the row in it.
+    Two more columns locate the audio: ``shard``, the path of the file, dictionary-encoded, and ``row``, the row in it.
     """
     paths = [path for directory in directories for path in shard_paths(directory)]
     parts = [_read(path) for path in paths]
@@ -146,23 +148,23 @@ def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
 
 
 def read_paths(paths: Iterable[Path]) -> Iterator[pa.Table]:
-    """Parquet files one by one, whole."""
+    """Parquet files one by one, with all columns."""
     for path in paths:
         with pq.ParquetFile(path) as file:
             yield file.read()
 
 
 def read_ids(path: Path) -> list[str]:
-    """The utterances of one shard, or of what was kept of it, in the order of its rows."""
+    """The utterance ids of one shard, or of its cached features, in the order of its rows."""
     with pq.ParquetFile(path) as file:
         ids: list[str] = file.read(columns=["utterance_id"])["utterance_id"].to_pylist()
     return ids
 
 
 def read_rows(path: Path, row_N: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    """Some rows of one shard, or of what was kept of it; ``row_N`` ascends. Only groups that hold them are read.
+    """Rows ``row_N``, ascending, of one shard or of its cached features. Only row groups that contain them are read.
 
-    Where a group's rows are all asked for, their audio is not copied.
+    If these are all rows of those groups, the audio is not copied.
     """
     with pq.ParquetFile(path) as file:
         size_G = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
@@ -170,10 +172,10 @@ def read_rows(path: Path, row_N: np.ndarray, columns: Sequence[str]) -> pa.Table
         group_N = np.searchsorted(first_G, row_N, side="right") - 1
         groups = np.unique(group_N)
         table = file.read_row_groups(groups.tolist(), columns=list(columns))
-    before_G = np.zeros(len(size_G), np.int64)  # of the groups that were read, the rows that lie before them
+    before_G = np.zeros(len(size_G), np.int64)  # of the groups that are read, the rows before each
     before_G[groups] = np.cumsum(size_G[groups]) - size_G[groups]
-    found_N = row_N - first_G[group_N] + before_G[group_N]
-    return table if len(found_N) == table.num_rows else table.take(found_N)
+    place_N = row_N - first_G[group_N] + before_G[group_N]
+    return table if len(place_N) == table.num_rows else table.take(place_N)
 
 
 def _findings(findings: Iterable[Rejected]) -> list[dict[str, str]]:

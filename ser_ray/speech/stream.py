@@ -1,7 +1,7 @@
-"""From rows of the fold to batches: what is fed to a model, read from files or held in memory, and padded.
+"""From rows of the fold to batches: a model's input, read from files or held in memory, and padded.
 
-Which rows make a batch is for `ser_ray.speech.order` to say. A source gives the tables that hold them, window by
-window; nothing here knows of Ray, whose tables `ser_ray.feed` hands to the same functions.
+`ser_ray.speech.order` decides which rows form a batch. A source gives the tables that contain them, window by window.
+Nothing here depends on Ray; `ser_ray.feed` passes Ray's tables to the same functions.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ser_ray.speech.order import Window, by_length
 
 T = TypeVar("T")
 Augmentation = Callable[[np.ndarray, str], np.ndarray]
-"""A waveform (T,) and its utterance id -> another take of it, (T',)."""
+"""A waveform (T,) and its utterance id -> an augmented version, (T',)."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Where the tables hold what a model is fed, and how to read it."""
+    """The column of a model's input, and how to decode it."""
 
     column: str = "audio"
     read: Callable[[pa.Buffer], np.ndarray] = from_int16
-    """Bytes -> (T, ...): a waveform, or whatever else has a length."""
+    """Bytes -> (T, ...): a waveform, or another array with a length."""
 
 
 SPEECH: Final = Content()
 
 
 def content_of(prefix: Prefix | None) -> Content:
-    """What a model is fed: speech, or what a frozen ``prefix`` kept of it."""
+    """The input of a model: speech, or the cached features of a frozen ``prefix``."""
     return SPEECH if prefix is None else Content(COLUMN, prefix.read)
 
 
@@ -51,9 +51,9 @@ class Batch:
 
     utterance_ids: tuple[str, ...]
     inputs: torch.Tensor
-    """waveform_BT, float32 in [-1, 1], T samples at 16 kHz; or what `ser_ray.models.prefix` kept of it."""
+    """waveform_BT, float32 in [-1, 1], T samples at 16 kHz; or the cached features of `ser_ray.models.prefix`."""
     lengths_B: torch.Tensor
-    """int64: the real length of each utterance, in samples; or in frames."""
+    """int64: the length of each utterance without padding, in samples; or in frames."""
     labels_B: torch.Tensor
     """int64."""
 
@@ -61,7 +61,7 @@ class Batch:
         return len(self.utterance_ids)
 
     def pin(self) -> Batch:
-        """The same batch in page-locked memory, from where a GPU copies it while it computes."""
+        """The same batch in page-locked memory, from which a GPU can copy it while it computes."""
         return replace(
             self,
             inputs=self.inputs.pin_memory(),
@@ -86,17 +86,17 @@ def batches(
     augmentation: Augmentation | None = None,
     content: Content = SPEECH,
 ) -> Iterator[Batch]:
-    """The batches of one table, each given as the numbers of its rows.
+    """The batches of one table, each given in ``packed`` as its row numbers.
 
-    ``table`` has the columns utterance_id, label, and that of ``content``. ``augmentation`` makes another waveform of each,
-    perhaps of another length: padded seconds are bounded for what the table says.
+    ``table`` has the columns utterance_id, label, and that of ``content``. ``augmentation`` may change the length of a
+    waveform: the bound on padded seconds is for the lengths in the table.
     """
     for rows in packed:
         yield _batch(table, rows, augmentation, content)
 
 
 def short_to_long(table: pa.Table, batch_seconds: float, content: Content = SPEECH) -> Iterator[Batch]:
-    """All of a table in memory in batches of at most ``batch_seconds`` padded seconds; num_samples is a column too."""
+    """All rows of a table, which also has num_samples, in batches of at most ``batch_seconds`` padded seconds."""
     return batches(table, by_length(table["num_samples"].to_numpy(), batch_seconds), content=content)
 
 
@@ -110,15 +110,15 @@ class Source(Protocol):
     def read(
         self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
     ) -> Iterator[tuple[pa.Table, Window]]:
-        """For every window a table, and the window's batches as numbers of the rows of that table.
+        """For every window a table, and the window's batches as row numbers of that table.
 
-        ``following`` says which windows will be read after these, if any will, to a source that can begin before.
+        ``following`` returns the windows that will be read after these, if any, for a source that can start early.
         """
 
 
 @dataclass(frozen=True)
 class Held:
-    """A split that is in memory, with the column of what a model is fed; read without a copy."""
+    """A split that is in memory, with the column of a model's input; read without a copy."""
 
     rows: pa.Table
 
@@ -137,7 +137,7 @@ class Files:
     rows: pa.Table
     column: str = "audio"
     cached: Path | None = None
-    """The directory of what a frozen prefix kept, where that is what is read."""
+    """The directory of cached features, if these are what is read."""
 
     def read(
         self, windows: Sequence[Window], following: Callable[[], Sequence[Window]] | None = None
@@ -149,24 +149,24 @@ class Files:
             yield joined(chosen, read_files(chosen, self.column, self.cached)), within(window, own)
 
     def hold(self) -> Held:
-        """The same, read now, all of it."""
+        """The same split, read into memory now."""
         return Held(joined(self.rows, read_files(self.rows, self.column, self.cached)))
 
 
 def rows_of(window: Window) -> np.ndarray:
-    """The rows that a window's batches hold, in the order of the files."""
+    """The rows of a window's batches, in the order of the files."""
     return np.sort(np.concatenate(window))
 
 
 def within(window: Window, own: np.ndarray) -> Window:
-    """A window's batches as numbers of the rows of a table that holds ``own`` alone."""
+    """A window's batches as row numbers of a table that has only the rows ``own``."""
     return [np.searchsorted(own, batch) for batch in window]
 
 
 def read_files(rows: pa.Table, column: str, cached: Path | None = None) -> Iterator[pa.Table]:
-    """What the files hold of ``rows`` (utterance_id, shard, row; in the order of the files): utterance_id, ``column``.
+    """The utterance_id and ``column`` of ``rows`` (utterance_id, shard, row; in the order of the files).
 
-    A table for every file, which lies beside the speech that it comes from, or in the directory ``cached``.
+    One table per file: the shard itself, or the file of the same name in the directory ``cached``.
     """
     runs = pc.run_end_encode(rows["shard"].cast(pa.string()).combine_chunks())
     row_N, first = rows["row"].to_numpy(), 0
@@ -177,17 +177,17 @@ def read_files(rows: pa.Table, column: str, cached: Path | None = None) -> Itera
 
 
 def joined(rows: pa.Table, found: Iterable[pa.Table]) -> pa.Table:
-    """``rows`` with what was found of them; they must be the same utterances, in the same order."""
+    """``rows`` with the column of the tables ``found``, which must have the same utterances in the same order."""
     table = pa.concat_tables(found)
-    assert table["utterance_id"].equals(rows["utterance_id"]), "the rows that came are not those that were asked for"
+    assert table["utterance_id"].equals(rows["utterance_id"]), "the rows that were read are not those requested"
     (column,) = (name for name in table.column_names if name != "utterance_id")
     return rows.append_column(column, table[column])
 
 
 class Prefetcher(Iterator[T]):
-    """The same items, made in a thread that begins at once; ``depth`` of them wait at most while others are used.
+    """The items of ``source``, produced in a thread that starts at once; at most ``depth`` of them are queued.
 
-    What the source raises is raised here. The thread ends with `close`, or with the reader who stops early.
+    Exceptions of the source are raised here. The thread ends with `close`, or when a reader that stops early is freed.
     """
 
     def __init__(self, source: Iterable[T], depth: int = 2) -> None:
@@ -212,7 +212,7 @@ class Prefetcher(Iterator[T]):
             except BaseException as error:
                 put(_End(error))
 
-        # The thread knows no more of its reader than these, or the reader would never be let go.
+        # The thread refers to these alone and not to self, which would never be freed otherwise.
         self._waiting, self._ended = waiting, ended
         self._thread = threading.Thread(target=fill, daemon=True)
         self._thread.start()
@@ -227,7 +227,7 @@ class Prefetcher(Iterator[T]):
         raise item.error or StopIteration
 
     def close(self) -> None:
-        """End the thread, wherever it is."""
+        """Stop the thread, even before the end of the source."""
         self._ended.set()
         self._thread.join()
 
@@ -241,8 +241,8 @@ class _End:
 
 
 def _batch(table: pa.Table, rows: np.ndarray, augmentation: Augmentation | None, content: Content) -> Batch:
-    # One scalar at a time: a view of the window's bytes, where take() would copy them. NumPy fills the rows, as torch
-    # would start threads for copies of 100 kB, which on busy cores takes ten times as long.
+    # One scalar at a time is a view of the window's bytes; take() would copy them. NumPy fills the rows: torch would
+    # start threads for copies of 100 kB, which takes ten times as long on busy cores.
     column = table[content.column]
     arrays = [content.read(column[int(row)].as_buffer()) for row in rows]
     chosen = table.select(["utterance_id", "label"]).take(rows)

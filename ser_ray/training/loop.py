@@ -1,10 +1,10 @@
-"""Fit one model: epochs of optimiser steps, dev figures after each, early stopping, resumable to the same numbers.
+"""Fit one model: epochs of optimiser steps, dev metrics after each, early stopping, exact resumption.
 
-No Ray in here. Data comes as functions that give an epoch's batches; what happens goes out through one callback;
-with several processes torch.distributed must be set up (Ray Train does, so does torchrun). Everything random is
-seeded by (seed, epoch, rank), and the learning rate is a function of the step, so a run that continues from a
-checkpoint takes the steps that the unbroken one would have taken. Which batches an epoch has is known before it begins
-(`ser_ray.speech.order`), and so is how many steps the whole run takes.
+No Ray in here. Functions give the batches of an epoch, and one callback receives the results. With several processes
+torch.distributed must be initialised (Ray Train and torchrun do so). Everything random is seeded by (seed, epoch,
+rank), and the learning rate is a function of the step, so a run that continues from a checkpoint takes the same steps
+as an uninterrupted one. The batches of an epoch are known before it starts (`ser_ray.speech.order`), and so is the
+number of steps of the whole run.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ser_ray.config import Experiment
+from ser_ray.errors import UserError
 from ser_ray.evaluation import metrics
 from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast, compute_dtype
-from ser_ray.schema import UserError
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
 from ser_ray.training import step
@@ -44,15 +44,15 @@ Save = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Data:
-    """What a model is fitted to."""
+    """The data that a model is fitted to."""
 
     train: Callable[[int], Iterable[Batch]]
-    """The batches of an epoch that this process runs, in the order of its steps (`order.steps`). Of epoch 0, which is
-    the probe's, those that no other process has."""
+    """Epoch -> the batches that this process runs, in the order of its steps (`order.steps`). In epoch 0, which is for
+    the probe, each batch is run by one process only."""
     dev: Callable[[], Iterable[Batch]]
     """This process's share of dev."""
     counts: Callable[[int], np.ndarray]
-    """(B, K): utterances of every emotion in every batch of an epoch, over all processes, in their order."""
+    """Epoch -> (B, K): number of utterances of every emotion in every batch, over all processes, in their order."""
 
 
 def fit(
@@ -65,10 +65,10 @@ def fit(
     """Train ``model`` in place as ``model.experiment`` says.
 
     ``on_epoch(record, save)`` is called after every epoch, on every process: ``record`` is a line of the history
-    (dev figures, loss, rate, seconds, ...), ``save(directory)`` writes a checkpoint that ``resume_from`` takes.
-    ``metric`` is what early stopping goes by. With ``head.init: probe`` the untrained probe is reported as epoch 0.
+    (dev metrics, loss, rate, seconds, ...), ``save(directory)`` writes a checkpoint for ``resume_from``. ``metric``
+    decides on early stopping. With ``head.init: probe`` the probe before fine-tuning is reported as epoch 0.
 
-    Raises UserError where the loss is not finite, or an adapter does not learn.
+    Raises UserError if the loss is not finite, or a trainable weight gets no gradient.
     """
     experiment, device = model.experiment, _device(model)
     optimizer = make_optimizer(model)
@@ -77,7 +77,7 @@ def fit(
     if resume_from is not None:
         checkpoint.load_weights(model, resume_from)
         counters = checkpoint.load_training_state(resume_from, optimizer)
-        if counters["scaler"]:  # empty where the run was in another precision until now, such as on a CPU
+        if counters["scaler"]:  # empty if the run used another precision until now, such as on a CPU
             scaler.load_state_dict(counters["scaler"])
     elif experiment.head.init == "probe":
         start_from_probe(model, data.train(0), data.dev(), gather)
@@ -86,10 +86,10 @@ def fit(
     weights_K = class_weights(experiment, tuple(train_counts_K.tolist())).to(device)
     steps_of = [len(_steps(experiment, data.counts(epoch))) for epoch in range(1, experiment.epochs + 1)]
     total_steps = sum(steps_of)
-    # Those of today's schedule: other workers or batches than before take another number of steps an epoch.
+    # Steps of the current schedule: with other workers or batches than before, an epoch has other numbers of steps.
     counters["step"] = sum(steps_of[: counters["epoch"]])
 
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def should_continue(epoch: int) -> bool:
         return epoch <= experiment.epochs and epoch - counters["best_epoch"] <= experiment.patience
@@ -100,10 +100,10 @@ def fit(
         if record[metric] > counters["best"]:
             counters.update(best=record[metric], best_epoch=record["epoch"])
         record |= {f"best_{metric}": counters["best"], "best_epoch": counters["best_epoch"]}
-        record |= {"last": not should_continue(record["epoch"] + 1), "trainable_parameters": learning}
-        tell(record)
+        record |= {"last": not should_continue(record["epoch"] + 1), "trainable_parameters": trainable}
+        report(record)
 
-    def tell(record: Record) -> None:
+    def report(record: Record) -> None:
         def save(directory: Path) -> None:
             checkpoint.save_training_state(directory, optimizer, counters | {"scaler": scaler.state_dict()})
             checkpoint.save(model, directory, record)
@@ -111,8 +111,8 @@ def fit(
         on_epoch(record, save)
 
     if resume_from is not None and not should_continue(counters["epoch"] + 1):
-        # Nothing is left to train, but whoever watched the last epoch may have died before it heard.
-        tell(json.loads((resume_from / "metrics.json").read_text(encoding="utf-8")))
+        # Nothing is left to train, but the driver may have died before it received the last epoch's record.
+        report(json.loads((resume_from / "metrics.json").read_text(encoding="utf-8")))
     if resume_from is None and experiment.head.init == "probe":
         finish({"epoch": 0, "train_loss": None, "seconds": 0.0} | _memory(device))
     while should_continue(counters["epoch"] + 1):
@@ -136,14 +136,14 @@ def _train_epoch(
     model.train()
     counts_BK = data.counts(epoch)
     steps = _steps(experiment, counts_BK)
-    held = float(counts_BK.sum(axis=0) @ weights_K.double().cpu().numpy())  # class weights of train
+    train_weight = float(counts_BK.sum(axis=0) @ weights_K.double().cpu().numpy())  # sum of class weights over train
     arriving = _Arriving(data.train(epoch), device)
     started, seen, own_losses = time.perf_counter(), 0, []
     for taken in steps:
         for number in taken.read:
             batch, last = next(arriving), number == taken.read[-1]
             assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
-            share = len(steps) / held if taken.own else 0.0
+            share = len(steps) / train_weight if taken.own else 0.0
             loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last)
             if taken.own:
                 own_losses.append(loss)
@@ -154,11 +154,11 @@ def _train_epoch(
             check_gradients(model)
         optimizer.zero_grad(set_to_none=True)
         counters["step"] += 1
-    own_loss = float(torch.stack(own_losses).double().sum()) if own_losses else 0.0  # a GPU has done all steps by now
+    own_loss = float(torch.stack(own_losses).double().sum()) if own_losses else 0.0  # waits for the GPU
     seconds = time.perf_counter() - started
-    # Of all processes: one that diverges stops all of them.
+    # Over all processes: if one diverges, all stop.
     every = gather((seen, own_loss))
-    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / held
+    seen, mean_loss = sum(n for n, _ in every), sum(loss for _, loss in every) / train_weight
     if not np.isfinite(mean_loss):
         raise UserError(
             f"epoch {epoch}: the training loss is {mean_loss}; lower optimizer.lr ({experiment.optimizer.lr:g})"
@@ -176,7 +176,7 @@ def _train_epoch(
 
 @torch.inference_mode()
 def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Every batch (moved to the model's device) with its logits_BK, in evaluation mode and training's precision."""
+    """Every batch (on the model's device) with its logits_BK, in evaluation mode and training's precision."""
     model.eval()
     device = _device(model)
     for batch in batches:
@@ -188,13 +188,13 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
 def evaluate(
     model: EmotionClassifier, batches: Iterable[Batch], weights_K: torch.Tensor, trained_K: torch.Tensor
 ) -> Record:
-    """Dev figures over all processes: each predicts the batches that it is given, all compute the same figures.
+    """Dev metrics over all processes: each predicts its own batches, and all compute the same metrics.
 
-    The loss is that of training, of all of dev at once. An emotion that train has none of (``trained_K``, bool: those
-    that corpora of `cross_corpus` have not in common) is not answered and not counted, as on test.
+    The loss is that of training, over all of dev at once. ``trained_K`` (bool) marks the emotions that occur in train.
+    The others (those that the corpora of `cross_corpus` do not share) are never predicted and not scored, as on test.
     """
     losses, labels, predicted = [], [], []
-    for batch, logits_BK in predict_batches(model, batches):  # read at the end: until then a GPU is not waited for
+    for batch, logits_BK in predict_batches(model, batches):  # read after the loop, so as not to wait for the GPU
         losses.append(step.weighted_loss(logits_BK, batch.labels_B, weights_K))
         labels.append(batch.labels_B)
         predicted.append(logits_BK.masked_fill(~trained_K, -torch.inf).argmax(-1))
@@ -205,20 +205,20 @@ def evaluate(
     confusion = metrics.confusion(label_N, guess_N, len(model.experiment.emotions))
     counted = np.flatnonzero(trained_K.cpu().numpy())
     confusion = confusion[np.ix_(counted, counted)]
-    held = weights_K.double().cpu().numpy()[label_N].sum()
+    dev_weight = weights_K.double().cpu().numpy()[label_N].sum()
     dev_metrics = {f"dev_{name}": float(value) for name, value in metrics.headline(confusion).items()}
-    return {"dev_loss": sum(loss for loss, *_ in every) / float(held)} | dev_metrics
+    return {"dev_loss": sum(loss for loss, *_ in every) / float(dev_weight)} | dev_metrics
 
 
 def make_optimizer(model: EmotionClassifier) -> torch.optim.AdamW:
-    """AdamW; the head at its own rate, no decay on vectors (biases, norms, layer mix)."""
+    """AdamW; the head has its own learning rate, vectors (biases, norms, layer mix) have no weight decay."""
     settings = model.experiment.optimizer
     groups = []
     for part, rate in ((model.backbone, settings.lr), (model.head, settings.head_lr)):
-        learning = [p for p in part.parameters() if p.requires_grad]
+        trainable = [p for p in part.parameters() if p.requires_grad]
         for decay, members in (
-            (settings.weight_decay, [p for p in learning if p.ndim > 1]),
-            (0.0, [p for p in learning if p.ndim <= 1]),
+            (settings.weight_decay, [p for p in trainable if p.ndim > 1]),
+            (0.0, [p for p in trainable if p.ndim <= 1]),
         ):
             if members:
                 groups.append({"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay})
@@ -238,7 +238,7 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
 
 
 def class_weights(experiment: Experiment, counts: tuple[int, ...]) -> torch.Tensor:
-    """(K,) loss weights: with ``balanced`` N / (K n_k), 1 for an emotion that train has none of; else ones."""
+    """(K,) loss weights: with ``balanced`` N / (P n_k) for the P emotions that occur in train, else 1."""
     counts_K = torch.tensor(counts, dtype=torch.float32)
     if experiment.class_weights == "none":
         return torch.ones_like(counts_K)
@@ -259,7 +259,7 @@ def gather(value: Any) -> list[Any]:
 
 
 class _Arriving:
-    """Batches on the device, and the seconds that were waited for them."""
+    """Moves batches to the device, and counts the seconds spent waiting for them."""
 
     def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
         self.batches, self.device, self.waited = iter(batches), device, 0.0
@@ -279,10 +279,10 @@ def _steps(experiment: Experiment, counts_BK: np.ndarray) -> list[order.Step]:
 
 
 def forget_peak() -> None:
-    """Peak memory is counted from here; where the system keeps no such count, from the start of the process.
+    """Reset the peak memory; where the system cannot do so, the peak is that since the start of the process.
 
-    What is free goes back to the system before: each trial of a process has a thread of its own, and glibc keeps what
-    every one of them has freed, 240 MB a trial of the demo (results/LOG.md).
+    Before that, free memory is returned to the system: each trial of a process has a thread of its own, and glibc
+    retains what every thread has freed, 240 MB per trial of the demo (results/LOG.md).
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library

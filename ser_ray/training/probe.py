@@ -1,7 +1,7 @@
-"""Start the head from a linear probe: logistic regression on the frozen backbone's best layer, or on all of them.
+"""Initialise the head from a linear probe: logistic regression on the frozen backbone's best layer, or on all layers.
 
-Fine-tuning under a random head first distorts the features that the head is to read (Kumar et al. 2022,
-arXiv 2202.10054); with a few hundred utterances per emotion it may never win them back.
+Fine-tuning with a random head first distorts the features that the head needs (Kumar et al. 2022, arXiv 2202.10054);
+with a few hundred utterances per emotion they may never recover.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ser_ray.models.classifier import EmotionClassifier, Head
 from ser_ray.models.precision import autocast
 from ser_ray.speech.stream import Batch
 
-if TYPE_CHECKING:  # takes a second to import, for trials that have no probe as well
+if TYPE_CHECKING:  # takes a second to import, also for trials without a probe
     from sklearn.linear_model import LogisticRegression
 
 PROBE_C = 0.01
-"""Inverse regularisation C for standardised features: about a thousand of them, about as many utterances."""
+"""Inverse regularisation C, for about a thousand standardised features and about as many utterances."""
 
 
 def start_from_probe(
@@ -31,7 +31,7 @@ def start_from_probe(
     dev: Iterable[Batch],
     gather: Callable[[Any], list[Any]],
 ) -> int:
-    """Fit the probe on train, put it into ``model.head``, return its layer (0: before the first block, or all).
+    """Fit the probe on train, write it into ``model.head``, return its layer (0: the first block's input, or all).
 
     The layer is the one whose probe has the best UAR on dev; with ``head.layer_mix: concat`` one probe sees all layers.
     Uniform attention equals plain statistics, so all three poolings start as exactly the probe.
@@ -59,15 +59,15 @@ def _features(
     """Pooled features of every layer (N, L, P) and labels (N,), of all processes, in order of utterance id."""
     model.eval()
     device = next(model.head.parameters()).device
-    found = []
+    own = []
     for batch in batches:
         batch = batch.to(device)
-        with autocast(model.experiment.precision, device):  # as in training: what the head will be given
+        with autocast(model.experiment.precision, device):  # as in training: what the head will receive
             pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
-        found.append((batch.utterance_ids, torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
-    # A process may have none of its own: dev can have fewer batches than there are processes.
-    ids, features, labels = zip(*(triple for part in gather(found) for triple in part), strict=True)
-    # The probe is the same however the batches were shared and ordered.
+        own.append((batch.utterance_ids, torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
+    # A process may have no batch of its own: dev can have fewer batches than there are processes.
+    ids, features, labels = zip(*(triple for part in gather(own) for triple in part), strict=True)
+    # Sorted: the probe does not depend on how the batches were distributed and ordered.
     in_order = np.argsort([utterance_id for part in ids for utterance_id in part], kind="stable")
     return np.concatenate(features)[in_order], np.concatenate(labels)[in_order]
 
@@ -86,7 +86,7 @@ def _write(head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, pr
             head.mix_L.zero_()[layer] = 1.0
         head.center_P.copy_(torch.from_numpy(center_P))
         head.scale_P.copy_(torch.from_numpy(scale_P))
-        # An emotion that train has none of keeps a zero row and a bias far below the others.
+        # An emotion that does not occur in train keeps a zero row and a bias far below the others.
         linear.weight.zero_()
         linear.bias.fill_(-10.0)
         coefficients, intercepts = probe.coef_, probe.intercept_

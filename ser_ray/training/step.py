@@ -1,11 +1,11 @@
-"""One optimiser step, which may be several batches on each of several processes: its loss has one owner, this file.
+"""One optimiser step, of one or several batches on each of one or several processes; only this file defines its loss.
 
-The loss of a step is the sum of class weight times cross-entropy over the utterances that it holds, over all its
-batches and all processes, divided by what a step of the epoch holds on average: the sum of the class weights of train
-over the number of steps. So an utterance weighs what its class weighs, whatever its length, its neighbours, and how
-train is cut into batches and steps. Divided by what the step itself holds, it would weigh the more the fewer are
-beside it: batches are packed by seconds, so long utterances would count more than short ones, and in steps of one
-utterance class weights would cancel. Where an epoch is one step, both are the weighted mean over train.
+The loss of a step is the sum of class weight times cross-entropy over the utterances of all its batches and all
+processes, divided by the average sum of class weights of a step: that of train over the number of steps. So an
+utterance has the weight of its class, whatever its length, its neighbours, and how train is divided into batches and
+steps. Divided by the sum of the step's own class weights, an utterance would weigh more in a step with fewer of them:
+batches are packed by seconds, so long utterances would count more than short ones, and in steps of one utterance class
+weights would cancel. If an epoch is one step, both are the weighted mean over train.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ser_ray.speech.stream import Batch
 
 
 def distribute(model: EmotionClassifier) -> nn.Module:
-    """The model, to be called in training: with several processes its gradients become the mean over them.
+    """The model to call in training: with several processes its gradients are averaged over them.
 
-    Its buffers are the same everywhere from the start and never change, so they are not sent around.
+    Its buffers are the same in all processes and never change, so they are not broadcast.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return model
@@ -51,9 +51,9 @@ def add_gradients(
 ) -> torch.Tensor:
     """Forward and backward of one batch; returns its `weighted_loss`, detached. Nothing here waits for a GPU.
 
-    ``share``: one over the class weights that a step of the epoch holds on average; 0 for a batch that another process
-    counts, and that this one runs because gradients are summed over all. ``last``: of this process's batches of the
-    step. Processes meet there, once a step, whatever the number of batches each has.
+    ``share``: one over the average sum of class weights of a step in the epoch; 0 for a batch of another process, which
+    this one runs only because gradients are summed over all. ``last``: whether it is this process's last batch of the
+    step. Processes synchronise there, once per step, whatever the number of batches each has.
     """
     processes = dist.get_world_size() if isinstance(model, DistributedDataParallel) else 1
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
@@ -61,13 +61,13 @@ def add_gradients(
         with autocast(experiment.precision, batch.inputs.device):
             logits_BK = model(batch.inputs, batch.lengths_B)
         loss = weighted_loss(logits_BK, batch.labels_B, weights_K)
-        # Gradients are to be summed over processes, and are averaged.
+        # Gradients must be summed over processes, but DistributedDataParallel averages them.
         scaler.scale(loss * (share * processes)).backward()
     return loss.detach()
 
 
 def take(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, experiment: Experiment, rate: float) -> None:
-    """Clip the gradients that have been added and step, at ``rate`` times the base rates.
+    """Clip the accumulated gradients and take a step, at ``rate`` times the base learning rates.
 
     Gradients are left in place, for the check after the first step.
     """

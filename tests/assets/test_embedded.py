@@ -7,10 +7,10 @@ import hashlib
 import pytest
 import torch
 from safetensors import safe_open
-from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from transformers import AutoModel
 
 from ser_ray.assets import recipe, speech
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.disk import read_json
 from ser_ray.models import backbones
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from ser_ray.assets.pretraining_overlap import pretraining_overlap
 
 from ser_ray.assets import speech
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.corpora import synthetic
+from ser_ray.errors import UserError
 from ser_ray.models import backbones
-from ser_ray.schema import UserError
 
 NAME = "embedded/mine"
 

@@ -10,7 +10,7 @@ import pytest
 
 from ser_ray.assets import speech
 from ser_ray.corpora import synthetic
-from ser_ray.schema import UserError
+from ser_ray.errors import UserError
 
 PER_PART = 5
 

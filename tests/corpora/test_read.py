@@ -6,7 +6,8 @@ import pytest
 
 from ser_ray import corpora
 from ser_ray.corpora.files import audio_files, from_names
-from ser_ray.schema import Rejected, UserError, Utterance
+from ser_ray.errors import UserError
+from ser_ray.schema import Rejected, Utterance
 
 
 def touch(directory, *names):
@@ -55,7 +56,7 @@ def test_names_are_those_of_the_modules():
 def test_read_says_what_is_missing(tmp_path, name):
     with pytest.raises(UserError, match=rf"nowhere: no such directory; set experiment\.corpora\.{name} "):
         corpora.read(name, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=rf"no recording \(.wav, .flac\) under a name of {name}; set experiment"):
+    with pytest.raises(UserError, match=rf"no recording \(.wav, .flac\) is named like those of {name}; set experiment"):
         corpora.read(name, tmp_path)
     touch(tmp_path, "other.wav")
     with pytest.raises(UserError, match=r"\(1 rejected, such as other.wav: the name is not ") as error:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.corpora.table import read
-from ser_ray.schema import EMOTIONS, TIE, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import EMOTIONS, TIE
 
 CLIPS = ("1001_IEO_FEA_LO", "1001_IEO_FEA_MD", "1002_DFA_ANG_XX")
 
@@ -86,13 +87,13 @@ def test_crema_d_finds_the_votes_on_the_misspelt_recording(crema):
         (
             "summaryTable.csv",
             ['"FileName","VoiceVote"', '"x","A"', '"x","N"'],
-            "line 3: x occurs before, and otherwise",
+            "line 3: x occurs earlier with another value",
         ),
-        ("VideoDemographics.csv", ["ActorID,Sex", "1001,Male", "1001,Female"], "line 3: 1001 occurs before"),
+        ("VideoDemographics.csv", ["ActorID,Sex", "1001,Male", "1001,Female"], "line 3: 1001 occurs earlier"),
         (
             "tabulatedVotes.csv",
             ['"","fileName","emoVote","agreement"', '"100001","x","A","0.5"', '"100002","x","A","0.6"'],
-            "line 3: x occurs before",
+            "line 3: x occurs earlier",
         ),
         ("summaryTable.csv", ["version https://git-lfs.github.com/spec/v1"], "line 1: no column 'FileName'"),
         ("summaryTable.csv", ['"FileName","VoiceVote"', '"1001_IEO_FEA_LO","X"'], "line 2: vote 'X'"),
@@ -171,7 +172,7 @@ def test_rows_that_cannot_be_used_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "words"), [("2", "1", "before it begins"), ("-1", "", "no time"), ("nan", "", "no time")]
+    ("start", "end", "words"), [("2", "1", "before it begins"), ("-1", "", "not a time"), ("nan", "", "not a time")]
 )
 def test_a_part_that_is_none_is_reported(tmp_path, start, end, words):
     path = table(tmp_path, "b.wav,1,sad,,", f"a.wav,1,sad,{start},{end}", header=PARTS)

@@ -27,27 +27,27 @@ def card(runs: list[dict[str, Any]], corpora: tuple[str, ...] = ("ravdess",), **
 
 
 def test_of_one_run_dev_chose_and_test_nothing():
-    assert "Dev chose this checkpoint; test chose nothing." in card([run(0)], tested=100, tested_in_dev=0)
+    assert "selected on dev; test was not used for selection." in card([run(0)], tested=100, tested_in_dev=0)
 
 
 def test_where_folds_rotate_what_is_tested_was_dev_elsewhere():
     """Every test utterance of three folds is dev in another: to say that test chose nothing would be untrue."""
     said = card([run(1), run(0), run(2)], tested=140, tested_in_dev=140)
-    assert "The mean dev UAR of 3 runs (folds 0, 1, 2; seed 0) chose this configuration" in said
-    assert "best/ is one of them, fold 1, seed 0, and the figures are of all." in said
+    assert "This configuration was selected by the mean dev UAR of 3 runs (folds 0, 1, 2; seed 0)" in said
+    assert "best/ is one of them, fold 1, seed 0, and the metrics are over all." in said
     assert "140 of the 140 tested utterances were dev in another run" in said
-    assert "Dev chose this checkpoint" not in said
-    assert "Test chose nothing" not in said
+    assert "This checkpoint was selected" not in said
+    assert "Test was not used for selection" not in said
 
 
 def test_of_several_seeds_of_one_fold_test_chose_nothing():
     said = card([run(0), run(0, 1)], tested=140, tested_in_dev=0)
-    assert "2 runs (fold 0; seeds 0, 1) chose this configuration; best/ is one of them, fold 0, seed 0" in said
-    assert said.count("Test chose nothing.") == 1
+    assert "by the mean dev UAR of 2 runs (fold 0; seeds 0, 1); best/ is one of them, fold 0, seed 0" in said
+    assert said.count("Test was not used for selection.") == 1
 
 
 def test_a_record_that_does_not_say_what_was_dev_claims_nothing_of_it():
-    assert "chose nothing" not in what_chose({"runs": [run(0), run(1)]}, "uar")
+    assert "used for selection" not in what_chose({"runs": [run(0), run(1)]}, "uar")
 
 
 def test_every_interval_names_its_own_unit():
@@ -74,7 +74,7 @@ def test_a_model_of_epoch_0_is_the_probe_and_not_what_was_never_trained():
 @pytest.mark.parametrize(
     ("corpora", "said", "unsaid"),
     [
-        (("ravdess", "emodb"), ["Acted speech (ravdess, emodb): expect less on spontaneous emotion."], ["not known"]),
+        (("ravdess", "emodb"), ["Acted speech (ravdess, emodb): expect lower metrics on spontaneous"], ["not known"]),
         (("mine",), ["Whether the speech of mine is acted or spontaneous is not known here."], ["Acted speech"]),
         (("synthetic",), ["Synthetic speech (synthetic)"], ["Acted speech"]),
         (("crema_d", "mine"), ["Acted speech (crema_d):", "Whether the speech of mine is"], ["Synthetic"]),

@@ -8,13 +8,13 @@ import pytest
 from report_fixtures import HOSTILE, Page, predictions, write_everything, write_results, write_search
 
 from ser_ray import config
+from ser_ray.errors import UserError
 from ser_ray.evaluation.comparison import differing, gap, gaps, labels
 from ser_ray.evaluation.intervals import paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 from ser_ray.evaluation.results import read_results
 from ser_ray.evaluation.summary import write_predictions
 from ser_ray.report import main
-from ser_ray.schema import UserError
 
 
 def _rename(folder, **changes):
@@ -62,9 +62,9 @@ def test_no_gap_without_the_same_utterances():
     first = predictions(seed=1)
     assert "no test predictions" in gap("a", "b", first, None).no_gap_reason
     assert gap("a", "b", first, None).no_gap_reason.startswith("b ")
-    assert "other utterances" in gap("a", "b", first, predictions(seed=1, n=100)).no_gap_reason
-    assert "other labels" in gap("a", "b", first, predictions(seed=2)).no_gap_reason
-    assert "other emotions" in gap("a", "b", first, dataclasses.replace(first, emotions=tuple("abcdefg"))).no_gap_reason
+    assert "different utterances" in gap("a", "b", first, predictions(seed=1, n=100)).no_gap_reason
+    assert "different labels" in gap("a", "b", first, predictions(seed=2)).no_gap_reason
+    assert "classify" in gap("a", "b", first, dataclasses.replace(first, emotions=tuple("abcdefg"))).no_gap_reason
     alone = dataclasses.replace(first, speakers=("s",) * len(first))
     assert "one test speaker" in gap("a", "b", alone, alone).no_gap_reason
 
@@ -86,7 +86,7 @@ def test_equal_names_are_told_apart_by_folder(tmp_path):
 
 
 def test_the_page_and_the_terminal(three, tmp_path, capsys):
-    assert main([str(folder) for folder in three]) == 0
+    assert main(three) == 0
     page = Page(tmp_path / "comparison.html")
     assert page.open == []
     assert "3 searches side by side" in page.text
@@ -94,9 +94,9 @@ def test_the_page_and_the_terminal(three, tmp_path, capsys):
     assert "LEAKY" not in page.text
     assert "ravdess-whisper other 0.0 cannot be tested 0.0 cannot be tested" in page.text  # the same predictions
     assert "no gap: running has no test predictions yet" in page.text
-    assert page.read_aloud() == {"test figures with intervals", "learning curves of the winners"}
+    assert page.read_aloud() == {"test metrics with intervals", "learning curves of the winners"}
     said = capsys.readouterr().out
-    assert "ravdess-whisper less other: 0.0 points UAR cannot be tested" in said
+    assert "ravdess-whisper minus other: 0.0 points UAR cannot be tested" in said
     assert str(tmp_path / "comparison.html") in said
     assert not (three[0] / "report.html").exists()
 
@@ -117,17 +117,17 @@ def test_several_pairs_are_corrected_on_the_page_and_in_the_terminal(tmp_path, c
     by_hand = [3 * min(raw), 2 * sorted(raw)[1], max(raw)]
     expected = np.maximum.accumulate(by_hand)
     assert sorted(pair.metrics["uar"]["p_holm"] for pair in pairs) == pytest.approx(sorted(expected))
-    assert main([str(folder) for folder in folders]) == 0
+    assert main(folders) == 0
     assert capsys.readouterr().out.count("corrected for 3 comparisons (Holm)") == 3
     page = Page(tmp_path / "comparison.html")
     assert page.text.count("; Holm ") == 3 * len(HEADLINE)
-    assert "p, corrected for the number of pairs (Holm, figure by figure)" in page.text
+    assert "p, corrected for the number of pairs (Holm, metric by metric)" in page.text
 
 
 def test_leaky_ones_are_stamped_and_names_escaped(tmp_path):
     folders = [write_everything(tmp_path / "a", leaky=True), write_results(tmp_path / HOSTILE.replace("/", "") / "a")]
     test = json.loads((folders[1] / "evaluation/test.json").read_text())
-    assert main([*map(str, folders), "--output", str(tmp_path / "x" / "page.html")]) == 0
+    assert main(folders, output=tmp_path / "x" / "page.html") == 0
     page = Page(tmp_path / "x" / "page.html")
     assert page.count("script") == 1
     assert "LEAKY a: train shares" in page.text
@@ -137,10 +137,10 @@ def test_leaky_ones_are_stamped_and_names_escaped(tmp_path):
 def test_a_search_beside_itself_is_refused(tmp_path):
     folder = write_search(tmp_path / "a")
     with pytest.raises(UserError, match="named twice"):
-        main([str(folder), f"{folder}/"])
+        main([folder, folder / "."])
 
 
 def test_output_is_for_several(tmp_path):
     with pytest.raises(UserError, match="name several"):
-        main([str(write_search(tmp_path / "a")), "--output", str(tmp_path / "page.html")])
+        main([write_search(tmp_path / "a")], output=tmp_path / "page.html")
     assert len(gaps([read_results(tmp_path / "a")] * 3)) == 3

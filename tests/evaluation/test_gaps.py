@@ -70,4 +70,4 @@ def test_what_cannot_be_tested_is_said_and_wins_nothing():
     ):
         assert wins(gap) == 0
         said = comparison("x", gap, "uar")
-        assert said == "cannot be compared with x: +10.0 points UAR for every speaker alike, which cannot be tested"
+        assert said == "cannot be compared with x: the same gap for every speaker (+10.0 points UAR) cannot be tested"

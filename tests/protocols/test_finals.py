@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 import pytest
 
 from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.protocols.finals import final_runs, more_dev, trained_folds, trained_protocols
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task
-from ser_ray.schema import UserError
 
 
 def space_of(protocol: dict[str, Any], tune: dict[str, Any], **changes: Any) -> SearchSpace:
@@ -117,6 +117,6 @@ def test_utterances_that_no_listener_judged_are_counted_where_their_label_is_ask
     (note,) = audit_search(space, task_of(space, index))["findings"]
     assert note == {
         "level": "note",
-        "what": "no listener's label",
-        "detail": "16 of a: the intended emotion stands",
+        "what": "no listener ratings",
+        "detail": "16 of a: the intended emotion is used",
     }

@@ -96,10 +96,10 @@ def test_identical_audio_within_a_split_is_noted():
 def test_a_version_of_a_take_across_splits_is_a_leak_and_within_one_a_note():
     across, within = SameRecording("1h", "3h", 0.01), SameRecording("4h", "4s", 0.0)
     assert found(CLEAN, takes=[across, within]) == [
-        ("leak", "the same take across splits", "1: 1h ~ 3h"),
-        ("note", "the same take within a split", "1: 4h ~ 4s"),
-        ("note", "the same take under different emotions", "1: 4h ~ 4s"),
-        ("note", "the same take under different speakers", "1: 1h ~ 3h"),
+        ("leak", "versions of one recording across splits", "1: 1h ~ 3h"),
+        ("note", "versions of one recording within a split", "1: 4h ~ 4s"),
+        ("note", "versions of one recording under different emotions", "1: 4h ~ 4s"),
+        ("note", "versions of one recording under different speakers", "1: 1h ~ 3h"),
     ]
     assert audited(CLEAN, takes=[across])["leaky"]
     assert not audited(CLEAN, takes=[within])["leaky"]
@@ -122,7 +122,7 @@ def test_an_emotion_that_two_corpora_have_not_in_common_is_left_out_by_design():
     rows = [row for row in CLEAN if row[2] == "sad"]
     assert found(rows)[0][0] == "error"
     assert found(rows, common=True) == [
-        ("note", "emotion not common to train and test", "happy: not learned, not counted")
+        ("note", "emotion not common to train and test", "happy: neither trained nor scored")
     ]
 
 
@@ -211,7 +211,7 @@ def test_details_that_differ_are_told_by_fold_and_only_the_first_few():
     shared = next(finding for finding in findings if finding["what"] == "speakers shared by train and test")
     assert shared["folds"] == {f"fold {n}": f"1: {n % 4 + 1}" for n in range(6)}
     lines = "fold 0 / fold 4: 1: 1; fold 1 / fold 5: 1: 2; fold 2: 1: 3"
-    assert shared["detail"] == f"{lines}; and otherwise in 1 more (audit.json)"
+    assert shared["detail"] == f"{lines}; and 1 more in audit.json"
 
 
 def test_a_corpus_of_two_voices_is_noted_by_name():
@@ -226,8 +226,8 @@ def test_emotions_that_are_distributed_otherwise_are_noted(sad, noted):
     """Train is half sad; the total variation is the difference of the shares of sad."""
     rows = [*CLEAN, *((f"d{n}", "8", "sad" if n < sad - 5 else "happy", f"d{n}", "dev") for n in range(90))]
     more = "sad" if sad > 50 else "happy"
-    expected = f"most of all {more}: 50% of train, {max(sad, 100 - sad)}% of dev"
-    what = "emotions are distributed otherwise in dev than in train"
+    expected = f"most of all, {more}: 50% of train, {max(sad, 100 - sad)}% of dev"
+    what = "emotions are distributed differently in dev than in train"
     assert found(rows, seconds=[n / 10 for n in range(len(rows))]) == ([("note", what, expected)] if noted else [])
 
 
@@ -235,7 +235,7 @@ def test_emotions_that_are_distributed_otherwise_are_noted(sad, noted):
 def test_a_corpus_of_one_length_is_noted(equal, noted):
     rows = [*CLEAN, *((f"t{n}", "1", ("sad", "happy")[n % 2], f"t{n}", "train") for n in range(78))]
     seconds = [2.0 if n < equal else 3.0 + n / 1000 for n in range(100)]
-    detail = f"{equal} of 100 last exactly 2 s: speech is lost, or silence added"
+    detail = f"{equal} of 100 last exactly 2 s: speech was cut off, or silence added"
     assert found(rows, seconds=seconds) == ([("note", "c looks cut or padded to one length", detail)] if noted else [])
 
 

@@ -69,5 +69,5 @@ def test_encoded_values_are_scalars_and_tell_values_apart(values):
 
 
 def test_data_are_not_searched():
-    with pytest.raises(ValueError, match="same for all trials"):
+    with pytest.raises(ValueError, match="all trials use the same data"):
         space({"protocol.fold": {"choice": [0, 1]}})

@@ -10,9 +10,9 @@ import pytest
 from optuna.trial import TrialState
 from search_fixtures import SEARCH, record, space
 
+from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
-from ser_ray.schema import UserError
 from ser_ray.search import study
 from ser_ray.search.trials import ATTEMPTS, Trials
 
@@ -93,7 +93,7 @@ def test_a_warm_start_takes_what_fits_the_space(tmp_path):
 def test_a_grid_is_tried_in_its_order():
     settings = space(SEARCH, sampler="grid", grid_points=2)
     assert len(study.first_points(settings)) == 6
-    with pytest.raises(ValueError, match="grid lays out all points"):
+    with pytest.raises(ValueError, match="grid defines all points"):
         space(SEARCH, sampler="grid", first=[{"optimizer.lr": 1e-4}])
 
 

@@ -289,10 +289,10 @@ def test_a_part_is_that_of_the_whole(tmp_path, name):
     ("start", "end", "reason"),
     [
         (3.0, 4.0, r"begins at 3 s, but the recording ends at 2.00 s"),
-        (float("inf"), None, "is none"),
-        (float("nan"), 1.0, "is none"),
-        (1.0, 1.0, "a part from 1 to 1 s is none"),
-        (-1.0, 1.0, "is none"),
+        (float("inf"), None, "is invalid"),
+        (float("nan"), 1.0, "is invalid"),
+        (1.0, 1.0, "a part from 1 to 1 s is invalid"),
+        (-1.0, 1.0, "is invalid"),
         (0.0, 0.1, "too short"),
     ],
 )
@@ -309,7 +309,7 @@ def test_windows_are_equal_within_bounds_and_miss_nothing(tmp_path_factory, seco
     try:
         windows = load_recording(path, audio).windows
     except Unusable as reason:
-        assert "equal windows of it too short" in str(reason)  # noqa: PT017
+        assert "equal windows are too short" in str(reason)  # noqa: PT017
         assert longest < 2 * shortest
         return
     np.testing.assert_array_equal(np.concatenate(windows), load_waveform(path, Audio(trim_db=None)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ser_ray.schema import MemoryShortageError
+from ser_ray.errors import MemoryShortageError
 from ser_ray.training.memory import is_out_of_memory, with_what_fits
 
 SHORT = {
@@ -76,7 +76,7 @@ def test_what_never_fits_is_one_line_and_other_errors_pass() -> None:
     def fails(seconds: float) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(MemoryShortageError, match="an utterance at a time"):
+    with pytest.raises(MemoryShortageError, match="one utterance per batch"):
         with_what_fits(never, 60.0)
     with pytest.raises(ZeroDivisionError):
         with_what_fits(fails, 60.0)

@@ -1,6 +1,6 @@
-"""A premium.json as a Markdown page for results/benchmarks/: every number read from the folder, none typed.
+"""A leakage.json as a Markdown page for results/benchmarks/: every number read from the folder, none typed.
 
-python tests/benchmarks/premium.py RESULTS_DIR "the command that made it" > results/benchmarks/premium.md
+python tests/benchmarks/leakage.py RESULTS_DIR "the command that made it" > results/benchmarks/leakage.md
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ser_ray.evaluation.folder import read_trial_rows
 METRICS = ("accuracy", "uar", "macro_f1")
 
 
-def cell(figure: dict[str, Any], sign: str = "") -> str:
-    """A figure with its interval."""
-    low, high = figure["ci95"]
-    return f"{figure['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+def cell(metric: dict[str, Any], sign: str = "") -> str:
+    """A metric with its interval."""
+    low, high = metric["ci95"]
+    return f"{metric['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def page(home: Path, command: str) -> str:
     """The table, and what every run chose."""
-    answer = read_json(home / "premium.json")
-    lines = ["# Leakage premium", "", f"```\n{command}\n```", ""]
+    answer = read_json(home / "leakage.json")
+    lines = ["# Leakage gap", "", f"```\n{command}\n```", ""]
     lines += [f"{answer['runs']} runs; under each scheme every utterance is tested once. 95 % intervals over speakers;"]
     lines += ["those of a gap are paired.", ""]
     lines += ["| tested on (n) | split | " + " | ".join(METRICS) + " | uar above speaker-disjoint |", "|---" * 6 + "|"]

@@ -1,4 +1,4 @@
-"""The leakage premium: which runs it takes, how folds are pooled, and what it says where speakers give it away."""
+"""The leakage gap: which runs it takes, how folds are pooled, and what it says where speakers give it away."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import stub_trainable
 from sklearn.metrics import balanced_accuracy_score
 from test_verbs import results_of, write_space
 
-from ser_ray import config, premium
+from ser_ray import config, leakage
 from ser_ray.__main__ import main
-from ser_ray.schema import Predictions, UserError
+from ser_ray.errors import UserError
+from ser_ray.schema import Predictions
 
 
 def predictions(right: float, seed: int = 0, speakers: int = 8) -> Predictions:
@@ -42,18 +43,18 @@ def part(whole: Predictions, rows: list[int]) -> Predictions:
 def test_folds_are_pooled_in_order():
     whole = predictions(0.5)
     order = np.random.default_rng(1).permutation(160).tolist()
-    pooled = premium.pool([part(whole, order[:50]), part(whole, order[50:])])
+    pooled = leakage.pool([part(whole, order[:50]), part(whole, order[50:])])
     assert pooled.utterance_ids == whole.utterance_ids
     assert pooled.speakers == whole.speakers
     assert np.array_equal(pooled.labels, whole.labels)
     assert np.array_equal(pooled.probabilities, whole.probabilities)
     with pytest.raises(AssertionError, match="twice"):
-        premium.pool([whole, part(whole, [3])])
+        leakage.pool([whole, part(whole, [3])])
 
 
 def test_the_gap_is_that_of_the_figures_and_its_interval_leaves_out_nothing():
     leaky, fair = predictions(0.9, seed=1), predictions(0.4, seed=2)
-    answer = premium.compare({"random": leaky, "speaker_kfold": fair})
+    answer = leakage.compare({"random": leaky, "speaker_kfold": fair})
     assert set(answer["schemes"]["random"]) == {"all", "a", "b"}
     scores = [balanced_accuracy_score(p.labels, p.predicted) for p in (leaky, fair)]
     gap = answer["gaps"]["random"]["all"]["uar"]
@@ -69,30 +70,32 @@ def test_the_gap_is_that_of_the_figures_and_its_interval_leaves_out_nothing():
 def test_one_speaker_is_refused():
     lonely = predictions(0.5, speakers=1)
     with pytest.raises(UserError, match="one speaker"):
-        premium.compare({"random": lonely, "speaker_kfold": lonely})
+        leakage.compare({"random": lonely, "speaker_kfold": lonely})
 
 
 def test_the_runs_differ_in_the_protocol_alone(tmp_path, tiny_corpus):
     space = config.load(write_space(tmp_path, tiny_corpus))
-    names = [name for name, _ in premium.schemes(space)]
+    names = [name for name, _ in leakage.schemes(space)]
     assert names == [f"{scheme}-{fold}" for scheme in ("random", "speaker_kfold") for fold in range(3)]
     two = space.model_copy(
         update={"experiment": space.experiment.model_copy(update={"corpora": {"ravdess": "x", "synthetic": None}})}
     )
-    assert [name for name, _ in premium.schemes(two)][6:] == ["without-ravdess", "without-synthetic"]
+    assert [name for name, _ in leakage.schemes(two)][6:] == ["without-ravdess", "without-synthetic"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_premium_of_a_small_corpus(tmp_path, tiny_corpus, tiny_cache, ray_cluster, capsys, monkeypatch):
+def test_the_leakage_gap_of_a_small_corpus(tmp_path, tiny_corpus, tiny_cache, ray_cluster, capsys, monkeypatch):
     """Of models that learned nothing: what is compared is compared in the same way."""
     monkeypatch.setattr("ser_ray.train.fit_on_ray", partial(stub_trainable.fit, tell=lambda line: None))
     space = write_space(tmp_path, tiny_corpus, tiny_cache)
-    command = ["premium", str(space), "experiment.name=gap", "experiment.epochs=1"]
+    command = ["leakage", str(space), "experiment.name=gap", "experiment.epochs=1"]
     assert main(command) == 0
-    answer = json.loads((results_of(space, "gap") / "premium.json").read_text())
+    answer = json.loads((results_of(space, "gap") / "leakage.json").read_text())
     assert set(answer["schemes"]) == {"random", "speaker_kfold"}
     assert {groups["all"]["n"] for groups in answer["schemes"].values()} == {48}
-    assert "leakage premium" in capsys.readouterr().out
-    assert main(command) == 0, "finished runs are read, not repeated"
-    assert "training" not in capsys.readouterr().out
+    assert "leakage gap" in capsys.readouterr().out
+    assert main(["premium", *command[1:]]) == 0, "finished runs are read, not repeated"
+    said = capsys.readouterr()
+    assert "training" not in said.out
+    assert "ser-ray premium is called ser-ray leakage now" in said.err
