@@ -55,7 +55,7 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
 
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray audit``. Raises UserError for a finding that makes training pointless."""
-    space = cluster.resolve_paths(config.load(path, overrides))
+    space = cluster.resolve_paths(config.load(path, overrides, needs_backbone=False))
     for finding in run(space, Console(highlight=False, soft_wrap=True))["findings"]:
         if finding["level"] == "error":
             raise UserError(f"{finding['what']}: {finding['detail']}")

@@ -64,7 +64,7 @@ CHUNK_SCHEMA: Final = pa.schema(
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray prepare``: prepare every corpus of a search space."""
     console = Console(stderr=True)
-    directories = prepare(cluster.resolve_paths(config.load(path, overrides)), console=console)
+    directories = prepare(cluster.resolve_paths(config.load(path, overrides, needs_backbone=False)), console=console)
     console.print(summary(shards.read_index(directories)))
     return 0
 

@@ -58,7 +58,7 @@ def test_any_speaker_name_survives_yaml(name):
             "protocol": {"scheme": "given_folds", "given": [[name], ["b"], ["c"]]},
         }
     )
-    assert Experiment.model_validate(config._read_yaml(config.dump(experiment))) == experiment
+    assert Experiment.model_validate(config.read_yaml(config.dump(experiment))) == experiment
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_any_speaker_name_survives_yaml(name):
     ],
 )
 def test_yaml_reads_as_people_mean_it(text, value):
-    read = config._read_yaml(text)
+    read = config.read_yaml(text)
     assert read == value
     assert type(read) is type(value)
 
@@ -262,16 +262,16 @@ def test_fingerprints_follow_content_not_order():
 
 
 def test_every_field_says_what_it_is_for_or_is_a_section():
-    source = Path(config.__file__).read_text()
-    for section in (config.Audio, config.Adapter, config.Head, config.Optimizer, config.Tune, config.Resources):
-        body = source.split(f"class {section.__name__}(")[1].split("\nclass ")[0]
-        for name in section.model_fields:
-            after = body.split(f"    {name}: ")[1].split("\n")
-            assert any(line.strip().startswith('"""') for line in after[1:4]), f"{section.__name__}.{name}"
+    sections = [config.Experiment, config.Audio, config.Protocol, config.Adapter, config.Head, config.Augment]
+    sections += [config.Optimizer, config.Tune, config.Resources, config.Storage]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
+            assert is_section or field.description, f"{section.__name__}.{name}"
 
 
 def test_the_space_is_frozen():
-    space = SearchSpace.model_validate(config._read_yaml(MINIMAL))
+    space = SearchSpace.model_validate(config.read_yaml(MINIMAL))
     with pytest.raises(ValueError, match="frozen"):
         space.experiment.epochs = 3  # type: ignore[misc]
 

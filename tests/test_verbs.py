@@ -576,12 +576,3 @@ def test_checkpoints_load_outside_of_the_search(space, local):
     best = results_of(space, "local") / "trials" / "single" / "epoch_002"
     model = checkpoint.load(best)
     assert not model.training
-
-
-def test_help_and_unknown_commands(capsys):
-    assert main(["--help"]) == 0
-    assert main(["tune", "--help"]) == 0
-    assert "ser-ray tune" in capsys.readouterr().out
-    assert main([]) == 2
-    assert main(["tuen"]) == 2
-    assert "tuen" in capsys.readouterr().err

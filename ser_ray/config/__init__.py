@@ -1,0 +1,50 @@
+"""The configuration: one YAML file describes an experiment and the search space around it.
+
+`load` turns a file and ``key=value`` overrides into a frozen `SearchSpace`, or raises a `UserError` that lists what
+does not fit, and where.
+"""
+
+from ser_ray.config.changes import MAY_CHANGE, differences, refused
+from ser_ray.config.experiment import Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol, Section
+from ser_ray.config.reader import (
+    UNSPECIFIED,
+    built_in_spaces,
+    default_space,
+    dump,
+    line_numbers,
+    load,
+    load_experiment,
+    read_yaml,
+)
+from ser_ray.config.space import THE_SAME_FOR_ALL, Distribution, Resources, SearchSpace, Storage, Tune
+from ser_ray.config.validation import fingerprint, to_dict
+
+__all__ = [
+    "MAY_CHANGE",
+    "THE_SAME_FOR_ALL",
+    "UNSPECIFIED",
+    "Adapter",
+    "Audio",
+    "Augment",
+    "Distribution",
+    "Experiment",
+    "Head",
+    "Optimizer",
+    "Protocol",
+    "Resources",
+    "SearchSpace",
+    "Section",
+    "Storage",
+    "Tune",
+    "built_in_spaces",
+    "default_space",
+    "differences",
+    "dump",
+    "fingerprint",
+    "line_numbers",
+    "load",
+    "load_experiment",
+    "read_yaml",
+    "refused",
+    "to_dict",
+]

@@ -1,0 +1,165 @@
+"""The only reader of YAML: a file and ``key=value`` overrides become a `SearchSpace`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel
+
+from ser_ray.config.experiment import Experiment
+from ser_ray.config.space import SearchSpace
+from ser_ray.config.validation import Place, key_parts, to_dict, validated, with_values
+from ser_ray.errors import UserError
+
+UNSPECIFIED: Final = "unspecified"
+"""The backbone of a space that names none, where none is needed."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: bool = True) -> SearchSpace:
+    """Read a search space from YAML and apply ``key=value`` overrides.
+
+    Without ``needs_backbone`` a space may leave ``experiment.backbone`` out: who only prepares or audits uses none.
+
+    An override of a searched key fixes it: the key is removed from the search and from ``tune.first`` (points that
+    become equal are tried once). Keys that are searched only with other values of it are removed too.
+
+    Raises UserError for a file that is missing or not YAML, and with a line for every unknown key and invalid value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a YAML search space, such as search_spaces/demo.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, lines = read_yaml(text), line_numbers(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with the key experiment")
+    for override in overrides:
+        key, equals, value_text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: overrides are written key=value, such as experiment.epochs=3")
+        value = _parse_value(override, value_text)
+        if key.startswith("experiment.") and isinstance(content.get("search"), dict):
+            _fix_searched_key(content, key.removeprefix("experiment."), value)
+        content = with_values(content, {key: value}, known=False)
+        at = tuple(key_parts(key))
+        lines = {place: line for place, line in lines.items() if place[: len(at)] != at} | {at: 0}
+    if not needs_backbone and isinstance(content.get("experiment"), dict):
+        content["experiment"].setdefault("backbone", UNSPECIFIED)
+    return validated(SearchSpace, content, path, lines)
+
+
+def dump(model: BaseModel) -> str:
+    """The model as YAML that `load` (or `load_experiment`) reads back to an equal one."""
+    return yaml.dump(to_dict(model), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read the ``experiment.yaml`` of a checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
+    return validated(Experiment, read_yaml(path.read_text(encoding="utf-8")), path)
+
+
+def built_in_spaces() -> dict[str, Path]:
+    """The search spaces of the project: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent.parent
+    for folder in (package.parent / "search_spaces", package / "search_spaces"):
+        if (folder / "demo.yaml").is_file():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    raise UserError("search_spaces/demo.yaml is not installed; name a search space")
+
+
+def default_space() -> Path:
+    """The embedded demo."""
+    return built_in_spaces()["demo"]
+
+
+def line_numbers(text: str) -> dict[Place, int]:
+    """The line of every key and list item of a YAML text, from 1."""
+    lines: dict[Place, int] = {}
+
+    def visit(node: yaml.Node | None, place: Place) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*place, key.value if isinstance(key, yaml.ScalarNode) else "")
+                lines[inner] = key.start_mark.line + 1
+                visit(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                lines[*place, number] = value.start_mark.line + 1
+                visit(value, (*place, number))
+
+    visit(yaml.compose(text, Loader=_Loader), ())
+    return lines
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a YAML text: 1e-5 is a number, 03 and no are text."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+# -- below: how it is done
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with less surprising scalars: 1e-5 is a number, 03 and 08 are strings, no and off are strings."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|nan|NaN))",
+        "-+.0123456789",
+    ),
+}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the same rules decide which strings need quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not readable as YAML; quote it") from None
+
+
+def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:
+    """Remove ``key`` from the search. A key with a condition on it loses the condition if ``value`` meets it, and is
+    removed too if not."""
+    search = content["search"]
+    search.pop(key, None)
+    tune = content.get("tune")
+    points = tune.get("first") if isinstance(tune, dict) else None
+    if isinstance(points, list):  # anything else is left for validation to reject
+        for point in points:
+            if isinstance(point, dict):
+                point.pop(key, None)
+        points[:] = [point for number, point in enumerate(points) if point and point not in points[:number]]
+    for name in [name for name, distribution in search.items() if _depends_on(distribution, key)]:
+        if value not in search[name]["when"].pop(key):
+            _fix_searched_key(content, name, None)
+
+
+def _depends_on(distribution: object, key: str) -> bool:
+    """Whether its ``when`` names that key; a malformed condition is left for validation to reject."""
+    when = distribution.get("when") if isinstance(distribution, dict) else None
+    return isinstance(when, dict) and isinstance(when.get(key), list)

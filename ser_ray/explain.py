@@ -1,0 +1,128 @@
+"""What the keys of the configuration mean: ``ser-ray config [KEY] [SPACE.yaml]``. All of it is read from the fields."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.markup import escape
+
+from ser_ray import config
+from ser_ray.config.validation import hint
+from ser_ray.errors import UserError
+
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration."""
+
+    name: str
+    """Dotted, such as experiment.adapter.rank."""
+    type: str
+    """What it takes, in words: an integer of at least 1."""
+    default: str
+    """As it would be written; "required" where there is none."""
+    meaning: str
+    """Its docstring: what it is for, its unit, the reason for its default."""
+
+
+def keys(model: type[BaseModel] = config.SearchSpace, prefix: str = "") -> Iterator[Key]:
+    """Every key, in the order of the file."""
+    for name, field in model.model_fields.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
+            yield from keys(field.annotation, f"{dotted}.")
+        else:
+            yield Key(dotted, _type(field), _default(field), " ".join((field.description or "").split()))
+
+
+def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
+    """Print the keys that ``wanted`` names, wholly or by a part such as rank or adapter; all of them without it.
+
+    Raises UserError where there is none.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if path is None and wanted is not None and wanted.endswith((".yaml", ".yml")):
+        path, wanted = Path(wanted), None
+    known = list(keys())
+    chosen = [key for key in known if wanted is None or f".{wanted}." in f".{key.name}."]
+    if not chosen:
+        assert wanted is not None
+        parts = {part for key in known for part in (key.name, *key.name.split("."))}
+        raise UserError(f"{wanted}: no such key{hint(wanted, parts) if len(wanted) > 2 else ''}")
+    values = origins(path, overrides) if path is not None else {}
+    for key in chosen:
+        console.print(f"[bold]{key.name}[/bold]: {escape(key.type)}; {escape(key.default)}")
+        if key.name in values:
+            value, origin = values[key.name]
+            console.print(f"  here: {value!r} ({origin})", markup=False)
+        console.print(f"  {key.meaning}", markup=False)
+    return 0
+
+
+def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
+    """Every key of a search space: its value, and whether that is of the file, the command line, or the default."""
+    space = config.load(path, overrides)
+    lines = config.line_numbers(path.read_text(encoding="utf-8"))
+    set_here = {override.partition("=")[0] for override in overrides}
+    answer = {}
+    for key in keys():
+        value, place = config.to_dict(space), tuple(key.name.split("."))
+        for part in place:
+            value = value[part]
+        if any(f"{key.name}.".startswith(f"{name}.") for name in set_here):
+            origin = "given on the command line"
+        elif place in lines:
+            origin = f"{path}, line {lines[place]}"
+        else:
+            origin = "default"
+        answer[key.name] = value, origin
+    return answer
+
+
+# -- below: how it is done
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return f"default {field.get_default(call_default_factory=True)!r}"
+    if field.default is PydanticUndefined:
+        return "required"
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"default {'null' if default is None else default}"
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{words} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, words in _BOUNDS.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return " ".join([_words(field.annotation), *([" and ".join(bounds)] if bounds else [])])
+
+
+def _words(annotation: Any) -> str:
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(str, inside))
+    if origin is typing.Annotated:
+        return _words(inside[0])
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(_words(one) for one in inside)
+    if origin is tuple:
+        return f"list of {_words(inside[0])}"
+    if origin is dict:
+        return f"mapping of {_words(inside[0])} to {_words(inside[1])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true | false", type(None): "null", Any: "any value"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())

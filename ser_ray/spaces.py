@@ -1,0 +1,36 @@
+"""The search spaces that come with the project: a list, or the text of one.
+
+``ser-ray spaces``, ``ser-ray new NAME > mine.yaml``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ser_ray import config
+from ser_ray.errors import UserError
+
+
+def main(name: str | None = None) -> int:
+    """Print the space ``name`` with its comments; without a name, what there is. Raises UserError for another name."""
+    spaces = config.built_in_spaces()
+    if name is None:
+        console = Console(highlight=False, soft_wrap=True)
+        for known, path in spaces.items():
+            console.print(f"[bold]{known}[/bold]")
+            console.print("  " + "\n  ".join(describe(path)) + "\n", markup=False)
+        return 0
+    if name not in spaces:
+        raise UserError(f"{name}: no such search space; there are {', '.join(spaces)}")
+    sys.stdout.write(spaces[name].read_text(encoding="utf-8"))
+    return 0
+
+
+def describe(path: Path) -> list[str]:
+    """The comment that a space begins with, by line: what it is for, what it needs and takes, what it reached."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.removeprefix("#").strip() for line in lines[:end] if line.strip("# ")]

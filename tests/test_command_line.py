@@ -1,0 +1,130 @@
+"""The command line: help of every verb, what is refused in one line, and the verbs that only tell."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from ser_ray import __main__, __version__, config
+from ser_ray.__main__ import VERBS, main
+
+BROKEN = """\
+experiment:
+  name: broken
+  corpora: {synthetic: }
+  backbon: embedded/tiny-whisper
+  adapter: {method: qlora, ranc: 8}
+tune:
+  trials: 0
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_arguments_with_two_examples_and_the_exit_codes(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([verb, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Usage: ser-ray {verb}" in said
+    assert said.partition("Examples")[2].count("ser-ray ") == 2
+    assert "Exit codes: 0 done, 1 failed, 2" in said
+    for name in inspect.signature(getattr(__main__, verb)).parameters:
+        parameter = inspect.signature(getattr(__main__, verb), eval_str=True).parameters[name]
+        (described,) = parameter.annotation.__metadata__
+        assert described.help, f"{verb}: {name}"
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f" {verb} " in said for verb in VERBS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(f"{__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tuen"], "ser-ray tuen: No such command 'tuen'. Did you mean 'tune'? See ser-ray --help"),
+        (["train"], "ser-ray train: Missing argument 'SPACE.yaml'. See ser-ray train --help"),
+        (["report", "x", "--pages", "3"], "ser-ray report: No such option: --pages"),
+        (["predict", "x", "y.wav", "--format", "xml"], "'xml' is not one of 'table', 'jsonl', 'csv'"),
+        (["train", "nowhere.yaml"], "ser-ray train: nowhere.yaml: no such file"),
+        (["new", "dema"], "ser-ray new: dema: no such search space; there are demo, "),
+        (["config", "adaptr"], "ser-ray config: adaptr: no such key; did you mean adapter?"),
+    ],
+)
+def test_what_is_refused_is_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_all_problems_of_a_file_are_shown_at_once_with_their_lines(tmp_path, capsys):
+    path = tmp_path / "broken.yaml"
+    path.write_text(BROKEN)
+    assert main(["prepare", str(path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"ser-ray prepare: {path}: 3 problems",
+        "  line 4: experiment.backbon: unknown key; did you mean backbone?",
+        "  line 5: experiment.adapter.ranc: unknown key; did you mean rank?",
+        "  line 7: tune.trials: input should be greater than or equal to 1, not 0",
+    ]
+    assert main(["train", str(path), "tune.trials=2", "experiment.adapter={}"]) == 2
+    assert "line 1: experiment.backbone: this key is required" in capsys.readouterr().err
+
+
+def test_a_space_without_a_backbone_is_enough_where_none_is_used(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text("experiment: {name: data, corpora: {synthetic: }}\n")
+    assert config.load(path, needs_backbone=False).experiment.backbone == config.UNSPECIFIED
+    with pytest.raises(ValueError, match=r"experiment\.backbone: this key is required"):
+        config.load(path)
+
+
+def test_a_built_in_space_is_listed_and_copied_with_its_comments(tmp_path, capsys):
+    assert main(["spaces"]) == 0
+    listed = capsys.readouterr().out
+    for name, path in config.built_in_spaces().items():
+        assert f"{name}\n" in listed
+        assert main(["new", name]) == 0
+        copy = tmp_path / f"{name}.yaml"
+        copy.write_text(capsys.readouterr().out)
+        assert copy.read_text() == path.read_text()
+        assert config.load(copy) == config.load(path)
+
+
+def test_every_key_is_explained(capsys):
+    assert main(["config"]) == 0
+    said = capsys.readouterr().out
+    for name in ("experiment.adapter.rank", "tune.trials", "resources.workers", "storage.cache", "search"):
+        assert f"{name}: " in said
+
+
+def test_a_key_is_shown_with_its_value_and_where_that_is_from(tmp_path, capsys):
+    demo = config.default_space()
+    assert main(["config", "experiment.adapter.rank", str(demo)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "experiment.adapter.rank: integer at least 1 and at most 512; default 8"
+    line = next(n for n, text in enumerate(demo.read_text().splitlines(), 1) if "adapter:" in text)
+    assert said[1] == f"  here: 8 ({demo}, line {line})"
+    assert said[2].strip()
+    assert main(["config", "epochs", str(demo), "experiment.epochs=3"]) == 0
+    assert "here: 3 (given on the command line)" in capsys.readouterr().out
+    assert main(["config", "tune.seed", str(demo)]) == 0
+    assert "here: 0 (default)" in capsys.readouterr().out
+
+
+def test_a_renamed_verb_works_and_says_its_name(capsys):
+    assert main(["premium", "nowhere.yaml"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "ser-ray premium is called ser-ray leakage now"
+    assert said[1].startswith("ser-ray leakage: nowhere.yaml: no such file")
+
+
+def test_every_verb_is_a_module_of_its_name_or_of_what_it_does():
+    package = Path(__main__.__file__).parent
+    modules = {"config": "explain", "new": "spaces"}
+    assert all((package / f"{modules.get(verb, verb)}.py").is_file() for verb in VERBS)
