@@ -37,11 +37,12 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ser_ray import cluster, config, disk, plan, prepare
+from ser_ray import config, disk, prepare
 from ser_ray.config import SearchSpace
-from ser_ray.plan import RunPlan
-from ser_ray.pool import Pool
 from ser_ray.protocols.task import load_task
+from ser_ray.runtime import cluster, plan
+from ser_ray.runtime.plan import RunPlan
+from ser_ray.runtime.pool import Pool
 from ser_ray.speech import cached_features as form
 from ser_ray.speech import shards
 from ser_ray.speech.cached_features import Prefix

@@ -30,8 +30,7 @@ import ray
 import torch
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, plan
-from ser_ray.allocation import Allocation
+from ser_ray import cache, config, disk
 from ser_ray.cache import CachedFeatures
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.errors import UserError
@@ -45,10 +44,12 @@ from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.models.precision import bound_memory
-from ser_ray.pool import Pool
 from ser_ray.protocols.finals import dev_after, final_runs
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task, write_fold
+from ser_ray.runtime import cluster, plan
+from ser_ray.runtime.allocation import Allocation
+from ser_ray.runtime.pool import Pool
 from ser_ray.schema import Predictions
 from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16

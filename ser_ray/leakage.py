@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ser_ray import cluster, config, disk
+from ser_ray import config, disk
 from ser_ray.config import Protocol, SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.evaluate import evaluate
@@ -31,6 +31,7 @@ from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, headline
 from ser_ray.evaluation.summary import read_predictions
+from ser_ray.runtime import cluster
 from ser_ray.schema import Predictions
 from ser_ray.train import train
 

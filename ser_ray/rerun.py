@@ -23,11 +23,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ser_ray import cluster, config, disk, prepare, report, tune
+from ser_ray import config, disk, prepare, report, tune
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.runtime import cluster
 from ser_ray.train import train
 
 WHERE = ("version", "git", "python", "gpus", "host")

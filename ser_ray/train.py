@@ -29,15 +29,16 @@ import ray.train
 from ray.exceptions import RayError
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, feed, nodes, plan, prepare
+from ser_ray import cache, config, disk, prepare
 from ser_ray.assets.pretraining_overlap import pretraining_overlap
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.errors import MemoryShortageError, UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.results import the_probe
-from ser_ray.plan import RunPlan
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task, load_task
+from ser_ray.runtime import cluster, feed, nodes, plan
+from ser_ray.runtime.plan import RunPlan
 from ser_ray.search.trials import Trials
 from ser_ray.speech import cached_features
 from ser_ray.speech.fingerprint import same_recordings_in

@@ -32,20 +32,21 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, disk, feed, report
-from ser_ray.allocation import Allocation
+from ser_ray import cache, config, disk, report
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.evaluate import evaluate, finals, is_evaluated
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.models import backbones
-from ser_ray.plan import RunPlan
 from ser_ray.protocols.task import Task
+from ser_ray.runtime import cluster, feed
+from ser_ray.runtime.allocation import Allocation
+from ser_ray.runtime.plan import RunPlan
+from ser_ray.runtime.watch import Watch
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
 from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
-from ser_ray.watch import Watch
 
 TRAINABLE: Final = "SER_RAY_TRAINABLE"
 """If this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same

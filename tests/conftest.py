@@ -140,7 +140,7 @@ def ray_cluster(untrained: Path) -> Iterator[None]:
     import ray
     import stub_trainable
 
-    from ser_ray import cluster
+    from ser_ray.runtime import cluster
 
     os.environ.update(stub_trainable.settings(untrained))
     cluster.connect()

@@ -20,11 +20,12 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import allocation, disk, evaluate, tune
+from ser_ray import disk, evaluate, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
-from ser_ray.plan import RunPlan
+from ser_ray.runtime import allocation
+from ser_ray.runtime.plan import RunPlan
 from ser_ray.search.trials import ATTEMPTS, Trials
 
 

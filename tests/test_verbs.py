@@ -540,8 +540,8 @@ def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster,
 
 
 def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
-    from ser_ray import cluster
     from ser_ray.errors import UserError
+    from ser_ray.runtime import cluster
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     settled = cluster.resolve_paths(config.load(config.default_space()))
@@ -554,7 +554,7 @@ def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
 
 
 def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkeypatch):
-    from ser_ray import cluster
+    from ser_ray.runtime import cluster
 
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
 """From rows of the fold to batches: a model's input, read from files or held in memory, and padded.
 
 `ser_ray.speech.order` decides which rows form a batch. A source gives the tables that contain them, window by window.
-Nothing here depends on Ray; `ser_ray.feed` passes Ray's tables to the same functions.
+Nothing here depends on Ray; `ser_ray.runtime.feed` passes Ray's tables to the same functions.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import torch
 from embedded import of_logmel  # beside this file
 from rich.console import Console
 
-from ser_ray import config, feed, prepare
+from ser_ray import config, prepare
 from ser_ray.disk import write_json
 from ser_ray.evaluation.baselines import linear_svm
 from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
@@ -37,6 +37,7 @@ from ser_ray.models import backbones, checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.models.pooling import masked_statistics
 from ser_ray.protocols.task import load_task
+from ser_ray.runtime import feed
 from ser_ray.speech import stream
 from ser_ray.training import loop
 

@@ -33,10 +33,10 @@ import trainer
 import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from ser_ray import feed
 from ser_ray.config import Experiment
 from ser_ray.models.classifier import build
 from ser_ray.models.precision import compute_dtype
+from ser_ray.runtime import feed
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import stream
 from ser_ray.speech.audio import to_int16

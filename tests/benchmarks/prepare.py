@@ -99,8 +99,9 @@ def main(source: Path, scratch: Path) -> None:
     """Print the table as Markdown."""
     from rich.console import Console
 
-    from ser_ray import cluster, config
+    from ser_ray import config
     from ser_ray.prepare import prepare
+    from ser_ray.runtime import cluster
 
     corpus, cache = scratch / "ravdess48k", scratch / "cache"
     hours = upsample(source, corpus)

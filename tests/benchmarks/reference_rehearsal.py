@@ -321,7 +321,7 @@ def _ray_with_a_gpu() -> Iterator[dict[str, str]]:
     """A Ray of this machine's cores, or 5 where it has fewer (4 of a trial, 1 for data), and a GPU that is none."""
     import ray
 
-    from ser_ray import cluster
+    from ser_ray.runtime import cluster
 
     port = cluster._free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)  # other Rays may run on this machine

@@ -25,9 +25,10 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ser_ray import cluster, config, disk, tune
+from ser_ray import config, disk, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
+from ser_ray.runtime import cluster
 from ser_ray.search import points
 from ser_ray.search.trials import Trials
 

@@ -35,7 +35,7 @@ import trainer
 import transformers
 from rich.console import Console
 
-from ser_ray import cache, cluster, config, feed
+from ser_ray import cache, config
 from ser_ray import prepare as verb
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.disk import write_json, write_text
@@ -44,6 +44,7 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.models import prefix
 from ser_ray.models.classifier import build
 from ser_ray.protocols.task import Task, load_task
+from ser_ray.runtime import cluster, feed
 from ser_ray.speech import cached_features, order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.training import loop

@@ -35,13 +35,13 @@ NOTES = "STARTUP_NOTES"
 """The variable that names the file of notes; where it is not set nothing is watched."""
 
 WATCHED = {
-    "ser_ray.cluster": ("connect",),
+    "ser_ray.runtime.cluster": ("connect",),
     "ser_ray.prepare": ("prepare",),
     "ser_ray.cache": ("plan",),
-    "ser_ray.feed": ("load_resident",),
+    "ser_ray.runtime.feed": ("load_resident",),
     "ser_ray.train": ("main", "audit_task", "open_results", "fit_here", "run_trial", "_work"),
     "ser_ray.tune": ("main", "_check_backbones"),
-    "ser_ray.watch": ("Watch.on_trial_start",),
+    "ser_ray.runtime.watch": ("Watch.on_trial_start",),
     "ser_ray.models.classifier": ("build",),
     "ser_ray.training.loop": ("fit",),
     "ser_ray.training.step": ("add_gradients",),
@@ -175,8 +175,9 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
     import ray
     from rich.console import Console
 
-    from ser_ray import cluster, config, tune
-    from ser_ray.allocation import DATA_CPUS
+    from ser_ray import config, tune
+    from ser_ray.runtime import cluster
+    from ser_ray.runtime.allocation import DATA_CPUS
     from ser_ray.train import make_plan, open_results
 
     if kind == "ours":

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from ser_ray import config, nodes
+from ser_ray import config
 from ser_ray.errors import UserError
+from ser_ray.runtime import nodes
 
 
 def node(number: int, gpus: float = 0) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import yaml
 from rich.console import Console
 from test_verbs import write_space
 
-from ser_ray import allocation, cache, config, plan
+from ser_ray import cache, config
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
-from ser_ray.plan import RunPlan
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
+from ser_ray.runtime import allocation, plan
+from ser_ray.runtime.plan import RunPlan
 from ser_ray.speech import order
 
 ONE_GPU = allocation.Allocation(
@@ -98,7 +99,7 @@ def test_with_more_frozen_parts_than_trials_the_trials_make_their_own(path):
 @pytest.mark.parametrize("verb", ["train", "tune"])
 def test_a_first_layer_beyond_the_backbone_is_refused_before_work_starts(path, capsys, verb, cached, monkeypatch):
     monkeypatch.setattr("ser_ray.prepare.prepare", lambda *_, **__: pytest.fail("prepared"))
-    monkeypatch.setattr("ser_ray.cluster.connect", lambda *_: None)
+    monkeypatch.setattr("ser_ray.runtime.cluster.connect", lambda *_: None)
     own = [
         "experiment.adapter={method: lora, first_layer: 7}",
         f"storage.prefix_gb={cached}",

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ser_ray import config
-from ser_ray.allocation import DATA_CPUS, Node, Worker, allocate, capacity
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
+from ser_ray.runtime.allocation import DATA_CPUS, Node, Worker, allocate, capacity
 
 
 def space(concurrency: int | None = None, **resources) -> SearchSpace:

@@ -14,12 +14,12 @@ from ray.train import WorkerGroupError
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-import ser_ray.watch
-from ser_ray import cluster
+import ser_ray.runtime.watch
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
+from ser_ray.runtime import cluster
+from ser_ray.runtime.watch import Watch
 from ser_ray.search.trials import ATTEMPTS, Trials
-from ser_ray.watch import Watch
 
 VALUES = {"adapter.method": "lora", "adapter.rank": 8, "optimizer.lr": 0.000312345}
 
@@ -221,7 +221,7 @@ def test_a_log_says_that_epochs_run_and_that_a_full_cluster_is_waited_for(tmp_pa
     seen, text = watch(tmp_path)
     seen.on_step_end(0, [])
     assert text.getvalue() == "", "not before it has been silent for a while"
-    monkeypatch.setattr(ser_ray.watch, "HEARTBEAT_S", -1.0)
+    monkeypatch.setattr(ser_ray.runtime.watch, "HEARTBEAT_S", -1.0)
     seen.on_step_end(0, [])
     assert "waiting for room on the cluster: other work holds it" in text.getvalue()
     seen.on_trial_start(0, [], trial(1))

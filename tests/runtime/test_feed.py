@@ -12,9 +12,10 @@ import ray
 from rich.console import Console
 from test_verbs import write_space
 
-from ser_ray import config, feed
+from ser_ray import config
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import Task, load_task
+from ser_ray.runtime import feed
 from ser_ray.speech import order, shards, stream
 from ser_ray.speech.cached_features import Prefix
 from ser_ray.training import loop

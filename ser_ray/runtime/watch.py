@@ -16,10 +16,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ser_ray import cluster
 from ser_ray.config import SearchSpace
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
+from ser_ray.runtime import cluster
 from ser_ray.search.logs import open_logs
 from ser_ray.search.trials import Trials
 

@@ -22,11 +22,12 @@ import ray.data
 from ray.exceptions import RayError
 from rich.console import Console
 
-from ser_ray import __version__, allocation, disk, nodes
-from ser_ray.allocation import DATA_CPUS, Allocation, Node, Worker
+from ser_ray import __version__, disk
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
+from ser_ray.runtime import allocation, nodes
+from ser_ray.runtime.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.speech import shards
 
 OWN = "ser_ray_started"
@@ -119,7 +120,7 @@ def _join() -> None:
             del os.environ["RAY_ADDRESS"]
     _install_signal_handlers()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if not verbose:  # hides Ray's own progress; `ser_ray.watch` reports what fails in Tune
+    if not verbose:  # hides Ray's own progress; `ser_ray.runtime.watch` reports what fails in Tune
         for name, level in (("data", logging.ERROR), ("train", logging.ERROR), ("tune", logging.CRITICAL)):
             logging.getLogger(f"ray.{name}").setLevel(level)
 
