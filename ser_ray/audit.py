@@ -28,7 +28,7 @@ from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
-from ser_ray.runtime import cluster
+from ser_ray.runtime import paths
 from ser_ray.speech.fingerprint import same_recordings_in
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
@@ -56,7 +56,7 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
 
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray audit``. Raises UserError for a finding that makes training pointless."""
-    space = cluster.resolve_paths(config.load(path, overrides, needs_backbone=False))
+    space = paths.resolve_paths(config.load(path, overrides, needs_backbone=False))
     for finding in run(space, Console(highlight=False, soft_wrap=True))["findings"]:
         if finding["level"] == "error":
             raise UserError(f"{finding['what']}: {finding['detail']}")

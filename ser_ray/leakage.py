@@ -31,7 +31,7 @@ from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, headline
 from ser_ray.evaluation.summary import read_predictions
-from ser_ray.runtime import cluster
+from ser_ray.runtime import cluster, paths
 from ser_ray.schema import Predictions
 from ser_ray.train import train
 
@@ -43,7 +43,7 @@ METRICS = ("accuracy", "uar", "macro_f1")
 
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray leakage``: the runs that are missing, and the comparison."""
-    space = cluster.resolve_paths(config.load(path, overrides))
+    space = paths.resolve_paths(config.load(path, overrides))
     argv = ["leakage", str(path), *overrides]
     console = Console(highlight=False, soft_wrap=True)
     cluster.connect(space)

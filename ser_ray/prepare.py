@@ -40,7 +40,7 @@ from ser_ray.corpora import synthetic
 from ser_ray.corpora.describe import differences
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.errors import UserError
-from ser_ray.runtime import cluster
+from ser_ray.runtime import cluster, paths
 from ser_ray.schema import SAMPLING_RATE, Rejected, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
@@ -65,7 +65,7 @@ CHUNK_SCHEMA: Final = pa.schema(
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray prepare``: prepare every corpus of a search space."""
     console = Console(stderr=True)
-    directories = prepare(cluster.resolve_paths(config.load(path, overrides, needs_backbone=False)), console=console)
+    directories = prepare(paths.resolve_paths(config.load(path, overrides, needs_backbone=False)), console=console)
     console.print(summary(shards.read_index(directories)))
     return 0
 

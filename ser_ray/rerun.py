@@ -28,7 +28,7 @@ from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.metrics import HEADLINE
-from ser_ray.runtime import cluster
+from ser_ray.runtime import cluster, paths, provenance
 from ser_ray.train import train
 
 WHERE = ("version", "git", "python", "gpus", "host")
@@ -40,14 +40,14 @@ def main(results_dir: Path, overrides: list[str]) -> int:
     old = results_dir.resolve()
     space = again(old, overrides)
     console = report.terminal()
-    provenance = disk.read_json(old / "provenance.json")
+    before = disk.read_json(old / "provenance.json")
     argv = ["rerun", str(results_dir), *overrides]
-    if provenance["argv"][0] != "train" or space.resources.workers:
+    if before["argv"][0] != "train" or space.resources.workers:
         cluster.connect(space)
-    _check_data(space, provenance, console)
-    alone = provenance["argv"][0] == "train"
+    _check_data(space, before, console)
+    alone = before["argv"][0] == "train"
     new = train(space, console, argv) if alone else tune.run(space, console, argv)
-    for line in surroundings(provenance, disk.read_json(new / "provenance.json")):
+    for line in surroundings(before, disk.read_json(new / "provenance.json")):
         console.print(f"differs: {line}", style="yellow")
     rows = list(compare(old, new))
     disk.write_json(new / "rerun.json", {"of": str(old), "argv": argv, "metrics": [dict(row) for row in rows]})
@@ -63,7 +63,7 @@ def again(old: Path, overrides: list[str]) -> SearchSpace:
         raise UserError(f"{old}: not a results folder (no search.yaml or provenance.json in it); give results/<name>")
     name = config.load(old / "search.yaml").experiment.name
     beside = [f"experiment.name={name}-rerun", f"storage.results={old.parent}"]
-    return cluster.resolve_paths(config.load(old / "search.yaml", [*beside, *overrides]))
+    return paths.resolve_paths(config.load(old / "search.yaml", [*beside, *overrides]))
 
 
 def surroundings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -86,9 +86,9 @@ def compare(old: Path, new: Path) -> Iterator[dict[str, Any]]:
         name = f"trial {trial_id}" + ("" if same else " (other values)")
         yield _row(name, *(trial.best.get("dev_uar") if trial else None for trial in pair))
     for split in ("dev", "test"):
-        paths = [path / "evaluation" / f"{split}.json" for path in (old, new)]
-        if all(path.is_file() for path in paths):
-            first, second = map(disk.read_json, paths)
+        files = [path / "evaluation" / f"{split}.json" for path in (old, new)]
+        if all(path.is_file() for path in files):
+            first, second = map(disk.read_json, files)
             for name in HEADLINE:
                 yield _row(f"{split} {name}", first[name], second[name])
 
@@ -98,13 +98,13 @@ def compare(old: Path, new: Path) -> Iterator[dict[str, Any]]:
 
 def _row(name: str, then: float | None, now: float | None) -> dict[str, Any]:
     difference = None if then is None or now is None else now - then
-    return {"figure": name, "then": then, "now": now, "difference": difference}
+    return {"metric": name, "then": then, "now": now, "difference": difference}
 
 
-def _check_data(space: SearchSpace, provenance: dict[str, Any], console: Console) -> None:
+def _check_data(space: SearchSpace, before: dict[str, Any], console: Console) -> None:
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
-    prepared = {data["corpus"]: data["fingerprint"] for data in cluster.provenance(space, shard_dirs, [])["data"]}
-    for data in provenance["data"]:
+    prepared = {data["corpus"]: data["fingerprint"] for data in provenance.provenance(space, shard_dirs, [])["data"]}
+    for data in before["data"]:
         if prepared.get(data["corpus"]) != data["fingerprint"]:
             raise UserError(
                 f"the data of {data['corpus']} are not those of that run (fingerprint {data['fingerprint']} then, "
@@ -120,5 +120,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         cells = [f"{row[name]:.4f}" if row[name] is not None else "-" for name in ("then", "now")]
         difference = "-" if row["difference"] is None else f"{row['difference']:+.4f}"
-        table.add_row(row["figure"], *cells, difference)
+        table.add_row(row["metric"], *cells, difference)
     return table

@@ -32,21 +32,24 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from ser_ray import cache, config, disk, report
+from ser_ray import config, disk, report
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
-from ser_ray.evaluate import evaluate, finals, is_evaluated
+from ser_ray.evaluate import evaluate
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
+from ser_ray.evaluation.runs import finals, is_evaluated
 from ser_ray.models import backbones
 from ser_ray.protocols.task import Task
-from ser_ray.runtime import cluster, feed
+from ser_ray.runtime import cluster, feature_cache, feed, paths
 from ser_ray.runtime.allocation import Allocation
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.runtime.results_folder import audit_task, open_results
+from ser_ray.runtime.trial import run_trial
 from ser_ray.runtime.watch import Watch
 from ser_ray.search import study
 from ser_ray.search.trials import Trials
-from ser_ray.train import audit_task, make_plan, open_results, run_trial, show_plan
+from ser_ray.train import make_plan, show_plan
 
 TRAINABLE: Final = "SER_RAY_TRAINABLE"
 """If this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same
@@ -217,7 +220,7 @@ def search(planned: RunPlan, task: Task, console: Console) -> None:
 
 
 def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console) -> None:
-    """Train the finalists over folds and seeds, as `evaluate.finals` lists them; continued like a search."""
+    """Train the finalists over folds and seeds, as `runs.finals` lists them; continued like a search."""
     trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=sys.argv[1:])
     wanted = {job.trial_id: job.values for job in jobs}
     trials.resume(planned.space.trial, wanted)
@@ -271,7 +274,7 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 def _search_and_evaluate(planned: RunPlan, task: Task, console: Console, argv: list[str]) -> None:
     space = planned.space
     directory = space.results_dir()
-    with cache.made_first(planned, console) if planned.cached_first() else nullcontext():
+    with feature_cache.made_first(planned, console) if planned.cached_first() else nullcontext():
         names = ", ".join(space.search) or "nothing"
         console.print(f"searching {names}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs")
         search(planned, task, console)
@@ -361,7 +364,7 @@ def _resources(allocation: Allocation) -> dict[str, float]:
 def _load(path: Path, overrides: list[str]) -> SearchSpace:
     """The space, with the N of ``tune.trials=+N`` added to the trials that the search of that name has already."""
     relative = [text for text in overrides if text.startswith("tune.trials=+")]
-    space = cluster.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
+    space = paths.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
     home = space.results_dir()
     known = config.load(home / "search.yaml") if (home / "search.yaml").is_file() else space
     trials = max(space.tune.trials, known.tune.trials)

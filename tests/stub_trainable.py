@@ -1,7 +1,7 @@
 """A trainable for tests of what happens around training: histories and checkpoints in milliseconds, no model trained.
 
 ``SER_RAY_TRAINABLE=stub_trainable:run_trial`` lets a search call it; `environment` gives all that such a process
-needs. Around it everything is `ser_ray.train.run_trial`'s own: notes, caches of frozen parts, files, what is told.
+needs. Around it everything is that of `ser_ray.runtime.trial.run_trial`: notes, feature caches, files, reports.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ser_ray import config, disk, train
+from ser_ray import config, disk
 from ser_ray.config import Experiment
 from ser_ray.evaluation import folder
+from ser_ray.runtime import trial as trials
 
 CHECKPOINTS = "STUB_CHECKPOINTS"
 """Where untrained checkpoints are kept, to be copied: a folder that all processes of the search see."""
@@ -39,28 +40,30 @@ def environment(checkpoints: Path, epoch_s: float = 0.0) -> dict[str, str]:
 
 
 def run_trial(*arguments: Any, **named: Any) -> None:
-    """`ser_ray.train.run_trial`, but for the training itself."""
-    with mock.patch.object(train, "fit_on_ray", fit):
-        train.run_trial(*arguments, **named)
+    """`ser_ray.runtime.trial.run_trial`, but for the training itself."""
+    with mock.patch.object(trials, "fit_on_ray", fit):
+        trials.run_trial(*arguments, **named)
 
 
-def fit(trial: train.Trial, datasets: Any = None, callbacks: Any = (), tell: train.EpochCallback | None = None) -> None:
-    """The epochs of a trial, continued where it left off, as `ser_ray.training.loop` would tell them."""
+def fit(
+    trial: trials.Trial, datasets: Any = None, callbacks: Any = (), callback: trials.EpochCallback | None = None
+) -> None:
+    """The epochs of a trial, continued where it left off, as `ser_ray.training.loop` would report them."""
     from ray import tune
 
     experiment, directory, metric = Experiment.model_validate(trial.experiment), Path(trial.directory), trial.metric
-    tell = tell or tune.report
+    callback = callback or tune.report
     source = untrained(experiment, Path(os.environ[CHECKPOINTS]))
-    last = train._last_checkpoint(directory)
+    last = trials._last_checkpoint(directory)
     told: dict[str, Any] = disk.read_json(last / "metrics.json") if last else {}
     if told.get("last"):
-        tell(told)  # whoever watched may have died before it heard
+        callback(told)  # the driver may have died before it received it
     while not told.get("last"):
         epoch = told["epoch"] + 1 if told else int(experiment.head.init != "probe")
         time.sleep(float(os.environ[EPOCH_S]) if epoch else 0.0)
         told = record(experiment, epoch, metric, told)
-        train._write_epoch(directory, told, saver(source, experiment, told))
-        tell(told)
+        trials._write_epoch(directory, told, saver(source, experiment, told))
+        callback(told)
 
 
 def record(experiment: Experiment, epoch: int, metric: str, before: folder.Record) -> folder.Record:

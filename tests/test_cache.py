@@ -19,14 +19,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_verbs import write_space
 
-from ser_ray import cache, config, disk
+from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.models import backbones, prefix
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
-from ser_ray.runtime import allocation, plan
+from ser_ray.runtime import allocation, feature_cache, plan
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.speech import shards, stream
 from ser_ray.speech.cached_features import Prefix
@@ -63,7 +63,7 @@ def planned(space: SearchSpace, own: allocation.Allocation = HERE) -> RunPlan:
     return plan.make(space, own, shard_dirs, load_task(space.experiment, shard_dirs))
 
 
-def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.CachedFeatures | None, str]:
+def keep(space: SearchSpace, pool: bool = False) -> tuple[feature_cache.CachedFeatures | None, str]:
     """What is cached, and what was said."""
     said = io.StringIO()
     console = Console(file=said, width=400)
@@ -71,11 +71,11 @@ def keep(space: SearchSpace, pool: bool = False) -> tuple[cache.CachedFeatures |
     wanted = found.prefix(space.experiment)
     if wanted is None:
         return None, ""
-    with cache.keep(found, wanted, console, here=not pool) as kept:
+    with feature_cache.keep(found, wanted, console, here=not pool) as kept:
         return kept, said.getvalue()
 
 
-def contents(kept: cache.CachedFeatures) -> dict[str, np.ndarray]:
+def contents(kept: feature_cache.CachedFeatures) -> dict[str, np.ndarray]:
     rows = [row for path in kept.paths for row in pq.read_table(path).to_pylist()]
     return {row["utterance_id"]: kept.prefix.read(row["features"]) for row in rows}
 
@@ -181,7 +181,7 @@ def test_room_is_made_by_removing_what_was_used_longest_ago(load):
     newer, _ = keep(load(FROZEN))
     assert old is not None
     assert newer is not None
-    os.utime(old.paths[0].parent / cache.IN_USE, ns=(1, 1))
+    os.utime(old.paths[0].parent / feature_cache.IN_USE, ns=(1, 1))
     room = (old.gigabytes + newer.gigabytes) * 1.02
     third, _ = keep(load("experiment.adapter={method: lora, first_layer: 0}", f"storage.prefix_gb={room}"))
     assert third is not None
@@ -192,7 +192,7 @@ def test_room_is_made_by_removing_what_was_used_longest_ago(load):
 def test_what_a_trial_reads_is_not_removed(load):
     old, _ = keep(load(LORA))
     assert old is not None
-    with disk.locked(old.paths[0].parent / cache.IN_USE, shared=True):
+    with disk.locked(old.paths[0].parent / feature_cache.IN_USE, shared=True):
         third, said = keep(load(FROZEN, f"storage.prefix_gb={old.gigabytes * 1.001}"))
     assert third is None
     assert "storage.prefix_gb" in said
@@ -318,7 +318,7 @@ def test_a_whole_cache_is_given_while_another_process_makes_one_of_that_name(loa
     """For another corpus, say: a trial that holds a GPU must not wait for actors that wait for that GPU."""
     first, _ = keep(load(LORA))
     assert first is not None
-    with disk.locked(first.paths[0].parent / cache.MAKING):
+    with disk.locked(first.paths[0].parent / feature_cache.MAKING):
         again, said = keep(load(LORA))
         assert again is not None
         assert (again.made, said) == (0, "")
@@ -336,7 +336,7 @@ def test_who_makes_the_same_at_once_makes_no_shard_twice(load, monkeypatch):
     assert len(content) > 1
     for path in whole.paths:
         path.unlink()
-    extract, made = cache.Extractor.extract, []
+    extract, made = feature_cache.Extractor.extract, []
 
     def beside_another(self, source: Path, target: Path) -> None:
         """Another process has made all the others meanwhile."""
@@ -345,7 +345,7 @@ def test_who_makes_the_same_at_once_makes_no_shard_twice(load, monkeypatch):
         for path, found in content.items():
             path.write_bytes(found)
 
-    monkeypatch.setattr(cache.Extractor, "extract", beside_another)
+    monkeypatch.setattr(feature_cache.Extractor, "extract", beside_another)
     keep(space)
     assert len(made) == 1
 

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ser_ray import evaluate
 from ser_ray.config import Audio, SearchSpace
-from ser_ray.evaluate import PROBE, Run
+from ser_ray.evaluate import PROBE
 from ser_ray.evaluation.folder import TrialRecord
+from ser_ray.evaluation.record import Record
+from ser_ray.evaluation.runs import Run
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task
+from ser_ray.runtime.scorer import _predictions
 from ser_ray.schema import Predictions
 from ser_ray.speech import shards
 
@@ -72,7 +74,7 @@ def guesses(space: SearchSpace, fold: int, split: str, right: float, seed: int =
         said = label if rng.random() < right else int(rng.integers(4))
         probabilities[utterance_id] = (np.eye(4)[said] + 0.1 * rng.random(4)) / 2
         probabilities[utterance_id] /= probabilities[utterance_id].sum()
-    return evaluate._predictions(task, split, probabilities)
+    return _predictions(task, split, probabilities)
 
 
 def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[Any, list[TrialRecord]]:
@@ -81,7 +83,7 @@ def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[An
     dev = {i: [guesses(space, run.fold, "dev", right) for run in runs[i]] for i, right in (("001", 0.9), ("002", 0.5))}
     best = {"epoch": 2, "best_epoch": 2, "trainable_parameters": 5}
     tried = [TrialRecord(i, {}, "finished", history=[best]) for i in runs]
-    return evaluate._Record(directory, space, task_of(space), dev, runs), tried
+    return Record(directory, space, task_of(space), dev, runs), tried
 
 
 def answer_of(directory: Path, space: SearchSpace, folds: list[int], baselines: dict[str, float]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_the_runs_differ_in_the_protocol_alone(tmp_path, tiny_corpus):
 @pytest.mark.slow
 def test_the_leakage_gap_of_a_small_corpus(tmp_path, tiny_corpus, tiny_cache, ray_cluster, capsys, monkeypatch):
     """Of models that learned nothing: what is compared is compared in the same way."""
-    monkeypatch.setattr("ser_ray.train.fit_on_ray", partial(stub_trainable.fit, tell=lambda line: None))
+    monkeypatch.setattr("ser_ray.train.fit_on_ray", partial(stub_trainable.fit, callback=lambda line: None))
     space = write_space(tmp_path, tiny_corpus, tiny_cache)
     command = ["leakage", str(space), "experiment.name=gap", "experiment.epochs=1"]
     assert main(command) == 0

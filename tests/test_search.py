@@ -20,9 +20,9 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import disk, evaluate, tune
+from ser_ray import disk, tune
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation import folder
+from ser_ray.evaluation import folder, runs
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.runtime import allocation
 from ser_ray.runtime.plan import RunPlan
@@ -232,9 +232,9 @@ def test_every_death_of_an_actor_is_one_for_tune(error):
 def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
     settings = space(SEARCH)
     longer = settings.model_copy(update={"experiment": settings.experiment.model_copy(update={"epochs": 11})})
-    disk.write_json(tmp_path / "evaluation" / "test.json", {"budget": evaluate._budget(settings)})
-    assert evaluate.is_evaluated(tmp_path, settings)
-    assert not evaluate.is_evaluated(tmp_path, longer)
+    disk.write_json(tmp_path / "evaluation" / "test.json", {"budget": runs.budget(settings)})
+    assert runs.is_evaluated(tmp_path, settings)
+    assert not runs.is_evaluated(tmp_path, longer)
 
 
 def plan_in(directory: Path, settings: SearchSpace) -> RunPlan:

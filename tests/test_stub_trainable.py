@@ -10,9 +10,10 @@ import stub_trainable
 from backbone_fixtures import experiment
 from search_fixtures import record
 
-from ser_ray import config, train, tune
+from ser_ray import config, tune
 from ser_ray.evaluation import folder
 from ser_ray.models import checkpoint
+from ser_ray.runtime.trial import run_trial
 
 OURS = experiment("embedded/tiny-whisper", head={"init": "probe"}, adapter={"method": "lora", "rank": 2}, epochs=3)
 
@@ -24,7 +25,7 @@ def variables(untrained, monkeypatch):
 
 
 def trial(directory: Path) -> SimpleNamespace:
-    """What the stub asks of a `ser_ray.train.Trial`."""
+    """What the stub asks of a `ser_ray.runtime.trial.Trial`."""
     return SimpleNamespace(experiment=config.to_dict(OURS), metric="dev_uar", directory=str(directory))
 
 
@@ -38,7 +39,7 @@ def told(directory: Path, most: int = 99) -> list[folder.Record]:
             raise KeyboardInterrupt
 
     try:
-        stub_trainable.fit(trial(directory), tell=tell)
+        stub_trainable.fit(trial(directory), callback=tell)
     except KeyboardInterrupt:
         assert len(heard) == most
     return heard
@@ -69,6 +70,6 @@ def test_its_checkpoints_are_whole(tmp_path):
 
 def test_a_search_calls_what_is_named(monkeypatch):
     monkeypatch.delenv(tune.TRAINABLE, raising=False)
-    assert tune._trainable() is train.run_trial
+    assert tune._trainable() is run_trial
     monkeypatch.setenv(tune.TRAINABLE, stub_trainable.TRAINABLE)
     assert tune._trainable() is stub_trainable.run_trial

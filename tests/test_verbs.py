@@ -20,6 +20,7 @@ from ser_ray.__main__ import main
 from ser_ray.evaluation.folder import read_trials, trial_history
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
+from ser_ray.runtime import paths
 
 SPACE = {
     "experiment": {
@@ -541,20 +542,18 @@ def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster,
 
 def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
     from ser_ray.errors import UserError
-    from ser_ray.runtime import cluster
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    settled = cluster.resolve_paths(config.load(config.default_space()))
+    settled = paths.resolve_paths(config.load(config.default_space()))
     assert settled.storage.results == str(Path.home() / "ser_ray" / "results")
-    settled = cluster.resolve_paths(config.load(config.default_space(), ["storage.prefix_gb=0"]))
+    settled = paths.resolve_paths(config.load(config.default_space(), ["storage.prefix_gb=0"]))
     assert settled.storage.prefix_gb == 0, "what is no path is left alone"
     for override in ("storage.results=results", "storage.cache=cache", "experiment.corpora.ravdess=data/ravdess"):
         with pytest.raises(UserError, match="relative"):
-            cluster.resolve_paths(config.load(config.default_space(), [override]))
+            paths.resolve_paths(config.load(config.default_space(), [override]))
 
 
 def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkeypatch):
-    from ser_ray.runtime import cluster
 
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -565,7 +564,7 @@ def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkey
     }
     content["tune"] = {"first": [{"backbone": "mine", "adapter.first_layer": 1}]}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    settled = cluster.resolve_paths(config.load(tmp_path / "space.yaml"))
+    settled = paths.resolve_paths(config.load(tmp_path / "space.yaml"))
     whole = str(tmp_path / "mine")
     assert settled.search["backbone"].choice == (whole, "embedded/tiny-whisper")
     assert settled.search["adapter.first_layer"].when == {"backbone": (whole,)}

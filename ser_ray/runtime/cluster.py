@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
-import platform
-import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,16 +15,12 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayError
 from rich.console import Console
 
-from ser_ray import __version__, disk
-from ser_ray.config import Distribution, Experiment, SearchSpace
-from ser_ray.corpora import table
-from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
+from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
 from ser_ray.runtime import allocation, nodes
 from ser_ray.runtime.allocation import DATA_CPUS, Allocation, Node, Worker
-from ser_ray.speech import shards
 
 OWN = "ser_ray_started"
 """A resource that marks the node whose Ray this project started: it declares one CPU more than exists, for the data."""
@@ -57,14 +49,6 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent with verbose=0
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-_DIED = re.compile(
-    r"The (actor|worker) died unexpectedly|The actor is dead|The actor \w+ is unavailable"
-    r"|the node it was running on is dead|local raylet died"
-)
-"""Messages of Ray 2.60 about a process that was killed from outside."""
-_PACKAGES = ("torch", "torchaudio", "transformers", "peft", "bitsandbytes", "ray", "optuna", "pyarrow", "scikit-learn")
 
 
 def connect(space: SearchSpace | None = None) -> None:
@@ -149,95 +133,6 @@ def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
 def allocate_here() -> Allocation:
     """The allocation of a trial in this process."""
     return allocation.here(*_look_at_device(), cpus=float(_cores()))
-
-
-def user_error(error: BaseException, where: object = "") -> UserError | None:
-    """The UserError behind an error that Ray raises for a failed process of ours; None if there is none.
-
-    It is a StorageError if the process could not write its files (``where`` they are, if the error does not say it),
-    and a ProcessDiedError if it was killed from outside.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            kinds = (StorageError, MemoryShortageError, ProcessDiedError, UserError)
-            return next(kind for kind in kinds if isinstance(cause, kind))(str(cause).splitlines()[-1])
-        if isinstance(cause, OSError) and (line := disk.explain(cause, where)):
-            return StorageError(line)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if isinstance(error, RayError) and (line := death(f"{type(error).__module__}.{type(error).__name__}: {error}")):
-        return ProcessDiedError(line)
-    return None
-
-
-def death(text: str) -> str | None:
-    """A human-readable line if Ray's ``text`` says that a process was killed from outside, else None."""
-    if any(words in text for words in ("running low on memory", "ray.exceptions.OutOfMemoryError")):
-        return (
-            "Ray killed its process because the machine's memory was nearly full; lower tune.concurrency or "
-            "experiment.batch_seconds, or use a machine with more memory"
-        )
-    return "its process died" if _DIED.search(text) else None
-
-
-def resolve_paths(space: SearchSpace) -> SearchSpace:
-    """The same space with absolute paths, as workers run in other directories.
-
-    Inside a ``ray job submit`` the current directory is a copy that vanishes with the job: results then go to
-    ``~/ser_ray/results`` unless the space sets it, and relative data or storage paths are refused with a UserError.
-    """
-    storage = space.storage
-    if _submitted_job():
-        for key in storage.model_fields_set & {"results", "cache"}:
-            _refuse_relative(f"storage.{key}", getattr(storage, key))
-        for corpus, directory in space.experiment.corpora.items():
-            _refuse_relative(f"experiment.corpora.{corpus}", directory)
-        if _is_file(given := space.experiment.protocol.given):
-            _refuse_relative("experiment.protocol.given", str(given))
-        if "results" not in storage.model_fields_set:
-            storage = storage.model_copy(update={"results": "~/ser_ray/results"})
-    storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
-    search = {key: _resolve_conditions(distribution) for key, distribution in space.search.items()}
-    if "backbone" in search and search["backbone"].choice is not None:
-        choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
-        search["backbone"] = search["backbone"].model_copy(update={"choice": choice})
-    first = tuple(
-        {key: _absolute_backbone(value) if key == "backbone" else value for key, value in point.items()}
-        for point in space.tune.first
-    )
-    return space.model_copy(
-        update={
-            "experiment": _resolve_experiment(space.experiment),
-            "storage": storage,
-            "search": search,
-            "tune": space.tune.model_copy(update={"first": first}),
-        }
-    )
-
-
-def provenance(space: SearchSpace, shard_dirs: list[Path], argv: list[str]) -> dict[str, Any]:
-    """The content of provenance.json: the code, command, packages, hardware, data and seed that made a result."""
-    import torch  # here, so that a worker that only prepares data need not load it
-
-    manifests = {str(directory): shards.read_manifest(directory) for directory in shard_dirs}
-    return {
-        "version": __version__,
-        "git": _git_commit(),
-        "argv": argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "finished": None,
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "seed": space.experiment.seed,
-        "data": [
-            {"corpus": manifest["corpus"], "directory": directory, "fingerprint": manifest["content_sha256"]}
-            | {key: manifest[key] for key in ("utterances", "hours")}
-            | {"rejected": len(manifest["rejected"])}
-            for directory, manifest in manifests.items()
-        ],
-    }
 
 
 # -- below: how it is done
@@ -365,59 +260,3 @@ def _free_port() -> int:
             port = int(probe.getsockname()[1])
         if port not in RAYS_OWN_PORTS:
             return port
-
-
-def _git_commit() -> str | None:
-    """The commit of the running checkout; None if it is not one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
-
-
-def _resolve_experiment(experiment: Experiment) -> Experiment:
-    corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
-    for name, path in corpora.items():
-        if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
-            raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus is")
-    protocol = experiment.protocol
-    if _is_file(protocol.given):
-        protocol = protocol.model_copy(update={"given": _absolute(str(protocol.given))})
-    backbone = _absolute_backbone(experiment.backbone)
-    return experiment.model_copy(update={"corpora": corpora, "protocol": protocol, "backbone": backbone})
-
-
-def _is_file(given: object) -> bool:
-    """Whether ``protocol.given`` is a table of folds."""
-    return isinstance(given, str) and given.endswith(".csv")
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
-
-
-def _resolve_conditions(distribution: Distribution) -> Distribution:
-    """Make the backbones in ``when`` absolute, as they then are in the choice."""
-    when = distribution.when
-    if "backbone" not in when:
-        return distribution
-    names = tuple(_absolute_backbone(name) for name in when["backbone"])
-    return distribution.model_copy(update={"when": {**when, "backbone": names}})
-
-
-def _absolute_backbone(name: str) -> str:
-    return _absolute(name) if Path(name).expanduser().is_dir() else name
-
-
-def _submitted_job() -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def _refuse_relative(key: str, path: str | None) -> None:
-    if path is not None and not Path(path).expanduser().is_absolute():
-        raise UserError(
-            f"{key}: {path!r} is relative, but a submitted job runs in a temporary copy of the working directory; "
-            "give an absolute path that every node sees"
-        )

@@ -10,7 +10,7 @@ import ray
 from rich.console import Console
 
 from ser_ray.errors import ProcessDiedError, UserError
-from ser_ray.runtime import cluster
+from ser_ray.runtime import cluster, failures
 from ser_ray.runtime.allocation import Worker
 
 RESTARTS: Final = 3
@@ -83,7 +83,7 @@ def _result(ref: Any, what: str) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
-        cause = cluster.user_error(error)
+        cause = failures.user_error(error)
         if isinstance(cause, ProcessDiedError):
             raise UserError(
                 f"{what}: {cause} ({RESTARTS + 1} times); if memory is short, raise resources.cpus_per_worker, so "

@@ -19,7 +19,7 @@ from rich.table import Table
 from ser_ray.config import SearchSpace
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
-from ser_ray.runtime import cluster
+from ser_ray.runtime import failures
 from ser_ray.search.logs import open_logs
 from ser_ray.search.trials import Trials
 
@@ -180,7 +180,7 @@ def _reason(error_file: Path) -> str:
     raised = [line for line in text.splitlines() if _EXCEPTION.fullmatch(line)]
     if ours := [line for line in raised if line.startswith("ser_ray.")]:
         return ours[-1]
-    if death := cluster.death(text):
+    if death := failures.death(text):
         return death
     others = [line for line in raised if not line.startswith("ray.")]
     return others[-1] if others else "its process died"

@@ -101,7 +101,7 @@ def main(source: Path, scratch: Path) -> None:
 
     from ser_ray import config
     from ser_ray.prepare import prepare
-    from ser_ray.runtime import cluster
+    from ser_ray.runtime import cluster, paths
 
     corpus, cache = scratch / "ravdess48k", scratch / "cache"
     hours = upsample(source, corpus)
@@ -114,7 +114,7 @@ def main(source: Path, scratch: Path) -> None:
     def ours(copies: int, use_ray: bool) -> None:
         own = tempfile.mkdtemp(dir=cache)  # a cache of its own; removing it is no part of the work
         overrides = [f"experiment.corpora={{bench: {corpus}/{copies}.csv}}", f"storage.cache={own}"]
-        space = cluster.resolve_paths(config.load(config.default_space(), overrides))
+        space = paths.resolve_paths(config.load(config.default_space(), overrides))
         prepare(space, use_ray=use_ray, console=quiet)
 
     ways: dict[str, Callable[[int], object]] = {

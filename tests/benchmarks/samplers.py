@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 from ser_ray import config, disk, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.runtime import cluster
+from ser_ray.runtime import paths
 from ser_ray.search import points
 from ser_ray.search.trials import Trials
 
@@ -67,10 +67,11 @@ def train_one(point: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
     from rich.console import Console
 
-    from ser_ray.train import fit_here, make_plan, open_trial
+    from ser_ray.runtime.trial import fit_here, open_trial
+    from ser_ray.train import make_plan
 
     torch.set_num_threads(1)
-    space = cluster.resolve_paths(pool_space().model_copy(update={"resources": config.Resources(workers=0)}))
+    space = paths.resolve_paths(pool_space().model_copy(update={"resources": config.Resources(workers=0)}))
     console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as directory:
         storage = space.storage.model_copy(update={"results": directory})

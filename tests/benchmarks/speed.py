@@ -35,7 +35,7 @@ import trainer
 import transformers
 from rich.console import Console
 
-from ser_ray import cache, config
+from ser_ray import config
 from ser_ray import prepare as verb
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.disk import write_json, write_text
@@ -44,7 +44,8 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.models import prefix
 from ser_ray.models.classifier import build
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.runtime import cluster, feed
+from ser_ray.runtime import cluster, feed, paths
+from ser_ray.runtime.feature_cache import Extractor
 from ser_ray.speech import cached_features, order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.training import loop
@@ -82,7 +83,7 @@ class Bench:
             f"storage.cache={self.scratch / 'cache'}",
             f"storage.results={self.scratch / 'results'}",
         ]
-        return cluster.resolve_paths(config.load(SPACE, [*own, *overrides]))
+        return paths.resolve_paths(config.load(SPACE, [*own, *overrides]))
 
     def task(self, experiment: Experiment) -> Task:
         """The fold of the prepared speech."""
@@ -431,17 +432,17 @@ def _fit(
 def _fit_cached(experiment: Experiment, train: pa.Table, dev: pa.Table, scratch: Path) -> Fitted:
     """What is frozen is computed first, as `ser-ray cache` does; train's share of that time counts."""
     fed = prefix.of(experiment, "fp32")
-    keeper = cache.Keeper(experiment, fed, torch.get_num_threads(), gpu=False)
+    extractor = Extractor(fed, torch.get_num_threads(), gpus=0.0)
     parts, making, size = [], [], 0
     for name, table in (("train", train), ("dev", dev)):
-        source, target = scratch / f"{name}.parquet", scratch / f"{name}.kept.parquet"
+        source, target = scratch / f"{name}.parquet", scratch / f"{name}.features.parquet"
         pq.write_table(table, source)
         started = time.perf_counter()
-        keeper.keep(source, target)
+        extractor.extract(source, target)
         making.append(time.perf_counter() - started)
         size += target.stat().st_size
-        kept_of = pq.read_table(target, columns=["utterance_id", cached_features.COLUMN])
-        parts.append(stream.joined(table.drop_columns("audio"), [kept_of]))
+        features = pq.read_table(target, columns=["utterance_id", cached_features.COLUMN])
+        parts.append(stream.joined(table.drop_columns("audio"), [features]))
     fitted = _fit(experiment, parts[0], parts[1], fed)
     total = train.num_rows * experiment.epochs / fitted.rate + making[0]
     rate = train.num_rows * experiment.epochs / total

@@ -37,9 +37,11 @@ NOTES = "STARTUP_NOTES"
 WATCHED = {
     "ser_ray.runtime.cluster": ("connect",),
     "ser_ray.prepare": ("prepare",),
-    "ser_ray.cache": ("plan",),
+    "ser_ray.runtime.plan": ("make",),
     "ser_ray.runtime.feed": ("load_resident",),
-    "ser_ray.train": ("main", "audit_task", "open_results", "fit_here", "run_trial", "_work"),
+    "ser_ray.train": ("main",),
+    "ser_ray.runtime.results_folder": ("audit_task", "open_results"),
+    "ser_ray.runtime.trial": ("fit_here", "run_trial", "_work"),
     "ser_ray.tune": ("main", "_check_backbones"),
     "ser_ray.runtime.watch": ("Watch.on_trial_start",),
     "ser_ray.models.classifier": ("build",),
@@ -176,9 +178,10 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
     from rich.console import Console
 
     from ser_ray import config, tune
-    from ser_ray.runtime import cluster
+    from ser_ray.runtime import cluster, paths
     from ser_ray.runtime.allocation import DATA_CPUS
-    from ser_ray.train import make_plan, open_results
+    from ser_ray.runtime.results_folder import open_results
+    from ser_ray.train import make_plan
 
     if kind == "ours":
         cluster.connect()
@@ -191,18 +194,18 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
         setattr(tune, "run_trial", startup.nested)  # noqa: B010 (three names of another module, to mypy)
         setattr(tune, "_resources", lambda allocation: {"cpu": 0.01})  # noqa: B010
         setattr(tune.tune, "TuneConfig", lambda **s: configure(**s | {"reuse_actors": False}))  # noqa: B010
-    space = cluster.resolve_paths(config.load(space_file, overrides))
+    space = paths.resolve_paths(config.load(space_file, overrides))
     planned, task = make_plan(space, Console(), space.tune.trials)
     open_results(space, planned, {}, [])
     tune.search(planned, task, Console())
 
 
 def nested(point: dict[str, Any], plan: Any, kind: str, speech: Any) -> None:
-    """One trial as `ser_ray.train.run_trial` trains one of several workers: a TorchTrainer with a controller."""
+    """One trial as `run_trial` trains one of several workers: a TorchTrainer with a controller."""
     from ray.tune.integration.ray_train import TuneReportCallback
     from rich.console import Console
 
-    from ser_ray.train import fit_on_ray, open_trial
+    from ser_ray.runtime.trial import fit_on_ray, open_trial
 
     trial_dir = plan.directory(kind) / point["trial_id"]
     with open_trial(plan, plan.space.trial(point["values"]), trial_dir, Console(quiet=True)) as trial:

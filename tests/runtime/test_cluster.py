@@ -19,7 +19,7 @@ from ray._common.utils import get_ray_address_file
 from ray._private.utils import validate_socket_filepath
 
 from ser_ray.errors import StorageError, UserError
-from ser_ray.runtime import cluster
+from ser_ray.runtime import cluster, failures
 
 
 @pytest.mark.ray
@@ -149,13 +149,13 @@ def test_no_socket_of_ray_has_a_longer_name():
 
 def test_a_disk_that_cannot_be_used_is_told_from_other_errors():
     full = OSError(errno.ENOSPC, "No space left on device", "/results")
-    assert isinstance(cluster.user_error(full), StorageError)
+    assert isinstance(failures.user_error(full), StorageError)
     failed = RuntimeError("a worker failed")
     failed.__cause__ = full
-    assert "/results: No space left on device" in str(cluster.user_error(failed))
-    assert cluster.user_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
-    assert cluster.user_error(TimeoutError(errno.ETIMEDOUT, "a socket")) is None
-    assert isinstance(cluster.user_error(OSError(errno.ETIMEDOUT, "timed out", "/nfs/x")), StorageError)
+    assert "/results: No space left on device" in str(failures.user_error(failed))
+    assert failures.user_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
+    assert failures.user_error(TimeoutError(errno.ETIMEDOUT, "a socket")) is None
+    assert isinstance(failures.user_error(OSError(errno.ETIMEDOUT, "timed out", "/nfs/x")), StorageError)
 
 
 @pytest.mark.parametrize("ctrl_c", [signal.SIG_IGN, signal.default_int_handler], ids=["background", "terminal"])

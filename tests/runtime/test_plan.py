@@ -11,13 +11,13 @@ import yaml
 from rich.console import Console
 from test_verbs import write_space
 
-from ser_ray import cache, config
+from ser_ray import config
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
-from ser_ray.runtime import allocation, plan
+from ser_ray.runtime import allocation, feature_cache, plan
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.speech import order
 
@@ -143,9 +143,9 @@ def test_dry_run_prints_the_plan_and_trains_nothing(path, capsys, verb):
 
 def test_a_long_making_is_told_in_a_log(monkeypatch):
     """Shards done and seconds left, now and then; a bar cannot move there."""
-    monkeypatch.setattr(cache, "LINE_S", -1.0)
+    monkeypatch.setattr(feature_cache, "LINE_S", -1.0)
     said = io.StringIO()
-    cache._show(iter(range(3)), 3, "frozen prefix x", Console(file=said, width=200))
+    feature_cache._show(iter(range(3)), 3, "frozen prefix x", Console(file=said, width=200))
     assert [line.rpartition(", about")[0] for line in said.getvalue().splitlines()] == [
         "frozen prefix x: 1 of 3 shards",
         "frozen prefix x: 2 of 3 shards",

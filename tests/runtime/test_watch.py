@@ -17,7 +17,7 @@ from search_fixtures import SEARCH, record, space
 import ser_ray.runtime.watch
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
-from ser_ray.runtime import cluster
+from ser_ray.runtime import failures
 from ser_ray.runtime.watch import Watch
 from ser_ray.search.trials import ATTEMPTS, Trials
 
@@ -212,7 +212,7 @@ def test_short_memory_is_tried_again_with_half_once(tmp_path):
     ids=lambda value: type(value).__name__,
 )
 def test_what_a_worker_died_of_keeps_its_kind(failure, kind):
-    found = cluster.user_error(failure)
+    found = failures.user_error(failure)
     assert type(found) is (kind or type(None))
     assert "\n" not in str(found)
 

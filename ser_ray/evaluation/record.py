@@ -1,0 +1,207 @@
+"""What an evaluation writes down: the choice on dev, the test metrics of the chosen one, and each opening of test."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ser_ray import config, disk
+from ser_ray.config import SearchSpace
+from ser_ray.evaluation import baselines, published
+from ser_ray.evaluation.card import model_card
+from ser_ray.evaluation.folder import TrialRecord
+from ser_ray.evaluation.gaps import corrected, gap_records
+from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.runs import Run
+from ser_ray.evaluation.summary import summarise, write_predictions
+from ser_ray.protocols.task import Task
+from ser_ray.schema import Predictions
+
+
+@dataclass(frozen=True)
+class Record:
+    """Writes the records of the choice and of the test."""
+
+    directory: Path
+    space: SearchSpace
+    task: Task
+    dev: Mapping[str, list[Predictions]]
+    """Dev predictions of every finalist, one entry per run."""
+    runs: Mapping[str, list[Run]]
+
+    def choose(self, finalists: Sequence[TrialRecord]) -> str:
+        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
+        metric = self.space.tune.metric.removeprefix("dev_")
+        means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
+        sizes = {finalist.trial_id: int(finalist.best["trainable_parameters"]) for finalist in finalists}
+        ranked = sorted(means, key=lambda i: (-round(means[i][metric], 12), sizes[i], i))
+        chosen: str = ranked[0]
+        among = f"{len(ranked)} finalists"
+        over = f", mean of {len(self.runs[chosen])} runs," if len(self.runs[chosen]) > 1 else ""
+        rows = [
+            {"trial_id": i, "checkpoint": self.runs[i][0].checkpoint, "trainable_parameters": sizes[i]}
+            | {f"dev_{name}": means[i][name] for name in HEADLINE}
+            | {"runs": [self._run(run, p) for run, p in zip(self.runs[i], self.dev[i], strict=True)]}
+            for i in ranked
+        ]
+        against = None
+        if len(ranked) > 1:
+            gap = _gap(_pooled(self.dev[chosen]), _pooled(self.dev[ranked[1]]))
+            against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
+        why = f"highest dev {metric}{over} of {among}; ties go to the one with fewer trainable parameters"
+        choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
+        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
+        disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
+        write_predictions(_pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
+        return chosen
+
+    def dev_metrics(self, chosen: str) -> dict[str, Any]:
+        """The dev metrics of the chosen trial, over all its runs."""
+        return self._summary(_pooled(self.dev[chosen]))
+
+    def known(self, chosen: str) -> dict[str, Any] | None:
+        """The test metrics of the same models, if the test set was opened for them before."""
+        path = self.directory / "evaluation" / "test.json"
+        before: dict[str, Any] = disk.read_json(path) if path.is_file() else {}
+        same = [run["checkpoint"] for run in before.get("runs", [])] == [run.checkpoint for run in self.runs[chosen]]
+        return before if before and same else None
+
+    def test(
+        self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
+    ) -> dict[str, Any]:
+        """The test metrics, with baselines; ``by_baseline``: predictions of other models by fold."""
+        pooled = _pooled(parts)
+        answer = self._summary(pooled)
+        answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
+        if len(parts) > 1:
+            answer["mean"] = _mean([self._summary(p) for p in parts])
+        if self.space.tune.final_seeds > 1:
+            answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
+        others = {name: _pooled(by_fold) for name, by_fold in by_baseline.items()}
+        answer["baselines"] = _simple_baselines(self.task, pooled)
+        answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
+        own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
+        measured = {name: _gap(own, predictions) for name, predictions in others.items()}
+        gaps = {name: gap for name, gap in measured.items() if gap}
+        answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
+        answer |= self._seen_by_the_choice(pooled)
+        experiment = self.space.experiment
+        answer["published"] = published.matching(
+            experiment.corpora, config.to_dict(experiment.protocol), pooled.emotions, answer["leaky"]
+        )
+        write_predictions(pooled, "test", self.directory / "evaluation" / "predictions.parquet")
+        return answer
+
+    def _seen_by_the_choice(self, test: Predictions) -> dict[str, int]:
+        """How many utterances are tested, and how many of them were dev in another run and so influenced the choice."""
+        dev = set(self.task.labels("dev"))  # of the search itself
+        dev |= {i for parts in self.dev.values() for part in parts for i in part.utterance_ids}
+        tested = set(test.utterance_ids)
+        return {"tested": len(tested), "tested_in_dev": len(tested & dev)}
+
+    def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
+        """Metrics of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
+        averaged = _averaged_by_fold(runs, parts)
+        metrics = _brief(self._summary(_pooled(averaged)))
+        return metrics | {"mean": _mean([self._summary(p) for p in averaged])}
+
+    def _summary(self, predictions: Predictions) -> dict[str, Any]:
+        protocol = config.to_dict(self.space.experiment.protocol) | {"description": self._description()}
+        leaky = self.task.fold.leaky or disk.read_json(self.directory / "audit.json")["leaky"]
+        return summarise(predictions, protocol, leaky)
+
+    def _description(self) -> str:
+        runs = next(iter(self.runs.values()))
+        folds = sorted({run.fold for run in runs})
+        if len(runs) == 1:
+            return self.task.fold.description
+        named = ", ".join(map(str, folds))
+        return f"{self.space.experiment.protocol.scheme}, folds {named}; {len(runs)} runs of each finalist"
+
+    def _run(self, run: Run, predictions: Predictions, prefix: str = "dev_") -> dict[str, Any]:
+        metrics = self._summary(predictions)
+        named = {f"{prefix}{name}": metrics[name] for name in HEADLINE}
+        return {"fold": run.fold, "seed": run.seed, "checkpoint": run.checkpoint, "n": metrics["n"]} | named
+
+
+def record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
+    """Called before the test set is predicted, so that no opening goes unrecorded."""
+    path = directory / "evaluation" / "test_openings.json"
+    openings = disk.read_json(path) if path.is_file() else []
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
+
+
+def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
+    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from."""
+    aside, best = directory / ".best.partial", directory / "best"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside, ignore=shutil.ignore_patterns("training", ".*"))
+    card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
+    (aside / "README.md").write_text(card, "utf-8")
+    shutil.rmtree(best, ignore_errors=True)
+    aside.rename(best)
+
+
+# -- below: how it is done
+
+
+def _pooled(parts: Sequence[Predictions]) -> Predictions:
+    """All runs' predictions, one after the other; an utterance counts once for every seed."""
+
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(value for part in parts for value in getattr(part, name))
+
+    return Predictions(
+        parts[0].emotions,
+        joined("utterance_ids"),
+        joined("corpora"),
+        joined("speakers"),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.probabilities for part in parts]),
+    )
+
+
+def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:
+    """For every fold the mean of its seeds' probabilities."""
+    averaged = []
+    for fold in sorted({run.fold for run in runs}):
+        own = [part for run, part in zip(runs, parts, strict=True) if run.fold == fold]
+        assert len({part.utterance_ids for part in own}) == 1, "one order for all seeds"
+        mean = np.mean([part.probabilities for part in own], axis=0)
+        first = own[0]
+        averaged.append(
+            Predictions(first.emotions, first.utterance_ids, first.corpora, first.speakers, first.labels, mean)
+        )
+    return averaged
+
+
+def _gap(one: Predictions, other: Predictions) -> dict[str, Any] | None:
+    """The gap of one to another on the same utterances; None for a single speaker, as it is tested over speakers."""
+    if len(set(one.speakers)) < 2:
+        return None
+    assert one.utterance_ids == other.utterance_ids, "both of the same utterances"
+    return gap_records(one.labels, one.predicted, other.predicted, one.speakers, len(one.emotions))
+
+
+def _mean(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in metrics])) for name in HEADLINE}
+
+
+def _brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in (*HEADLINE, "ci95", "ci95_unit")}
+
+
+def _simple_baselines(task: Task, test: Predictions) -> dict[str, Any]:
+    train = np.array([test.emotions.index(task.emotions[label]) for label in task.rows("train")["label"].to_pylist()])
+    num_emotions = len(test.emotions)
+    return {
+        "chance": baselines.chance(num_emotions),
+        "majority": baselines.majority(train, test.labels, num_emotions),
+    }

@@ -1,0 +1,94 @@
+"""Where the paths of a search space lead, on the machine and in the job that runs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ser_ray.config import Distribution, Experiment, SearchSpace
+from ser_ray.corpora import table
+from ser_ray.errors import UserError
+
+
+def resolve_paths(space: SearchSpace) -> SearchSpace:
+    """The same space with absolute paths, as workers run in other directories.
+
+    Inside a ``ray job submit`` the current directory is a copy that vanishes with the job: results then go to
+    ``~/ser_ray/results`` unless the space sets it, and relative data or storage paths are refused with a UserError.
+    """
+    storage = space.storage
+    if _submitted_job():
+        for key in storage.model_fields_set & {"results", "cache"}:
+            _refuse_relative(f"storage.{key}", getattr(storage, key))
+        for corpus, directory in space.experiment.corpora.items():
+            _refuse_relative(f"experiment.corpora.{corpus}", directory)
+        if _is_file(given := space.experiment.protocol.given):
+            _refuse_relative("experiment.protocol.given", str(given))
+        if "results" not in storage.model_fields_set:
+            storage = storage.model_copy(update={"results": "~/ser_ray/results"})
+    storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
+    search = {key: _resolve_conditions(distribution) for key, distribution in space.search.items()}
+    if "backbone" in search and search["backbone"].choice is not None:
+        choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
+        search["backbone"] = search["backbone"].model_copy(update={"choice": choice})
+    first = tuple(
+        {key: _absolute_backbone(value) if key == "backbone" else value for key, value in point.items()}
+        for point in space.tune.first
+    )
+    return space.model_copy(
+        update={
+            "experiment": _resolve_experiment(space.experiment),
+            "storage": storage,
+            "search": search,
+            "tune": space.tune.model_copy(update={"first": first}),
+        }
+    )
+
+
+# -- below: how it is done
+
+
+def _resolve_experiment(experiment: Experiment) -> Experiment:
+    corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
+    for name, path in corpora.items():
+        if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
+            raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus is")
+    protocol = experiment.protocol
+    if _is_file(protocol.given):
+        protocol = protocol.model_copy(update={"given": _absolute(str(protocol.given))})
+    backbone = _absolute_backbone(experiment.backbone)
+    return experiment.model_copy(update={"corpora": corpora, "protocol": protocol, "backbone": backbone})
+
+
+def _resolve_conditions(distribution: Distribution) -> Distribution:
+    """Make the backbones in ``when`` absolute, as they then are in the choice."""
+    when = distribution.when
+    if "backbone" not in when:
+        return distribution
+    names = tuple(_absolute_backbone(name) for name in when["backbone"])
+    return distribution.model_copy(update={"when": {**when, "backbone": names}})
+
+
+def _is_file(given: object) -> bool:
+    """Whether ``protocol.given`` is a table of folds."""
+    return isinstance(given, str) and given.endswith(".csv")
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _absolute_backbone(name: str) -> str:
+    return _absolute(name) if Path(name).expanduser().is_dir() else name
+
+
+def _submitted_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _refuse_relative(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).expanduser().is_absolute():
+        raise UserError(
+            f"{key}: {path!r} is relative, but a submitted job runs in a temporary copy of the working directory; "
+            "give an absolute path that every node sees"
+        )

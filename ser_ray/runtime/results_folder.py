@@ -1,0 +1,73 @@
+"""Before training: the audit of what is trained, and the results folder that it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ser_ray import config, disk
+from ser_ray.assets.pretraining_overlap import pretraining_overlap
+from ser_ray.config import SearchSpace
+from ser_ray.errors import UserError
+from ser_ray.protocols.leakage import audit_search
+from ser_ray.protocols.task import Task
+from ser_ray.runtime import plan, provenance
+from ser_ray.runtime.plan import RunPlan
+from ser_ray.speech.fingerprint import same_recordings_in
+
+
+def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
+    """Audit every fold that the space trains and print the findings; returns the audit.
+
+    Raises UserError for a finding that makes training pointless.
+    """
+    with console.status("audit: fingerprints of the audio"):
+        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
+        findings = audit_search(space, task, same_recordings_in(shard_dirs), known)
+    sizes = (
+        f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
+    )
+    console.print(f"split: {task.fold.description}: {', '.join(sizes)}")
+    if folds := findings.get("folds"):
+        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}")
+    for finding in findings["findings"]:
+        style = "dim" if finding["level"] == "note" else "bold red"
+        console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
+        if finding["level"] == "error":
+            raise UserError(f"audit: {finding['what']}: {finding['detail']}")
+    return findings
+
+
+def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any], argv: list[str]) -> Path:
+    """Create the results folder with search.yaml, plan.json, provenance.json and audit.json; an existing one is
+    continued with the current plan.
+
+    Raises UserError where the folder belongs to another configuration, or cannot be written.
+    """
+    directory = space.results_dir()
+    existing = directory / "search.yaml"
+    try:
+        if existing.is_file():
+            before = config.load(existing)
+            if refused := config.refused(before, space):
+                raise UserError(
+                    f"{directory} holds another search of that name, which differs in {'; '.join(refused)}; "
+                    "set experiment.name, or remove the folder"
+                )
+            if config.differences(before, space):
+                disk.write_text(existing, config.dump(space))
+            disk.write_json(directory / plan.FILE, planned.to_dict())
+            disk.write_json(directory / "audit.json", findings)
+            return directory
+        directory.mkdir(parents=True, exist_ok=True)
+        disk.write_json(directory / "audit.json", findings)
+        disk.write_json(directory / plan.FILE, planned.to_dict())
+        shard_dirs = [Path(shard_dir) for shard_dir in planned.shard_dirs]
+        disk.write_json(directory / "provenance.json", provenance.provenance(space, shard_dirs, argv))
+        disk.write_text(existing, config.dump(space))
+    except OSError as error:
+        raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
+    return directory

@@ -1,0 +1,118 @@
+"""The evaluation actor: a model's predictions on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ser_ray.config import Experiment
+from ser_ray.evaluation import baselines, egemaps
+from ser_ray.models import checkpoint
+from ser_ray.models.classifier import build
+from ser_ray.models.precision import bound_memory
+from ser_ray.protocols.folds import counted_emotions
+from ser_ray.protocols.task import Task, write_fold
+from ser_ray.runtime.feature_cache import CachedFeatures
+from ser_ray.schema import Predictions
+from ser_ray.speech import order, stream
+from ser_ray.speech.audio import from_int16
+from ser_ray.speech.stream import Batch
+from ser_ray.training.loop import predict_batches
+from ser_ray.training.memory import with_what_fits
+from ser_ray.training.probe import start_from_probe
+
+
+class Scorer:
+    """An evaluation actor: predicts a split with a checkpoint, a linear probe of a frozen backbone, or eGeMAPS."""
+
+    def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int, gpus: float) -> None:
+        torch.set_num_threads(threads)
+        bound_memory(gpus)
+        self.device = torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+        self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
+
+    def score(self, directory: str, split: str, cached: CachedFeatures | None = None) -> Predictions:
+        """A checkpoint's predictions on one split of its own fold, in order of utterance id.
+
+        From the waveforms, or from the ``cached`` features if they are given.
+        """
+        model = checkpoint.load(directory, str(self.device))
+        task = self._task(model.experiment)
+        model.prefix = cached.prefix if cached else None
+        return self._predict(model, task, split, cached)
+
+    def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
+        """The same by logistic regression on the experiment's frozen backbone, on the layer that is best on dev."""
+        experiment = Experiment.model_validate(values)
+        model, task = build(experiment, self.device), self._task(experiment)
+        model.prefix = cached.prefix if cached else None
+
+        def fit(batch_seconds: float) -> None:
+            train, dev = (self._batches(task, part, batch_seconds, cached) for part in ("train", "dev"))
+            start_from_probe(model, train, dev, lambda value: [value])
+
+        with_what_fits(fit, experiment.batch_seconds)
+        return self._predict(model, task, split, cached)
+
+    def egemaps(self, values: dict[str, Any], split: str) -> Predictions:
+        """The same by a linear SVM on eGeMAPS features, which openSMILE computes."""
+        task = self._task(Experiment.model_validate(values))
+        rows = {part: task.rows(part) for part in ("train", split)}
+        features = {part: self._features(own) for part, own in rows.items()}
+        probabilities_MK = baselines.linear_svm(
+            features["train"],
+            rows["train"]["label"].to_numpy(),
+            rows["train"]["speaker"].to_pylist(),
+            features[split],
+            len(task.emotions),
+        )
+        ids = rows[split]["utterance_id"].to_pylist()
+        return _predictions(task, split, dict(zip(ids, probabilities_MK, strict=True)))
+
+    def _task(self, experiment: Experiment) -> Task:
+        return Task.read(write_fold(experiment, self.shard_dirs, self.folds))
+
+    def _features(self, rows: pa.Table) -> np.ndarray:
+        features: list[np.ndarray] = []
+        for table in stream.read_files(rows, "audio"):
+            features += egemaps.egemaps([from_int16(scalar.as_buffer()) for scalar in table["audio"]])
+        return np.stack(features)
+
+    def _batches(
+        self, task: Task, split: str, batch_seconds: float, cached: CachedFeatures | None = None
+    ) -> Iterator[Batch]:
+        prefix, rows = cached.prefix if cached else None, task.rows(split)
+        content = stream.content_of(prefix)
+        files = stream.Files(rows, content.column, cached.paths[0].parent if cached else None)
+        for table, packed in files.read(order.epoch(rows, batch_seconds, None)):
+            yield from stream.batches(table, packed, content=content)
+
+    def _predict(self, model: Any, task: Task, split: str, cached: CachedFeatures | None = None) -> Predictions:
+        def predict(batch_seconds: float) -> dict[str, np.ndarray]:
+            probabilities: dict[str, np.ndarray] = {}
+            for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
+                rows = logits_BK.double().softmax(-1).cpu().numpy()
+                probabilities.update(zip(batch.utterance_ids, rows, strict=True))
+            return probabilities
+
+        return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
+
+
+def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -> Predictions:
+    rows = task.rows(split).sort_by("utterance_id")
+    ids = rows["utterance_id"].to_pylist()
+    assert len(ids) == len(probabilities), (len(ids), len(probabilities))
+    predictions = Predictions(
+        task.emotions,
+        tuple(ids),
+        tuple(rows["corpus"].to_pylist()),
+        tuple(rows["speaker"].to_pylist()),
+        rows["label"].to_numpy(),
+        np.stack([probabilities[i] for i in ids]),
+    )
+    return predictions.over(counted_emotions(task.index, task.emotions, task.fold))
