@@ -32,7 +32,7 @@ RUN_BY = {
     r"ser-ray leakage": "tests/test_leakage_gap.py::test_the_leakage_gap_of_a_small_corpus",
     r"ser-ray predict": "tests/test_verbs.py::test_the_winner_predicts_what_the_evaluation_said",
     r"ser-ray fetch": "tests/test_fetch.py::test_what_was_fetched_is_found_offline",
-    r"python -m ser_ray\.assets": "tests/assets/test_recipe.py::test_a_shortened_recipe_gives_the_same_weights_twice",
+    r"python -m recipes": "tests/recipes/test_recipe.py::test_a_shortened_recipe_gives_the_same_weights_twice",
     r"ray job submit": "tests/cluster/test_standing.py::test_a_job_uses_both_hosts_and_nobody_without_the_token",
     r"sbatch --array": "tests/cluster/test_slurm.py::test_bad_yaml_is_exit_code_2_in_every_task_of_an_array",
     r"sbatch": "tests/cluster/test_slurm.py::test_the_demo_runs_over_both_nodes",

@@ -32,7 +32,6 @@ LEVELS = {
     "search": 3,
     "models": 3,
     "training": 4,
-    "assets": 4,
     "runtime": 5,
 }
 """Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import scipy.fft
@@ -39,6 +38,7 @@ from ser_ray.corpora.espeak import ACCENTS, RATE, Narrate, Phones, Voice, narrat
 from ser_ray.corpora.synthetic import SENTENCES
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.errors import UserError
+from ser_ray.models.pretraining import voice_key, words
 from ser_ray.schema import SAMPLING_RATE
 
 VERSION: Final = 1
@@ -218,8 +218,18 @@ def can_say(sentence: str) -> bool:
     >>> can_say("The dog was happy."), can_say("The letter is lying on the table.")
     (True, False)
     """
-    words = set(_normal(sentence).split())
-    return any(words <= set(_normal(lexicon).split()) for lexicon in LEXICON.values())
+    return any(set(words(sentence)) <= lexicon for lexicon in map(set, lexicon_words().values()))
+
+
+def lexicon_words() -> dict[str, list[str]]:
+    """Language -> every word of its lexicon, in order."""
+    return {language: sorted(set(words(lexicon))) for language, lexicon in LEXICON.items()}
+
+
+def pretrained_on(seed: int) -> dict[str, Any]:
+    """What `ser_ray.models.pretraining` asks of an embedded backbone: its lexicons and its speakers."""
+    keys = [voice_key(draw_speaker(seed, number).formants) for number in range(SPEAKERS)]
+    return {"words": lexicon_words(), "speakers": keys}
 
 
 def shared_with_demo(sentences: list[str]) -> list[str]:
@@ -228,8 +238,8 @@ def shared_with_demo(sentences: list[str]) -> list[str]:
     >>> shared_with_demo(["Well: there are four  books, on the lower shelf!"])
     ['There are four books on the lower shelf.']
     """
-    said = [f" {_normal(sentence)} " for sentence in sentences]
-    return [sentence for sentence in SENTENCES if any(f" {_normal(sentence)} " in one for one in said)]
+    said = [f" {' '.join(words(sentence))} " for sentence in sentences]
+    return [sentence for sentence in SENTENCES if any(f" {' '.join(words(sentence))} " in one for one in said)]
 
 
 class Speech:
@@ -378,13 +388,9 @@ def _sentence(language: str, rate: float, rng: np.random.Generator) -> str:
     """3 to 12 words, as many as are spoken in about 1.5 to 7 seconds; commas after one word in ten."""
     fewest, most = math.ceil(1.5 * rate / 60), math.floor(7 * rate / 60)
     count = int(np.clip(rng.integers(3, 13), fewest, most))
-    words = [str(word) + ("," if rng.random() < 0.1 else "") for word in rng.choice(LEXICON[language].split(), count)]
-    text = " ".join(words).rstrip(",")
+    spoken = [str(word) + ("," if rng.random() < 0.1 else "") for word in rng.choice(LEXICON[language].split(), count)]
+    text = " ".join(spoken).rstrip(",")
     return text[0].upper() + text[1:] + str(rng.choice([".", "?", "!"], p=[0.6, 0.25, 0.15]))
-
-
-def _normal(sentence: str) -> str:
-    return " ".join(re.sub(r"[\W_]+", " ", sentence.casefold()).split())
 
 
 def _utter(plan: _Plan, narrate: Narrate) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
-from ser_ray.assets import recipe, speech
-from ser_ray.assets.pretraining_overlap import pretraining_overlap
+from recipes.embedded import recipe, speech
 from ser_ray.disk import read_json
-from ser_ray.models import backbones
+from ser_ray.models import backbones, pretraining
+from ser_ray.models.pretraining import pretraining_overlap
 
 NAMES = ("embedded/tiny-whisper", "embedded/tiny-wav2vec2")
 
@@ -44,12 +44,13 @@ def test_automodel_loads_it(name):
     assert not told["unexpected_keys"]
 
 
-def test_its_recipe_is_told_and_is_that_of_the_package(name):
+def test_its_recipe_is_told_and_is_that_of_the_checkout(name):
     directory = backbones.embedded_directory(name)
     told = read_json(directory / "recipe.json")
     assert hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest() == told["sha256"]
     assert told["steps_done"] == told["steps"]
     assert read_json(directory / "config.json") == recipe.ARCHITECTURES[told["family"]]
+    assert read_json(directory / pretraining.FILE) == speech.pretrained_on(told["seed"])
 
 
 def test_its_card_tells_the_recipe(name):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ser_ray.assets import channel
-from ser_ray.assets.speech import FRAMES, LANGUAGES, Speech, Spoken
+from recipes.embedded import channel
+from recipes.embedded.speech import FRAMES, LANGUAGES, Speech, Spoken
 
 FRAME: Final = channel.FRAME
 SECONDS: Final = (2.24, 5.6)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ser_ray.assets import channel, material
-from ser_ray.assets.speech import PHONES, Speech
+from recipes.embedded import channel, material
+from recipes.embedded.speech import PHONES, Speech
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ser_ray.assets import material
-from ser_ray.assets.objectives import MELS_A_FRAME, NUM_MELS, WEIGHTS, Objectives, total
+from recipes.embedded import material
+from recipes.embedded.objectives import MELS_A_FRAME, NUM_MELS, WEIGHTS, Objectives, total
 from ser_ray.models import backbones
 from ser_ray.models.logmel import LogMel
 

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from ser_ray.assets.material import CONTOUR, NUMBERS, Batch
-from ser_ray.assets.speech import LANGUAGES, PHONES
+from recipes.embedded.material import CONTOUR, NUMBERS, Batch
+from recipes.embedded.speech import LANGUAGES, PHONES
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.pooling import masked_statistics
 

@@ -1,6 +1,6 @@
 """Train an embedded backbone: generate the speech, train on it, write the backbone's directory.
 
-    python -m ser_ray.assets.recipe OUT --family whisper --speech DIR
+    python -m recipes.embedded.recipe OUT --family whisper --speech DIR
 
 Everything is generated here: no external data or weights are used. The same command continues an interrupted training
 and gives the same weights as an uninterrupted one; on another machine they differ by its arithmetic. ``--export``
@@ -28,11 +28,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ser_ray.assets import material, objectives, speech
-from ser_ray.assets.objectives import WEIGHTS, Objectives, total
+from recipes.embedded import material, objectives, speech
+from recipes.embedded.objectives import WEIGHTS, Objectives, total
 from ser_ray.disk import read_json, replacing, write_json, write_text
 from ser_ray.errors import UserError
-from ser_ray.models import backbones
+from ser_ray.models import backbones, pretraining
 from ser_ray.models.precision import autocast
 
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
@@ -222,7 +222,7 @@ def run(recipe: Recipe, out: Path, spoken: Path, console: Console, device: str, 
 
 
 def write(training: Training, out: Path) -> None:
-    """Write the backbone alone: fp16 weights, the two JSON files of its architecture, and ``recipe.json``."""
+    """Write the backbone alone: fp16 weights, the files of its architecture, its recipe, and its data."""
     prefix = "encoder." if training.recipe.family == "whisper" else ""  # where AutoModel looks for them
     state = training.backbone.model.state_dict()
     weights = {prefix + key: value.half().cpu().contiguous() for key, value in state.items()}
@@ -234,13 +234,14 @@ def write(training: Training, out: Path) -> None:
     _write_architecture(training.recipe.family, fresh)
     digest = hashlib.sha256((fresh / "model.safetensors").read_bytes()).hexdigest()
     write_json(fresh / "recipe.json", _told(training) | {"sha256": digest})
+    write_json(fresh / pretraining.FILE, speech.pretrained_on(training.recipe.seed))
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 
 
 def main(arguments: list[str]) -> int:
     """The command of the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m ser_ray.assets.recipe", description="Train an embedded backbone.")
+    parser = argparse.ArgumentParser(prog="python -m recipes.embedded.recipe", description="Train a backbone.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=sorted(ARCHITECTURES), required=True)
     parser.add_argument("--speech", type=Path, required=True, help="directory of the speech; missing parts are made")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ser_ray.assets import speech
+from recipes.embedded import speech
 
 PER_PART = 5
 

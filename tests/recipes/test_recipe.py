@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from ser_ray.assets import material, recipe
-from ser_ray.assets.objectives import WEIGHTS, total
-from ser_ray.assets.recipe import Recipe, Training
+from recipes.embedded import material, recipe
+from recipes.embedded.objectives import WEIGHTS, total
+from recipes.embedded.recipe import Recipe, Training
 from ser_ray.models import backbones
 
 SHORT = Recipe("whisper", hours=0.01, steps=6, batch=3, rate=1e-3, objectives=tuple(WEIGHTS), masks=(0.1, 0.1), seed=0)
@@ -116,7 +116,7 @@ def test_another_recipe_beside_is_refused(tmp_path, capsys):
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_steps_that_were_taken(tmp_path):
     arguments = f"{tmp_path}/out --family whisper --speech {tmp_path}/spoken --hours 0.02 --steps 10000 --batch 1"
-    command = [sys.executable, "-m", "ser_ray.assets.recipe", *arguments.split(), "--workers", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "recipes.embedded.recipe", *arguments.split(), "--workers", "1", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as training:
         assert training.stdout is not None
         for line in training.stdout:

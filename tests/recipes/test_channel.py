@@ -6,7 +6,7 @@ import soxr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ser_ray.assets import channel
+from recipes.embedded import channel
 from ser_ray.schema import SAMPLING_RATE
 
 NO_MANNER = dict.fromkeys(channel.MANNER, 0.0) | {"level": -30.0}
