@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.exit(command(["evaluate", *sys.argv[1:]]))
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from ser_ray.evaluation import folder
 from ser_ray.evaluation.record import Record, install_best, record_opening
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.runs import Run, budget, finalists_of, runs_of, trained
+from ser_ray.models import prefix
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import cluster, feature_cache, plan
 from ser_ray.runtime.allocation import Allocation
@@ -38,6 +39,7 @@ from ser_ray.runtime.feature_cache import CachedFeatures
 from ser_ray.runtime.pool import Pool
 from ser_ray.runtime.scorer import Scorer
 from ser_ray.schema import Predictions
+from ser_ray.training.probe import most_utterances
 
 PROBE: Final = "frozen backbone + linear"
 EGEMAPS: Final = "eGeMAPS + linear SVM"
@@ -86,18 +88,12 @@ def evaluate(
             record_opening(directory, chosen, argv)
             jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
             test = _score(scorers, jobs, "test", console)
-            folds = {run.fold for run in runs[chosen]}
+            folds = sorted({run.fold for run in runs[chosen]})
             plain = _frozen(experiments[chosen])
             with _cached(space, {PROBE: plain}, shard_dirs, allocation) as cached:
-                probes = {fold: _by_probe(plain, fold, cached[PROBE]) for fold in sorted(folds)}
-                by_baseline = {PROBE: _score(scorers, probes, PROBE, console)}
-            if importlib.util.find_spec("opensmile"):
-                others = {fold: _by_egemaps(space, fold) for fold in sorted(folds)}
-                by_baseline[EGEMAPS] = _score(scorers, others, EGEMAPS, console)
-            else:
-                console.print(f"  baseline {EGEMAPS} skipped: opensmile is not installed", style="dim")
-            parts = {name: [by_fold[fold] for fold in sorted(folds)] for name, by_fold in by_baseline.items()}
-            answer = record.test(chosen, [test[run] for run in runs[chosen]], parts)
+                by_baseline = _score_baselines(scorers, plain, folds, cached[PROBE], console)
+            answer = record.test(chosen, [test[run] for run in runs[chosen]], by_baseline)
+            answer["baselines"][PROBE] |= _part_of_train(plain, len(task.labels("train")))
         else:
             console.print(f"chosen on dev: trial {chosen}; its test metrics are already known")
     metric = space.tune.metric.removeprefix("dev_")
@@ -152,6 +148,29 @@ def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures
     return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, cached)
 
 
+def _score_baselines(
+    scorers: Pool, plain: Experiment, folds: Sequence[int], cached: CachedFeatures | None, console: Console
+) -> dict[str, list[Predictions]]:
+    """Baseline -> its test predictions, one entry per fold."""
+    jobs = {fold: _by_probe(plain, fold, cached) for fold in folds}
+    probes = _score(scorers, jobs, PROBE, console)
+    by_baseline = {PROBE: [probes[fold] for fold in folds]}
+    if importlib.util.find_spec("opensmile"):
+        others = {fold: _by_egemaps(plain, fold) for fold in folds}
+        scored = _score(scorers, others, EGEMAPS, console)
+        by_baseline[EGEMAPS] = [scored[fold] for fold in folds]
+    else:
+        console.print(f"  baseline {EGEMAPS} skipped: opensmile is not installed", style="dim")
+    return by_baseline
+
+
+def _part_of_train(plain: Experiment, utterances: int) -> dict[str, int]:
+    """Of how many utterances of train the probe was fitted on a part, and on how many; nothing if on all."""
+    states = prefix.of(plain, "fp32")
+    most = most_utterances(states.num_states, 2 * states.width)
+    return {"train": utterances, "fitted_on": most} if utterances > most else {}
+
+
 def _frozen(experiment: Experiment) -> Experiment:
     """The same experiment with a linear classifier on the frozen backbone."""
     plain = {
@@ -168,6 +187,7 @@ def _by_probe(plain: Experiment, fold: int, cached: CachedFeatures | None) -> Ca
     return lambda actor: actor.probe.remote(values, "test", cached)
 
 
-def _by_egemaps(space: SearchSpace, fold: int) -> Callable[[Any], Any]:
-    values = config.to_dict(space.trial({"protocol.fold": fold}))
+def _by_egemaps(plain: Experiment, fold: int) -> Callable[[Any], Any]:
+    protocol = plain.protocol.model_copy(update={"fold": fold})
+    values = config.to_dict(plain.model_copy(update={"protocol": protocol}))
     return lambda actor: actor.egemaps.remote(values, "test")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from ser_ray.evaluation.gaps import Gap, limits, wins
 from ser_ray.evaluation.results import THE_PROBE, Results
@@ -27,6 +27,7 @@ def verdicts(results: Results) -> list[str]:
     if metric := _metric(runner_up.get("gap", {}), results.metric):
         name = f"the runner-up, trial {runner_up['trial_id']}"
         sentences.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
+    sentences += [_part_of_train(name, row) for name, row in results.test.get("baselines", {}).items()]
     sentences.append(_averaged(results))
     sentences.append(_beside_published(results))
     return [sentence for sentence in sentences if sentence]
@@ -112,6 +113,12 @@ def _metric(gaps: Mapping[str, Gap], preferred: str) -> str | None:
 
 def _with_article(name: str) -> str:
     return f"the {name}" if name.startswith("frozen") else name
+
+
+def _part_of_train(name: str, row: Mapping[str, Any]) -> str:
+    if "fitted_on" not in row:
+        return ""
+    return f"Baseline {name}: fitted on a random {row['fitted_on']} of {row['train']} train utterances, to fit memory."
 
 
 def _averaged(results: Results) -> str:

@@ -6,8 +6,9 @@ with a few hundred utterances per emotion they may never recover.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from ser_ray.speech.stream import Batch
 if TYPE_CHECKING:  # takes a second to import, also for trials without a probe
     from sklearn.linear_model import LogisticRegression
 
-PROBE_C = 0.01
+PROBE_C: Final = 0.01
 """Inverse regularisation C, for about a thousand standardised features and about as many utterances."""
+PROBE_BYTES: Final = 2_000_000_000
+"""Largest size of the features that a probe is fitted on. Of whisper-large (33 layers, 2 x 1280 features) 5 900
+utterances fit, where 100 hours have 120 000 and would take 40 GB."""
 
 
 def start_from_probe(
@@ -34,15 +38,17 @@ def start_from_probe(
     """Fit the probe on train, write it into ``model.head``, return its layer (0: the first block's input, or all).
 
     The layer is the one whose probe has the best UAR on dev; with ``head.layer_mix: concat`` one probe sees all layers.
-    Uniform attention equals plain statistics, so all three poolings start as exactly the probe.
+    Uniform attention equals plain statistics, so all three poolings start as exactly the probe. Of a large corpus the
+    probe sees a random part (`most_utterances`), the same whatever the order and the number of processes.
     """
     features_NLP, labels_N = _features(model, train, gather)
     dev_features_MLP, dev_labels_M = _features(model, dev, gather)
     if model.head.layer_mix == "concat":
         features_NLP, dev_features_MLP = (f.reshape(len(f), 1, -1) for f in (features_NLP, dev_features_MLP))
     center_LP, scale_LP = features_NLP.mean(0), features_NLP.std(0) + 1e-5
-    features_NLP = (features_NLP - center_LP) / scale_LP
-    dev_features_MLP = (dev_features_MLP - center_LP) / scale_LP
+    for features in (features_NLP, dev_features_MLP):  # in place: they may be large
+        features -= center_LP
+        features /= scale_LP
     probes = [_fit(features_NLP[:, layer], labels_N) for layer in range(features_NLP.shape[1])]
     guesses = [probe.predict(dev_features_MLP[:, layer]) for layer, probe in enumerate(probes)]
     num_emotions = len(model.experiment.emotions)
@@ -52,6 +58,15 @@ def start_from_probe(
     return best
 
 
+def most_utterances(layers: int, width: int) -> int:
+    """How many utterances a probe is fitted on at most, with so many layers of ``width`` pooled features in fp32.
+
+    >>> most_utterances(33, 2560)
+    5918
+    """
+    return PROBE_BYTES // (4 * layers * width)
+
+
 @torch.inference_mode()
 def _features(
     model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
@@ -59,17 +74,35 @@ def _features(
     """Pooled features of every layer (N, L, P) and labels (N,), of all processes, in order of utterance id."""
     model.eval()
     device = next(model.head.parameters()).device
-    own = []
+    own: list[_Features] = []
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):  # as in training: what the head will receive
             pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
-        own.append((batch.utterance_ids, torch.stack(pooled, dim=1).cpu().numpy(), batch.labels_B.cpu().numpy()))
+        features_BLP = torch.stack(pooled, dim=1).cpu().numpy()
+        own.append((np.array(batch.utterance_ids), features_BLP, batch.labels_B.cpu().numpy()))
+        if sum(len(ids) for ids, *_ in own) > 2 * most_utterances(*features_BLP.shape[1:]):
+            own = [_sampled(own)]
     # A process may have no batch of its own: dev can have fewer batches than there are processes.
-    ids, features, labels = zip(*(triple for part in gather(own) for triple in part), strict=True)
+    ids_N, features_NLP, labels_N = _sampled([part for parts in gather(own) for part in parts])
     # Sorted: the probe does not depend on how the batches were distributed and ordered.
-    in_order = np.argsort([utterance_id for part in ids for utterance_id in part], kind="stable")
-    return np.concatenate(features)[in_order], np.concatenate(labels)[in_order]
+    in_order = np.argsort(ids_N, kind="stable")
+    return features_NLP[in_order], labels_N[in_order]
+
+
+_Features = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Utterance ids (N,), features (N, L, P), labels (N,)."""
+
+
+def _sampled(parts: list[_Features]) -> _Features:
+    """All parts as one; of more utterances than `most_utterances`, those whose hashed ids are smallest."""
+    ids_N, features_NLP, labels_N = (np.concatenate(column) for column in zip(*parts, strict=True))
+    most = most_utterances(*features_NLP.shape[1:])
+    if len(ids_N) <= most:
+        return ids_N, features_NLP, labels_N
+    hashes_N = [hashlib.blake2b(str(utterance_id).encode(), digest_size=8).digest() for utterance_id in ids_N]
+    chosen_N = np.sort(np.argsort(hashes_N, kind="stable")[:most])
+    return ids_N[chosen_N], features_NLP[chosen_N], labels_N[chosen_N]
 
 
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ser_ray.evaluation import verdicts
 from ser_ray.evaluation.verdicts import comparison, signed
 
 
@@ -24,3 +25,9 @@ def test_the_interval_decides(gap, sentence):
 
 def test_zero_has_no_sign():
     assert [signed(share) for share in (0.0, -0.0004, 0.0004, 0.0006)] == ["0.0", "0.0", "0.0", "+0.1"]
+
+
+def test_a_probe_of_a_part_of_train_is_said():
+    assert verdicts._part_of_train("a probe", {"uar": 0.5}) == ""
+    said = verdicts._part_of_train("a probe", {"train": 120_000, "fitted_on": 5918})
+    assert said == "Baseline a probe: fitted on a random 5918 of 120000 train utterances, to fit memory."

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop
+from ser_ray.training import probe as module
 from ser_ray.training.probe import PROBE_C, start_from_probe
 
 
@@ -132,3 +133,29 @@ def test_all_processes_count(backbones_dir: Path) -> None:
     start_from_probe(parted, [], [], lambda value: [value, next(others)])
     for expected, found in zip(whole.head.parameters(), parted.head.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+def test_of_a_large_corpus_the_same_part_is_used_however_it_arrives(backbones_dir, monkeypatch):
+    """In any order of batches, in one process or two."""
+    train, dev = tone_batches(60, 3, seed=1, noisiness=0.5), tone_batches(18, 3, seed=2, noisiness=0.5)
+    model = _model(backbones_dir)
+    layers, width = LAYERS + 1, model.head.center_P.numel()
+    monkeypatch.setattr(module, "PROBE_BYTES", 4 * layers * width * 20)
+    assert module.most_utterances(layers, width) == 20
+
+    def gathered(own: list) -> list[list]:
+        processes.append(own)
+        return [own]
+
+    expected_NLP, expected_N = module._features(model, train, _alone)
+    assert expected_NLP.shape == (20, layers, width)
+    processes: list[list] = []
+    for order in (train[::-1], train[::2], train[1::2]):
+        found_NLP, found_N = module._features(model, order, gathered)
+        assert len(found_N) == 20
+    backwards_NLP, backwards_N = module._features(model, train[::-1], _alone)
+    two_NLP, two_N = module._features(model, [], lambda _: processes[1:])
+    for found_NLP, found_N in ((backwards_NLP, backwards_N), (two_NLP, two_N)):
+        np.testing.assert_allclose(found_NLP, expected_NLP, atol=1e-5)
+        np.testing.assert_array_equal(found_N, expected_N)
+    assert 0 <= start_from_probe(model, train, dev, _alone) < layers
