@@ -1,3 +1,26 @@
-"""ser_ray: fine-tune, search and evaluate speech backbones for emotion recognition, on Ray."""
+"""ser_ray: fine-tune, search and evaluate speech backbones for emotion recognition, on Ray.
 
-__version__ = "0.1.0"
+>>> import ser_ray
+>>> sorted(set(ser_ray.__all__) & {"load", "read_results", "search"})
+['load', 'read_results', 'search']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ser_ray.api import Model, Rows, SearchResults, audit_data, load, prepare_data, read_results, search
+
+__version__ = "0.2.0"
+__all__ = ["Model", "Rows", "SearchResults", "audit_data", "load", "prepare_data", "read_results", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `ser_ray.api`, which is imported when one of them is used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("ser_ray.api"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

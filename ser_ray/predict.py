@@ -17,11 +17,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,35 +27,10 @@ from rich.table import Table
 from ser_ray.disk import write_text
 from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
-from ser_ray.models.classifier import EmotionClassifier
-from ser_ray.speech import stream
-from ser_ray.speech.audio import Unusable, load_waveform, to_int16
-from ser_ray.training.loop import predict_batches
+from ser_ray.training.inference import Answer, predict
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")
 """Suffixes of the files that are read from a folder; a file that is named is read whatever its suffix."""
-GROUP = 256
-"""Files decoded at a time: they are sorted by length, and no others are held in memory."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result for one file: probabilities by emotion, or the reason why there are none."""
-
-    path: str
-    probabilities: dict[str, float]
-    reason: str = ""
-
-    @property
-    def emotion(self) -> str:
-        """The most probable emotion; empty if the file could not be used."""
-        return max(self.probabilities, key=self.probabilities.__getitem__, default="")
-
-
-def predict(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[Answer]:
-    """An answer for every file, in the order given; decoding in groups bounds the memory."""
-    for start in range(0, len(paths), GROUP):
-        yield from _predict_group(model, paths[start : start + GROUP])
 
 
 def find_audio(inputs: Sequence[Path]) -> list[Path]:
@@ -101,31 +74,6 @@ def main(directory: Path, audio: list[Path], format: str = "table", output: Path
 
 
 # -- below: how it is done
-
-
-def _predict_group(model: EmotionClassifier, paths: Sequence[Path]) -> Iterator[Answer]:
-    rows, reasons = [], {}
-    for number, path in enumerate(paths):
-        try:
-            samples = to_int16(load_waveform(path, model.experiment.audio))
-        except Unusable as error:
-            reasons[number] = str(error)
-            continue
-        rows.append(
-            {"utterance_id": f"{number:06d}", "num_samples": len(samples), "audio": samples.tobytes(), "label": 0}
-        )
-    probabilities: dict[int, list[float]] = {}
-    if rows:
-        schema = pa.schema(
-            {"utterance_id": pa.string(), "num_samples": pa.int32(), "audio": pa.large_binary(), "label": pa.int64()}
-        )
-        batches = stream.short_to_long(pa.Table.from_pylist(rows, schema), model.experiment.batch_seconds)
-        for batch, logits_BK in predict_batches(model, batches):
-            values = logits_BK.double().softmax(-1).tolist()
-            probabilities.update(zip(map(int, batch.utterance_ids), values, strict=True))
-    for number, path in enumerate(paths):
-        known = dict(zip(model.experiment.emotions, probabilities.get(number, []), strict=False))
-        yield Answer(str(path), known, reasons.get(number, ""))
 
 
 def _table(answers: Sequence[Answer], emotions: Sequence[str]) -> str:

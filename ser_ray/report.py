@@ -173,7 +173,7 @@ def terminal() -> Console:
 def _importances(results: Results) -> Any:
     if len(results.space.search) < 2:
         return None
-    from ser_ray.search.importance import importances  # Optuna takes a second to import
+    from ser_ray.trials.importance import importances  # Optuna takes a second to import
 
     return importances(results.space, read_trials(results.folder / "trials"))
 

@@ -32,7 +32,7 @@ from ser_ray.runtime import cluster, feature_cache, paths, plan
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_trial
-from ser_ray.search.trials import Trials
+from ser_ray.trials.records import Trials
 
 # The model and its loop take seconds to import. They are imported where they run, as many processes only start and
 # watch a trial.

@@ -47,9 +47,9 @@ from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import run_trial
 from ser_ray.runtime.watch import Watch
-from ser_ray.search import study
-from ser_ray.search.trials import Trials
 from ser_ray.train import make_plan, show_plan
+from ser_ray.trials import study
+from ser_ray.trials.records import Trials
 
 TRAINABLE: Final = "SER_RAY_TRAINABLE"
 """If this is set, to module:function, a search calls that for every trial instead of `run_trial`, with the same

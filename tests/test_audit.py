@@ -201,4 +201,4 @@ def test_a_leak_that_only_the_audio_shows_stamps_the_figures(corpus, tmp_path, r
 
 def test_no_search_space_is_said(capsys):
     assert main(["audit"]) == 2
-    assert "name a search space" in capsys.readouterr().err
+    assert "Missing argument 'SPACE.yaml'" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from ser_ray.evaluation import folder, runs
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.runtime import allocation
 from ser_ray.runtime.plan import RunPlan
-from ser_ray.search.trials import ATTEMPTS, Trials
+from ser_ray.trials.records import ATTEMPTS, Trials
 
 
 def searcher(directory: Path, **budget) -> tuple[tune.OptunaSearcher, Trials]:
@@ -102,7 +102,7 @@ def test_every_attempt_is_counted_as_it_is_handed_out(tmp_path):
 def test_finals_that_die_at_once_are_given_up_too(tmp_path):
     trials = Trials(tmp_path, [], kind="finals")
     trials.add("001-fold1-seed0", {})
-    queue, handed = tune.Queue(trials), 0
+    queue, handed = tune.FixedQueue(trials), 0
     while queue.suggest(f"t{handed}") != Searcher.FINISHED:
         queue.on_trial_complete(f"t{handed}", error=True)
         trials.interrupted("001-fold1-seed0", "its process died")

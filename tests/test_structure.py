@@ -29,7 +29,7 @@ LEVELS = {
     "speech": 2,
     "protocols": 2,
     "evaluation": 2,
-    "search": 3,
+    "trials": 3,
     "models": 3,
     "training": 4,
     "runtime": 5,
@@ -88,7 +88,7 @@ def _uses(module: str, library: str) -> bool:
 
 
 def test_every_file_has_its_place() -> None:
-    known = VERBS | LEVELS.keys() | {"", "__main__", "premium"}
+    known = VERBS | LEVELS.keys() | {"", "__main__", "api", "premium"}
     assert {_part(module) for module in MODULES} <= known
     assert LEVELS.keys() <= {_part(module) for module in MODULES}
 
@@ -110,7 +110,7 @@ def test_nouns_import_downwards_only(module: str) -> None:
 def test_errors_disk_and_the_package_import_nothing_of_the_project() -> None:
     assert _own("ser_ray.errors") == _own("ser_ray.disk") == set()
     assert _own("ser_ray.schema") <= {"ser_ray.errors"}
-    assert IMPORTS["ser_ray"] == set()
+    assert IMPORTS["ser_ray"] - {"importlib", "typing"} == {"ser_ray.api"}, "for type checkers alone"
 
 
 def test_only_verbs_and_what_they_share_import_ray() -> None:

@@ -56,7 +56,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
     Args:
         results: the content of its folder.
         parts: from `search_parts`.
-        importances: of the searched keys, from `ser_ray.search.importance`, or None.
+        importances: of the searched keys, from `ser_ray.trials.importance`, or None.
         audio: whether to embed the recordings of the most confident mistakes.
     """
     split = "test" if results.test else "dev"

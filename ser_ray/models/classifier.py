@@ -54,9 +54,14 @@ class Head(nn.Module):
     @in_fp32
     def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
         """Hidden states (L + 1 of (B, F, D)) and frame mask (B, F) -> logits_BK."""
+        return self.classify(self.embed(hiddens, mask_BF))
+
+    @in_fp32
+    def embed(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
+        """The same input -> one vector per utterance (B, P), which `classify` takes."""
         if self.layer_mix == "concat":
-            return self.classify(torch.cat([self.pool(normalise(hidden), mask_BF) for hidden in hiddens], dim=-1))
-        return self.classify(self.pool(self.mix(hiddens), mask_BF))
+            return torch.cat([self.pool(normalise(hidden), mask_BF) for hidden in hiddens], dim=-1)
+        return self.pool(self.mix(hiddens), mask_BF)
 
     @in_fp32
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:

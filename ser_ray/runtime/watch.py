@@ -20,8 +20,8 @@ from ser_ray.config import SearchSpace
 from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
 from ser_ray.runtime import failures
-from ser_ray.search.logs import open_logs
-from ser_ray.search.trials import Trials
+from ser_ray.trials.logs import open_logs
+from ser_ray.trials.records import Trials
 
 HEARTBEAT_S: Final = 20.0
 """A log gets a line at least this often, as an epoch of a large backbone takes minutes."""

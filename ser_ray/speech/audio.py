@@ -85,7 +85,10 @@ def load_recording(path: str | Path, audio: Audio, start: float | None = None, e
 
     Raises Unusable for a recording that cannot be decoded, is empty, not finite, silent, too short or too long.
     """
-    waveform, rate, flags = _decode(Path(path), start, end)
+    return _prepared(*_decode(Path(path), start, end), audio)
+
+
+def _prepared(waveform: np.ndarray, rate: int, flags: tuple[str, ...], audio: Audio) -> Recording:
     if rate != SAMPLING_RATE:
         waveform = soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
     peak = _peak(waveform)
@@ -116,6 +119,25 @@ def load_recording(path: str | Path, audio: Audio, start: float | None = None, e
 def load_waveform(path: str | Path, audio: Audio, start: float | None = None, end: float | None = None) -> np.ndarray:
     """The waveform of a recording, (T,) float32: as `load_recording`, but a recording that is too long is refused."""
     (waveform,) = load_recording(path, audio.model_copy(update={"too_long": "reject"}), start, end).windows
+    return waveform
+
+
+def from_samples(samples: np.ndarray, sampling_rate: int, audio: Audio) -> np.ndarray:
+    """Samples in memory as `load_waveform` would read them from a file: (T,) float in [-1, 1], or signed integers.
+
+    Raises Unusable as it does, and for samples that are not one channel.
+    """
+    array = np.asarray(samples)
+    if array.ndim != 1 or array.dtype.kind not in "fi":
+        raise Unusable(f"has shape {array.shape} and type {array.dtype}; give one channel (T,) of float or signed int")
+    if not RATES[0] <= sampling_rate <= RATES[1]:
+        raise Unusable(f"has a sampling rate of {sampling_rate} Hz; give one from {RATES[0]} to {RATES[1]}")
+    if not len(array):
+        raise Unusable("is empty")
+    if np.issubdtype(array.dtype, np.integer):
+        array = array / -float(np.iinfo(array.dtype).min)
+    whole = audio.model_copy(update={"too_long": "reject"})
+    (waveform,) = _prepared(array.astype(np.float32), sampling_rate, (), whole).windows
     return waveform
 
 

@@ -29,8 +29,8 @@ from ser_ray import tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task, load_task
-from ser_ray.search.trials import Trials
 from ser_ray.speech import fingerprint, order, shards, stream
+from ser_ray.trials.records import Trials
 
 PLANNED = 5_000
 """Hours."""

@@ -29,8 +29,8 @@ from ser_ray import config, disk, tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.runtime import paths
-from ser_ray.search import points
-from ser_ray.search.trials import Trials
+from ser_ray.trials import points
+from ser_ray.trials.records import Trials
 
 SEEDS: Final = 20
 BUDGET: Final = 90

@@ -19,7 +19,7 @@ from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, 
 from ser_ray.evaluation import folder
 from ser_ray.runtime import failures
 from ser_ray.runtime.watch import Watch
-from ser_ray.search.trials import ATTEMPTS, Trials
+from ser_ray.trials.records import ATTEMPTS, Trials
 
 VALUES = {"adapter.method": "lora", "adapter.rank": 8, "optimizer.lr": 0.000312345}
 

@@ -130,7 +130,7 @@ def test_only_the_groups_that_hold_the_rows_are_read(stored, monkeypatch):
 
 def test_other_rows_than_those_asked_for_are_noticed(stored):
     found = list(read_files(stored, "audio"))
-    with pytest.raises(AssertionError, match="not those that were asked for"):
+    with pytest.raises(AssertionError, match="not those requested"):
         joined(stored.drop_columns("audio").slice(1), found)
 
 

@@ -4,7 +4,7 @@ import pytest
 from report_fixtures import write_trials
 
 from ser_ray.evaluation.folder import read_trials
-from ser_ray.search.importance import importances
+from ser_ray.trials.importance import importances
 
 
 def test_the_key_that_matters_comes_first(tmp_path):

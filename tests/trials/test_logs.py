@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import crc32c
 
 from ser_ray.errors import UserError
-from ser_ray.search import logs
+from ser_ray.trials import logs
 
 
 def events(path) -> list[Event]:

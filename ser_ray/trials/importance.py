@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation.folder import TrialRecord
-from ser_ray.search import study
+from ser_ray.trials import study
 
 LEAST: Final = 8
 """Minimum number of trials for an answer: the better half of fewer is two or three."""

@@ -19,7 +19,7 @@ from ser_ray.config import SearchSpace
 from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Record, TrialRecord, costs
-from ser_ray.search import points
+from ser_ray.trials import points
 
 STARTUP: Final = (4, 10)
 """Minimum and maximum number of random points before TPE starts; between these limits, a third of the trials."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from search_fixtures import MANY_KEYS, space
 
 from ser_ray.config import Distribution, SearchSpace
-from ser_ray.search import points
+from ser_ray.trials import points
 
 
 def asked(count: int, settings: SearchSpace) -> list[points.Point]:

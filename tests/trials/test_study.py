@@ -13,8 +13,8 @@ from search_fixtures import SEARCH, record, space
 from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
-from ser_ray.search import study
-from ser_ray.search.trials import ATTEMPTS, Trials
+from ser_ray.trials import study
+from ser_ray.trials.records import ATTEMPTS, Trials
 
 
 def tried(number: int, uar: float, status: str = "finished", **values) -> TrialRecord:

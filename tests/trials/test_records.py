@@ -9,7 +9,7 @@ import pytest
 from search_fixtures import SEARCH, record, space
 
 from ser_ray.evaluation import folder
-from ser_ray.search.trials import ATTEMPTS, Trials
+from ser_ray.trials.records import ATTEMPTS, Trials
 
 
 def session(directory: Path, epochs: int = 10, patience: int = 4) -> Trials:

@@ -1,0 +1,277 @@
+"""The project from Python: what ``import ser_ray`` gives. Neither torch nor Ray is loaded before it is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ser_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+
+    from ser_ray.config import SearchSpace
+    from ser_ray.evaluation.results import Results
+    from ser_ray.models.classifier import EmotionClassifier
+    from ser_ray.training.inference import Source
+
+    Recordings = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A small table: iterate over its rows as dictionaries, or take it as Arrow or pandas."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.table.to_pylist())
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of its columns."""
+        return list(self.table.column_names)
+
+    def to_arrow(self) -> pa.Table:
+        """As a pyarrow.Table."""
+        return self.table
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As a pandas.DataFrame."""
+        return self.table.to_pandas()
+
+
+class Model:
+    """A trained checkpoint; `load` makes it."""
+
+    def __init__(self, classifier: EmotionClassifier) -> None:
+        self.classifier = classifier
+        """The torch module, in evaluation mode."""
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """The classes, in the order of the model's outputs."""
+        return self.classifier.experiment.emotions
+
+    def predict(self, recordings: Recordings, sampling_rate: int | None = None) -> Rows:
+        """The emotion of each recording, and the probability of each.
+
+        ``recordings``: paths of files, or of folders that are searched for audio, or arrays (T,) of float in [-1, 1] or
+        signed integers, with their ``sampling_rate`` in Hz; one of them, or several. They are resampled and trimmed as
+        the training data were. Columns: path (null for an array), emotion, a ``p_EMOTION`` for each, and reason: why a
+        recording could not be used (then the others are null).
+
+        Raises UserError for a path that does not exist, a folder without audio, and arrays without a sampling rate.
+        """
+        import pyarrow as pa
+
+        from ser_ray.training.inference import predict
+
+        rows = [
+            {"path": answer.path or None, "emotion": answer.emotion or None}
+            | {f"p_{emotion}": answer.probabilities.get(emotion) for emotion in self.emotions}
+            | {"reason": answer.reason or None}
+            for answer in predict(self.classifier, _sources(recordings, sampling_rate))
+        ]
+        text, number = pa.string(), pa.float64()
+        columns = {"path": text, "emotion": text} | {f"p_{e}": number for e in self.emotions} | {"reason": text}
+        return Rows(pa.Table.from_pylist(rows, pa.schema(columns)))
+
+    def embed(self, recordings: Recordings, sampling_rate: int | None = None) -> np.ndarray:
+        """The pooled vector of each recording, which the classifier sees: (N, P) float32, NaN where it is not usable.
+
+        Arguments and errors: as `predict`.
+        """
+        from ser_ray.training.inference import embed
+
+        return embed(self.classifier, _sources(recordings, sampling_rate))
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """A results folder as tables; `read_results` reads it, `search` makes it. What is not there yet is empty."""
+
+    folder: Path
+    content: Results
+    """All that the folder holds, as it was written."""
+
+    @property
+    def best(self) -> Path:
+        """The chosen checkpoint, for `load`."""
+        return self.folder / "best"
+
+    @cached_property
+    def metrics(self) -> Rows:
+        """A row for test, dev and each baseline: name, then each headline metric and the limits of its 95 % interval,
+        ``uar_low`` and ``uar_high``, which are null where there is no interval."""
+        import pyarrow as pa
+
+        from ser_ray.evaluation.metrics import HEADLINE
+
+        rows = []
+        for name, found in self.content.metrics.items():
+            row: dict[str, Any] = {"name": name}
+            for metric in HEADLINE:
+                low, high = (found.get("ci95") or {}).get(metric) or (None, None)
+                row |= {metric: found.get(metric), f"{metric}_low": low, f"{metric}_high": high}
+            rows.append(row)
+        limits = [f"{metric}{end}" for metric in HEADLINE for end in ("", "_low", "_high")]
+        schema = pa.schema([("name", pa.string()), *((column, pa.float64()) for column in limits)])
+        return Rows(pa.Table.from_pylist(rows, schema))
+
+    @cached_property
+    def trials(self) -> Rows:
+        """The rows of trials.csv, best first; numbers are numbers, and empty cells null."""
+        return _typed(self.content.trials)
+
+    @cached_property
+    def epochs(self) -> Rows:
+        """A row for each epoch of each trial: trial_id, then the fields of its history."""
+        import pyarrow as pa
+
+        histories = self.content.histories.items()
+        return Rows(pa.Table.from_pylist([{"trial_id": i} | epoch for i, epochs in histories for epoch in epochs]))
+
+    def predictions(self, split: str = "test") -> Rows:
+        """A row for each utterance of ``dev`` or ``test``: utterance_id, corpus, speaker, emotion, predicted, and a
+        ``p_EMOTION`` for each. Raises UserError for a split that has not been predicted."""
+        import pyarrow as pa
+
+        known = self.content.predictions
+        if split not in known:
+            raise UserError(f"{self.folder}: no predictions of {split}; there are {', '.join(known) or 'none'}")
+        part = known[split]
+        columns: dict[str, Any] = {
+            "utterance_id": part.utterance_ids,
+            "corpus": part.corpora,
+            "speaker": part.speakers,
+            "emotion": [part.emotions[label] for label in part.labels],
+            "predicted": [part.emotions[label] for label in part.predicted],
+        }
+        columns |= {f"p_{emotion}": part.probabilities[:, k] for k, emotion in enumerate(part.emotions)}
+        return Rows(pa.table({name: pa.array(values) for name, values in columns.items()}))
+
+
+def load(checkpoint: str | Path, device: str | None = None) -> Model:
+    """The model of a checkpoint directory, such as ``results/demo/best``.
+
+    ``device``: such as ``cpu`` or ``cuda:1``; by default the GPU where there is one. Raises UserError if the directory
+    is not a complete checkpoint, or its backbone cannot be found.
+    """
+    import torch
+
+    from ser_ray.models.checkpoint import load
+
+    return Model(load(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def read_results(results_dir: str | Path) -> SearchResults:
+    """A results folder as tables. Raises UserError if it is not one."""
+    from ser_ray.evaluation import results
+
+    folder = Path(results_dir).expanduser().resolve()
+    return SearchResults(folder, results.read_results(folder))
+
+
+def search(space: str | Path, **overrides: Any) -> SearchResults:
+    """Run a search as ``ser-ray tune`` does, or what is left of one.
+
+    ``space``: a YAML file, or the name of a built-in space (`ser-ray spaces`). ``overrides``: keys of it, with two
+    underscores for each dot, such as ``tune__trials=4``, or by ``**{"tune.trials": 4}``. Prints its progress.
+
+    Raises UserError for what does not fit.
+    """
+    from ser_ray import report, tune
+    from ser_ray.runtime import paths
+
+    read, text = _space(space, overrides)
+    return read_results(tune.run(paths.resolve_paths(read), report.terminal(), ["tune", *text]))
+
+
+def prepare_data(space: str | Path, **overrides: Any) -> list[Path]:
+    """Prepare every corpus of a space as ``ser-ray prepare`` does; returns the directories of shards, one a corpus.
+
+    Arguments and errors: as `search`; the space may leave out its backbone.
+    """
+    from ser_ray import prepare
+    from ser_ray.runtime import paths
+
+    read, _ = _space(space, overrides, needs_backbone=False)
+    return prepare.prepare(paths.resolve_paths(read), use_ray=read.resources.workers > 0)
+
+
+def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
+    """Audit the splits of a space as ``ser-ray audit`` does; returns the content of audit.json: ``leaky``, ``findings``
+    (level, what, detail), ``splits``.
+
+    Arguments and errors: as `search`; the space may leave out its backbone.
+    """
+    from rich.console import Console
+
+    from ser_ray import audit
+    from ser_ray.runtime import paths
+
+    read, _ = _space(space, overrides, needs_backbone=False)
+    return audit.run(paths.resolve_paths(read), Console(highlight=False, soft_wrap=True))
+
+
+# -- below: how it is done
+
+
+def _space(
+    space: str | Path, overrides: Mapping[str, Any], needs_backbone: bool = True
+) -> tuple[SearchSpace, list[str]]:
+    """The space, and the arguments of a command line that name it."""
+    from ser_ray import config
+
+    built_in = config.built_in_spaces()
+    path = built_in[str(space)] if str(space) in built_in and not Path(space).is_file() else Path(space)
+    given = [f"{key.replace('__', '.')}={_yaml(value)}" for key, value in overrides.items()]
+    return config.load(path, given, needs_backbone=needs_backbone), [str(path), *given]
+
+
+def _yaml(value: Any) -> str:
+    """JSON is YAML, but for text that YAML reads as text anyway, such as a path."""
+    return str(value) if isinstance(value, Path) else json.dumps(value)
+
+
+def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
+    import numpy as np
+
+    from ser_ray.predict import find_audio
+
+    several = [recordings] if isinstance(recordings, str | Path | np.ndarray) else list(recordings)
+    sources: list[Source] = []
+    for recording in several:
+        if isinstance(recording, str | Path):
+            sources += find_audio([Path(recording).expanduser()])
+        elif sampling_rate is None:
+            raise UserError("sampling_rate is missing: give that of the arrays, in Hz")
+        else:
+            sources.append((np.asarray(recording), sampling_rate))
+    return sources
+
+
+def _typed(rows: Sequence[Mapping[str, str]]) -> Rows:
+    """Columns of text, or of numbers where every cell that is not empty is one."""
+    import pyarrow as pa
+
+    from ser_ray.evaluation.results import as_number
+
+    columns: dict[str, pa.Array] = {}
+    for name in rows[0] if rows else ():
+        cells = [row.get(name) or None for row in rows]
+        numbers = [as_number(cell) for cell in cells]
+        text = [cell for cell, number in zip(cells, numbers, strict=True) if cell is not None and number is None]
+        is_number = not text and name != "trial_id"
+        columns[name] = pa.array(numbers, pa.float64()) if is_number else pa.array(cells, pa.string())
+    return Rows(pa.table(columns))
