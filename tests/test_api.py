@@ -79,7 +79,14 @@ def test_files_folders_and_arrays_are_predicted_alike(model, recording, tmp_path
 
 def test_what_cannot_be_used_has_a_reason_and_leaves_its_place(model, recording):
     samples, rate = soundfile.read(recording, dtype="float32")
-    given = [np.zeros(16_000), samples, np.zeros((2, 100)), np.full(16_000, np.nan), samples[4000:4100], np.zeros(0)]
+    given = [
+        np.zeros(16_000),
+        samples,
+        np.zeros((2, 100)),
+        np.full(16_000, np.nan),
+        samples[len(samples) // 2 :][:800],
+        np.zeros(0),
+    ]
     rows = list(model.predict(given, sampling_rate=rate))
     assert rows[1]["reason"] is None
     for place, words in ((0, "silent"), (2, "one channel"), (3, "not finite"), (4, "too short"), (5, "empty")):

@@ -3,14 +3,18 @@
 Every corpus module has ``parse(path) -> Utterance``, which raises ValueError with the reason if a name is not one of
 the corpus's. If the corpus has tables, ``annotate(directory, utterances)`` adds their content. ``PUBLISHED`` has the
 published counts; ``SPEECH`` says whether the corpus is acted or synthetic. To add a corpus, write such a module and
-name it in `MODULES`, or describe the corpus in a `table`.
+name it in `MODULES`; from another package, name it in an entry point of the group ``ser_ray.corpora``
+(docs/examples/own_corpus); or describe the corpus in a `table`, without any code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from ser_ray.corpora import table
@@ -28,13 +32,51 @@ MODULES: Final = {
     "tess": "ser_ray.corpora.tess",
 }
 NAMES: Final = tuple(MODULES)
+ENTRY_POINTS: Final = "ser_ray.corpora"
 NO_LABELS: Final[Mapping[str, str]] = {}
+
+
+@cache
+def installed() -> dict[str, str]:
+    """Corpora of other packages: the name of each entry point, and the module that it names.
+
+    Raises UserError for one that has the name of a built-in corpus.
+    """
+    found: dict[str, str] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in MODULES:
+            owner = point.dist.name if point.dist else "a package"
+            raise UserError(
+                f"{owner}: its corpus {point.name!r} has the name of a built-in one; rename its entry point"
+            )
+        found[point.name] = point.value
+    return found
+
+
+def module_of(name: str) -> ModuleType | None:
+    """The module of a corpus, built in or installed; None for another name, such as that of a table.
+
+    Raises UserError if an installed one cannot be imported, or has no ``parse``.
+    """
+    if name in MODULES:
+        return import_module(MODULES[name])
+    if name not in installed():
+        return None
+    try:
+        module = import_module(installed()[name])
+    except ImportError as error:
+        raise UserError(
+            f"experiment.corpora.{name}: its module {installed()[name]} cannot be imported: {error}"
+        ) from None
+    if not callable(getattr(module, "parse", None)):
+        raise UserError(f"experiment.corpora.{name}: its module {module.__name__} has no function parse")
+    return module
 
 
 def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of a corpus, sorted by id, and the audio files that are not used, with reasons.
 
-    ``path`` is the corpus's directory, or a table (.csv or .parquet) under a name that is not in `MODULES`; ``labels``
+    ``path`` is the corpus's directory, or a table (.csv or .parquet) under a name that is no corpus's; ``labels``
     maps the table's emotion labels to emotions. Paths of utterances are relative to the directory, or to the table's,
     with ``/`` between their parts. Recordings are not opened.
 
@@ -43,22 +85,21 @@ def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[
     """
     path = Path(path)
     if path.suffix in table.SUFFIXES and not path.is_dir():
-        if name in MODULES:
+        if name in MODULES or name in installed():
             raise UserError(
                 f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its directory"
             )
         if not path.is_file():
             raise UserError(f"{path}: no such table; set experiment.corpora.{name} to its path")
         return table.read(name, path, labels)
-    if name not in MODULES:
-        raise UserError(
-            f"experiment.corpora.{name}: not a known corpus; use {', '.join(NAMES)}, or a table (.csv, .parquet)"
-        )
+    module = module_of(name)
+    if module is None:
+        known = ", ".join((*NAMES, *installed()))
+        raise UserError(f"experiment.corpora.{name}: not a known corpus; use {known}, or a table (.csv, .parquet)")
     if labels:
         raise UserError(f"experiment.labels.{name}: only for tables; for {name} use experiment.merge")
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to the directory of {name}")
-    module = import_module(MODULES[name])
     utterances, rejected = from_names(path, module.parse)
     if not utterances:
         such = f" ({len(rejected)} rejected, such as {rejected[0].path}: {rejected[0].reason})" if rejected else ""

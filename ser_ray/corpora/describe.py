@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
-from ser_ray.corpora import MODULES
+from ser_ray.corpora import module_of
 from ser_ray.schema import Utterance
 
 
@@ -33,7 +32,7 @@ def speech_of(corpus: str) -> str:
     >>> speech_of("ravdess"), speech_of("synthetic"), speech_of("mine")
     ('acted', 'synthetic', '')
     """
-    return str(import_module(MODULES[corpus]).SPEECH) if corpus in MODULES else ""
+    return str(getattr(module_of(corpus), "SPEECH", ""))
 
 
 def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
@@ -42,7 +41,7 @@ def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
     >>> differences("tess", {"utterances": 2799, "speakers": 2, "emotions": {"angry": 400}})[:2]
     ['2799 utterances of 2800 published', '0 disgust of 400']
     """
-    published = getattr(import_module(MODULES[corpus]), "PUBLISHED", None) if corpus in MODULES else None
+    published = getattr(module_of(corpus), "PUBLISHED", None)
     if published is None:
         return []
     lines = [
