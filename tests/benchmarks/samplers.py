@@ -5,7 +5,8 @@
 First every configuration of a pool is trained to its last epoch, once, on the demo's own data: all that could be
 tried. Then each method searches that pool from its table of learning curves, with the classes that `ser-ray tune` uses
 (`ser_ray.tune.OptunaSearcher`, `ReplayingASHA`), two trials at once, from several seeds; an epoch costs one. So all
-methods meet the same trials, and several seeds can be afforded. The table is kept beside the result: the command continues it.
+methods meet the same trials, and several seeds can be afforded. The table is kept beside the result: the command
+continues it.
 """
 
 from __future__ import annotations
