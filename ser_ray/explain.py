@@ -36,12 +36,12 @@ class Key:
     """Its docstring: what it is for, its unit, the reason for its default."""
 
 
-def keys(model: type[BaseModel] = config.SearchSpace, prefix: str = "") -> Iterator[Key]:
+def every_key(model: type[BaseModel] = config.SearchSpace, prefix: str = "") -> Iterator[Key]:
     """Every key, in the order of the file."""
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
-            yield from keys(field.annotation, f"{dotted}.")
+            yield from every_key(field.annotation, f"{dotted}.")
         else:
             yield Key(dotted, _type(field), _default(field), " ".join((field.description or "").split()))
 
@@ -54,7 +54,7 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if path is None and wanted is not None and wanted.endswith((".yaml", ".yml")):
         path, wanted = Path(wanted), None
-    known = list(keys())
+    known = list(every_key())
     chosen = [key for key in known if wanted is None or f".{wanted}." in f".{key.name}."]
     if not chosen:
         assert wanted is not None
@@ -76,7 +76,7 @@ def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
     lines = config.line_numbers(path.read_text(encoding="utf-8"))
     set_here = {override.partition("=")[0] for override in overrides}
     answer = {}
-    for key in keys():
+    for key in every_key():
         value, place = config.to_dict(space), tuple(key.name.split("."))
         for part in place:
             value = value[part]

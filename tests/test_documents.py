@@ -1,16 +1,21 @@
-"""Every command in the README and in cluster/README.md is run by a test, has made a page of figures, or says that it
-was not run."""
+"""The documents: every command in them is run by a test, has made a page of figures, or says that it was not run; and
+the pages build without a warning."""
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ser_ray.__main__ import VERBS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "cluster/README.md")
+PAGES = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "cluster/README.md", *PAGES)
 NOT_RUN = re.compile(r"\bnot (yet )?(run|built)\b|\bnot run\b")
 PROGRAMS = re.compile(
     r"(python3? -m |python tests/|ser-ray |pytest|sbatch |salloc |scontrol |ray job |ray start |cluster/\w+\.sh|"
@@ -20,6 +25,10 @@ BENCHMARK = re.compile(r"python (tests/benchmarks/\w+\.py)")
 
 RUN_BY = {
     r"python3 -m venv": ".ci/run",
+    r"(ruff|mypy|sphinx-build) ": ".ci/run",
+    r"ser-ray (--|VERB|NAME)": "tests/test_command_line.py::test_help_lists_every_verb",
+    r"ser-ray config": "tests/test_command_line.py::test_a_key_is_shown_with_its_value_and_where_that_is_from",
+    r"ser-ray (new|spaces)": "tests/test_command_line.py::test_a_built_in_space_is_listed_and_copied_with_its_comments",
     r"pytest|\.ci/run": ".ci/run",
     r"(ser-ray |python -m ser_ray\.)tune": "tests/test_job.py::test_the_demo_runs_as_a_submitted_job",
     r"(ser-ray |python -m ser_ray\.)train": "tests/test_local.py::test_training_under_a_debugger_stops_in_the_loop",
@@ -83,3 +92,15 @@ def test_commands_are_found():
     assert any(command.startswith("python3 -m venv") for command in found)
     assert any(command.startswith("ser-ray fetch") for command in found)
     assert len(found) > 20
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    """Links between pages, tables, the generated reference and the docstrings of the Python API."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path / "pages")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = tmp_path / "pages" / "reference"
+    assert 'id="rank"' in (reference / "configuration.html").read_text()
+    assert "ser_ray.api.load" in (reference / "python.html").read_text()
+    for verb in VERBS:
+        assert f"ser-ray {verb}" in (reference / "commands.html").read_text()

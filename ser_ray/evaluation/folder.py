@@ -87,10 +87,10 @@ def alone(results_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_trial(trials_dir: Path, tried: TrialRecord) -> None:
+def write_trial(trials_dir: Path, record: TrialRecord) -> None:
     """Write a trial's ``trial.json``."""
-    known = {one.name: getattr(tried, one.name) for one in fields(tried) if one.name != "history"}
-    write_json(trials_dir / tried.trial_id / "trial.json", known | {"values": dict(tried.values)})
+    known = {one.name: getattr(record, one.name) for one in fields(record) if one.name != "history"}
+    write_json(trials_dir / record.trial_id / "trial.json", known | {"values": dict(record.values)})
 
 
 def read_trials(trials_dir: Path) -> list[TrialRecord]:
@@ -139,19 +139,19 @@ def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}"
 
 
-def trial_row(tried: TrialRecord, keys: Iterable[str] = ()) -> Record:
+def trial_row(record: TrialRecord, keys: Iterable[str] = ()) -> Record:
     """One row of ``trials.csv``: the searched ``keys``, and the metrics of the trial's best epoch so far."""
-    best, history = tried.best, tried.history
+    best, history = record.best, record.history
     cost = costs(history) if history else dict.fromkeys(COSTS, "")
     return (
-        {"trial_id": tried.trial_id, "status": tried.status, "epochs": history[-1]["epoch"] if history else 0}
-        | {"seconds": round(tried.seconds, 1)}
-        | {key: tried.values.get(key, "") for key in keys}
+        {"trial_id": record.trial_id, "status": record.status, "epochs": history[-1]["epoch"] if history else 0}
+        | {"seconds": round(record.seconds, 1)}
+        | {key: record.values.get(key, "") for key in keys}
         | {"best_epoch": best.get("epoch", "")}
         | {name: best.get(name, "") for name in DEV_METRICS}
         | cost
-        | {"checkpoint": f"trials/{tried.trial_id}/{checkpoint_name(best['epoch'])}" if best else ""}
-        | {"halved": "batch_seconds" if tried.halved else "", "error": tried.error}
+        | {"checkpoint": f"trials/{record.trial_id}/{checkpoint_name(best['epoch'])}" if best else ""}
+        | {"halved": "batch_seconds" if record.halved else "", "error": record.error}
     )
 
 

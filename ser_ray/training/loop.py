@@ -75,10 +75,7 @@ def fit(
     counters: dict[str, Any] = {"epoch": 0, "step": 0, "best": -1.0, "best_epoch": 0}
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(experiment.precision, device) is torch.float16)
     if resume_from is not None:
-        checkpoint.load_weights(model, resume_from)
-        counters = checkpoint.load_training_state(resume_from, optimizer)
-        if counters["scaler"]:  # empty if the run used another precision until now, such as on a CPU
-            scaler.load_state_dict(counters["scaler"])
+        counters = _resume(model, optimizer, scaler, resume_from)
     elif experiment.head.init == "probe":
         start_from_probe(model, data.train(0), data.dev(), gather)
     trained = step.distribute(model)
@@ -120,6 +117,17 @@ def fit(
         finish(_train_epoch(model, trained, data, epoch, counters, total_steps, optimizer, scaler, weights_K))
 
 
+def _resume(
+    model: EmotionClassifier, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, directory: Path
+) -> dict[str, Any]:
+    """Continue from a checkpoint; returns its counters."""
+    checkpoint.load_weights(model, directory)
+    counters = checkpoint.load_training_state(directory, optimizer)
+    if counters["scaler"]:  # empty if the run used another precision until now, such as on a CPU
+        scaler.load_state_dict(counters["scaler"])
+    return counters
+
+
 def _train_epoch(
     model: EmotionClassifier,
     trained: nn.Module,
@@ -149,7 +157,7 @@ def _train_epoch(
                 own_losses.append(loss)
                 seen += len(batch)
         rate = learning_rate_factor(counters["step"], total_steps, experiment.optimizer.warmup)
-        step.take(optimizer, scaler, experiment, rate)
+        step.apply(optimizer, scaler, experiment, rate)
         if counters["step"] == 0:
             check_gradients(model)
         optimizer.zero_grad(set_to_none=True)

@@ -66,7 +66,7 @@ def add_gradients(
     return loss.detach()
 
 
-def take(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, experiment: Experiment, rate: float) -> None:
+def apply(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, experiment: Experiment, rate: float) -> None:
     """Clip the accumulated gradients and take a step, at ``rate`` times the base learning rates.
 
     Gradients are left in place, for the check after the first step.

@@ -31,7 +31,7 @@ class Importances:
     """Number of those that count as the best."""
 
 
-def importances(space: SearchSpace, tried: Iterable[TrialRecord]) -> Importances | None:
+def importances(space: SearchSpace, trials: Iterable[TrialRecord]) -> Importances | None:
     """How much each key matters for being among the best trials by the metric alone, on the trials of this search.
 
     PED-ANOVA (arXiv 2304.10255; for keys that only some trials have, arXiv 2601.20800) compares the distribution of the
@@ -39,7 +39,7 @@ def importances(space: SearchSpace, tried: Iterable[TrialRecord]) -> Importances
     or if the metric does not separate the trials.
     """
     alone = space.model_copy(update={"tune": space.tune.model_copy(update={"also": (), "warm_start": ()})})
-    known = study.make(alone, tried)
+    known = study.make(alone, trials)
     complete = known.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     keys = {key for trial in complete for key in trial.params}
     if len(complete) < LEAST or len(keys) < 2:

@@ -24,8 +24,8 @@ class Trials:
 
     def __init__(self, results_dir: Path, keys: Iterable[str], kind: str = "trials", argv: Iterable[str] = ()) -> None:
         self.results_dir, self.keys, self.kind = results_dir, list(keys), kind
-        self.known = {tried.trial_id: tried for tried in folder.read_trials(results_dir / kind)}
-        self.before = {trial_id: tried.seconds for trial_id, tried in self.known.items()}
+        self.known = {record.trial_id: record for record in folder.read_trials(results_dir / kind)}
+        self.before = {trial_id: record.seconds for trial_id, record in self.known.items()}
         self.begun: set[str] = set()
         """Ids of trials with an attempt that has not ended yet."""
         self.error: Exception | None = None
@@ -36,7 +36,7 @@ class Trials:
 
     def __iter__(self) -> Any:
         """In order of their ids."""
-        return iter(sorted(self.known.values(), key=lambda tried: tried.trial_id))
+        return iter(sorted(self.known.values(), key=lambda record: record.trial_id))
 
     def add(self, trial_id: str, values: Mapping[str, Any]) -> TrialRecord:
         """Add a trial that is to be started."""
@@ -52,20 +52,20 @@ class Trials:
         Failed trials are tried again, as the cause may be gone. Trials that ended with their last epoch continue if the
         experiment has more epochs now. Trials that died with their session too often are given up.
         """
-        for tried in [known for known in self if wanted is None or known.trial_id in wanted]:
-            if tried.status == "failed" or tried.may_grow(experiment_of(tried.values)):
-                self.update(tried.trial_id, status="running", error="", attempts=0)
-            elif not tried.over and self._spent(tried):
-                reason = tried.error or "its process died, and the search with it"
-                self.update(tried.trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
+        for record in [known for known in self if wanted is None or known.trial_id in wanted]:
+            if record.status == "failed" or record.may_grow(experiment_of(record.values)):
+                self.update(record.trial_id, status="running", error="", attempts=0)
+            elif not record.over and self._spent(record):
+                reason = record.error or "its process died, and the search with it"
+                self.update(record.trial_id, status="failed", error=f"{reason} ({record.attempts} times)")
 
     def begin(self, trial_id: str) -> TrialRecord:
         """Count an attempt, before its processes start: one that dies at once, or ends this process too, is counted."""
-        tried = self.known[trial_id]
-        attempts = 1 if tried.reached != len(tried.history) else tried.attempts + 1
+        record = self.known[trial_id]
+        attempts = 1 if record.reached != len(record.history) else record.attempts + 1
         self.begun.add(trial_id)
-        self.before[trial_id] = tried.seconds  # Tune reports the seconds of an attempt
-        return self.update(trial_id, attempts=attempts, reached=len(tried.history))
+        self.before[trial_id] = record.seconds  # Tune reports the seconds of an attempt
+        return self.update(trial_id, attempts=attempts, reached=len(record.history))
 
     def release(self) -> None:
         """The session was ended on purpose: the attempts that this interrupted do not count."""
@@ -83,27 +83,27 @@ class Trials:
             changes["seconds"] = self.before.get(trial_id, 0.0) + seconds
         directory = self.results_dir / self.kind
         history = tuple(folder.trial_history(directory / trial_id))
-        tried = dataclasses.replace(self.known[trial_id], history=history, **changes)
-        self.known[trial_id] = tried
-        if tried.over:
+        record = dataclasses.replace(self.known[trial_id], history=history, **changes)
+        self.known[trial_id] = record
+        if record.over:
             self.begun.discard(trial_id)
         try:
-            folder.write_trial(directory, tried)
+            folder.write_trial(directory, record)
             if self.kind == "trials":
                 folder.write_trials(self.results_dir, [folder.trial_row(known, self.keys) for known in self])
             self._write_session()
         except OSError as error:
             self.error = error
             raise
-        return tried
+        return record
 
     def interrupted(self, trial_id: str, reason: str) -> TrialRecord:
         """A trial's process died: it continues from its last epoch, unless that has happened too often."""
         self.begun.discard(trial_id)
-        tried = self.update(trial_id, status="running", error=reason)
-        if not self._spent(tried):
-            return tried
-        return self.update(trial_id, status="failed", error=f"{reason} ({tried.attempts} times)")
+        record = self.update(trial_id, status="running", error=reason)
+        if not self._spent(record):
+            return record
+        return self.update(trial_id, status="failed", error=f"{reason} ({record.attempts} times)")
 
     def short_of_memory(self, trial_id: str, reason: str) -> TrialRecord:
         """A trial ran out of memory: it continues from its last epoch with half of the batch, once."""
@@ -117,8 +117,8 @@ class Trials:
         sessions = [*_earlier_sessions(self.results_dir, self.session["started"]), {"seconds": self._own_seconds()}]
         return sum(float(session["seconds"]) for session in sessions) / 3600
 
-    def _spent(self, tried: TrialRecord) -> bool:
-        return tried.attempts >= ATTEMPTS and tried.reached == len(tried.history)
+    def _spent(self, record: TrialRecord) -> bool:
+        return record.attempts >= ATTEMPTS and record.reached == len(record.history)
 
     def _own_seconds(self) -> float:
         return time.monotonic() - self.started

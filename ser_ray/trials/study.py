@@ -25,7 +25,7 @@ STARTUP: Final = (4, 10)
 """Minimum and maximum number of random points before TPE starts; between these limits, a third of the trials."""
 
 
-def make(space: SearchSpace, tried: Iterable[TrialRecord]) -> optuna.Study:
+def make(space: SearchSpace, trials: Iterable[TrialRecord]) -> optuna.Study:
     """A study with the trials that are over, and those of ``tune.warm_start``.
 
     Raises UserError if a folder of ``tune.warm_start`` has no trials of a search.
@@ -39,7 +39,7 @@ def make(space: SearchSpace, tried: Iterable[TrialRecord]) -> optuna.Study:
         for trial in _earlier(Path(earlier)):
             if (known := frozen(space, trial)) is not None:
                 study.add_trial(known)
-    for trial in tried:
+    for trial in trials:
         if trial.over and (known := frozen(space, trial)) is not None:
             study.add_trial(known)
     return study
@@ -60,10 +60,10 @@ def begin(
     return trial, points.ask(trial, space.search)
 
 
-def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, tried: TrialRecord) -> None:
+def end(study: optuna.Study, space: SearchSpace, trial: optuna.Trial, record: TrialRecord) -> None:
     """Report the result of a trial to the study."""
-    values = objectives(space, tried.history)
-    if values is None or tried.status == "failed":
+    values = objectives(space, record.history)
+    if values is None or record.status == "failed":
         study.tell(trial, state=TrialState.FAIL)
     else:
         study.tell(trial, list(values))
@@ -78,11 +78,11 @@ def objectives(space: SearchSpace, history: Sequence[Record]) -> tuple[float, ..
     return (float(history[-1][f"best_{space.tune.metric}"]), *(cost[name] for name in space.tune.also))
 
 
-def frozen(space: SearchSpace, tried: TrialRecord) -> FrozenTrial | None:
+def frozen(space: SearchSpace, record: TrialRecord) -> FrozenTrial | None:
     """A trial that is over, as an Optuna trial; None if a value is outside of the space, as one of an earlier search
     may be."""
     params, distributions = {}, {}
-    for key, value in tried.values.items():
+    for key, value in record.values.items():
         if key not in space.search:
             return None
         distribution = points.as_optuna(space.search[key])
@@ -91,14 +91,14 @@ def frozen(space: SearchSpace, tried: TrialRecord) -> FrozenTrial | None:
         if not inside:
             return None
         params[key], distributions[key] = encoded, distribution
-    values = objectives(space, tried.history)
-    if values is None or tried.status == "failed":
+    values = objectives(space, record.history)
+    if values is None or record.status == "failed":
         return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
     return create_trial(
         values=list(values),
         params=params,
         distributions=distributions,
-        intermediate_values={r["epoch"]: r[f"best_{space.tune.metric}"] for r in tried.history},
+        intermediate_values={r["epoch"]: r[f"best_{space.tune.metric}"] for r in record.history},
     )
 
 

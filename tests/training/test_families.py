@@ -27,7 +27,7 @@ def _take_steps(model: EmotionClassifier, steps: int = 3) -> list[float]:
         model.train()
         optimizer.zero_grad()
         loss = step.add_gradients(model, batch, torch.ones(3), 1 / len(batch), scaler, model.experiment, last=True)
-        step.take(optimizer, scaler, model.experiment, 1.0)
+        step.apply(optimizer, scaler, model.experiment, 1.0)
         losses.append(float(loss))
     return losses
 

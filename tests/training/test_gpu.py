@@ -26,7 +26,7 @@ def test_a_step_does_not_wait_for_the_host(backbones_dir, variant, method):
         if number > 0:  # the first step compiles and chooses kernels
             torch.cuda.set_sync_debug_mode("error")
         loss = step.add_gradients(model, batch, weights_K, 1 / 20, scaler, settings, last=True)
-        step.take(optimizer, scaler, settings, 1.0)
+        step.apply(optimizer, scaler, settings, 1.0)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(loss)

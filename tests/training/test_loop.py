@@ -263,13 +263,13 @@ def test_an_utterance_weighs_the_same_in_an_epoch_however_it_is_cut_into_steps(
         (weights_K[one.labels_B[0]] * loss / weights_K[label_N].sum()).backward()
     expected = [p.grad for p in model.parameters() if p.grad is not None]
     seen: list[list[torch.Tensor]] = []
-    take = step.take
+    take = step.apply
 
     def watched(optimizer: torch.optim.Optimizer, *rest: Any) -> None:
         seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
         take(optimizer, *rest)
 
-    monkeypatch.setattr(step, "take", watched)
+    monkeypatch.setattr(step, "apply", watched)
     fitted, _ = _run(described, _data(train, DEV, accumulate))
     assert len(seen) == -(-len(train) // accumulate)
     in_order = {

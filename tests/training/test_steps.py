@@ -148,7 +148,7 @@ def test_the_rate_and_the_clip_reach_the_optimizer(tiny: Experiment) -> None:
     model, batch = build(tiny), noise_batch()
     optimizer = loop.make_optimizer(model)
     step.add_gradients(model, batch, torch.ones(3), 1 / 3, _scaler(), tiny, last=True)
-    step.take(optimizer, _scaler(), tiny, 0.25)
+    step.apply(optimizer, _scaler(), tiny, 0.25)
     assert {round(group["lr"], 9) for group in optimizer.param_groups} == {0.25 * 3e-3, 0.25 * 5e-2}
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert float(torch.stack(norms).norm()) <= tiny.optimizer.clip * (1 + 1e-5)
