@@ -216,7 +216,6 @@ RETIRED = {
         "keeper",
         "heard",
         "tried",
-        "figure",
         "figures",
         "ahead",
         "dealt",
