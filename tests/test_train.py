@@ -6,6 +6,7 @@ import csv
 import errno
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,19 @@ def test_patience_that_ended_a_run_ends_it_with_more_epochs_too(space):
     assert before[-1]["best_epoch"] == 1
     assert train(space, "patient", "experiment.epochs=4", *still) == 0
     assert history(space, "patient") == before
+
+
+def test_data_that_changed_since_a_run_began_are_refused(tiny_corpus, tmp_path, capsys):
+    """Its trials would have trained on one corpus, and be evaluated on another."""
+    corpus = tmp_path / "ravdess"
+    shutil.copytree(tiny_corpus, corpus)
+    space = write_space(tmp_path, corpus)
+    assert train(space, "changed", "experiment.epochs=1") == 0
+    before = {path: path.read_bytes() for path in results_of(space, "changed").rglob("*") if path.is_file()}
+    max(corpus.rglob("*.wav")).unlink()
+    capsys.readouterr()
+    assert train(space, "changed", "experiment.epochs=2") == 2
+    said = capsys.readouterr().err
+    assert "the data of ravdess have changed since this search began; set experiment.name" in said
+    assert before == {path: path.read_bytes() for path in results_of(space, "changed").rglob("*") if path.is_file()}
+    assert train(space, "another", "experiment.epochs=1") == 0

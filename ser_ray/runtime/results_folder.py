@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import plan, provenance
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.speech import shards
 from ser_ray.speech.fingerprint import same_recordings_in
 
 
@@ -45,10 +46,11 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
     """Create the results folder with search.yaml, plan.json, provenance.json and audit.json; an existing one is
     continued with the current plan.
 
-    Raises UserError where the folder belongs to another configuration, or cannot be written.
+    Raises UserError where the folder belongs to another configuration or other data, or cannot be written.
     """
     directory = space.results_dir()
     existing = directory / "search.yaml"
+    shard_dirs = [Path(shard_dir) for shard_dir in planned.shard_dirs]
     try:
         if existing.is_file():
             before = config.load(existing)
@@ -57,6 +59,7 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
                     f"{directory} holds another search of that name, which differs in {'; '.join(refused)}; "
                     "set experiment.name, or remove the folder"
                 )
+            _check_data(directory, shard_dirs)
             if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             disk.write_json(directory / plan.FILE, planned.to_dict())
@@ -65,9 +68,23 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / "audit.json", findings)
         disk.write_json(directory / plan.FILE, planned.to_dict())
-        shard_dirs = [Path(shard_dir) for shard_dir in planned.shard_dirs]
         disk.write_json(directory / "provenance.json", provenance.provenance(space, shard_dirs, argv))
         disk.write_text(existing, config.dump(space))
     except OSError as error:
         raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
     return directory
+
+
+# -- below: how it is done
+
+
+def _check_data(directory: Path, shard_dirs: Sequence[Path]) -> None:
+    """Raises UserError if a corpus has other content than when the search began: its trials could not be compared."""
+    before = {data["corpus"]: data["fingerprint"] for data in disk.read_json(directory / "provenance.json")["data"]}
+    manifests = [shards.read_manifest(shard_dir) for shard_dir in shard_dirs]
+    now = {manifest["corpus"]: manifest["content_sha256"] for manifest in manifests}
+    if changed := [corpus for corpus in now if before.get(corpus) != now[corpus]]:
+        raise UserError(
+            f"{directory}: the data of {', '.join(changed)} have changed since this search began; set experiment.name "
+            "to search over the new data, or restore the files"
+        )
