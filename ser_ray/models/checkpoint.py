@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
             backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
         save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
     (directory / "experiment.yaml").write_text(config.dump(model.experiment), encoding="utf-8")
+    for path in directory.rglob("*.safetensors"):  # safetensors makes them readable by their owner alone
+        shutil.copymode(directory / "experiment.yaml", path)
     write_json(directory / "labels.json", dict(enumerate(model.experiment.emotions)))
     write_json(directory / "metrics.json", metrics)
 

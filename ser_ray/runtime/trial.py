@@ -265,10 +265,12 @@ def memory_explained(trial: Trial) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        share = f" (its share of a GPU: {trial.gpus:g})" if 0 < trial.gpus < 1 else ""
+        share, more = "", ""
+        if 0 < trial.gpus < 1:
+            share, more = f" (its share of a GPU: {trial.gpus:g})", ", or raise resources.gpus_per_worker"
         raise MemoryShortageError(
-            f"out of memory{share}: lower experiment.batch_seconds ({trial.experiment['batch_seconds']:g}), set "
-            "experiment.recompute to true, or raise resources.gpus_per_worker"
+            f"out of memory{share}: lower experiment.batch_seconds ({trial.experiment['batch_seconds']:g}), or set "
+            f"experiment.recompute to true{more}"
         ) from error
 
 

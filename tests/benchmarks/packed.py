@@ -48,7 +48,7 @@ class Trained:
         """One optimiser step, its dropout drawn by the number, whoever else steps in between."""
         torch.manual_seed(number)
         step.add_gradients(self.model, batch, self.weights_K, 1 / len(batch), self.scaler, self.experiment, last=True)
-        step.take(self.optimizer, self.scaler, self.experiment, 1.0)
+        step.apply(self.optimizer, self.scaler, self.experiment, 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def share(self, other: Trained) -> None:

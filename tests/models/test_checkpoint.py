@@ -89,3 +89,13 @@ def test_an_optimizer_without_steps_can_be_resumed(backbones_dir: Path, tmp_path
     checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 0})
     assert checkpoint.load_training_state(tmp_path, optimizer) == {"epoch": 0}
     assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_who_may_read_one_file_may_read_all(backbones_dir: Path, tmp_path: Path, method: str) -> None:
+    """safetensors would make its files readable by their owner alone: no checkpoint for a colleague."""
+    model = build(experiment(backbones_dir / "whisper", adapter={"method": method}))
+    checkpoint.save(model, tmp_path / "best", {"epoch": 0})
+    files = [path for path in (tmp_path / "best").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert len({path.stat().st_mode & 0o777 for path in files}) == 1
