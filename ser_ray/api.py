@@ -272,6 +272,6 @@ def _typed(rows: Sequence[Mapping[str, str]]) -> Rows:
         cells = [row.get(name) or None for row in rows]
         numbers = [as_number(cell) for cell in cells]
         text = [cell for cell, number in zip(cells, numbers, strict=True) if cell is not None and number is None]
-        is_number = not text and name != "trial_id"
+        is_number = not text and name != "trial_id" and any(number is not None for number in numbers)
         columns[name] = pa.array(numbers, pa.float64()) if is_number else pa.array(cells, pa.string())
     return Rows(pa.table(columns))
