@@ -138,8 +138,9 @@ class SearchResults:
         """A row for each epoch of each trial: trial_id, then the fields of its history."""
         import pyarrow as pa
 
-        histories = self.content.histories.items()
-        return Rows(pa.Table.from_pylist([{"trial_id": i} | epoch for i, epochs in histories for epoch in epochs]))
+        rows = [{"trial_id": i} | epoch for i, epochs in self.content.histories.items() for epoch in epochs]
+        fields = dict.fromkeys(name for row in rows for name in row)  # a probe's epoch has fewer than others
+        return Rows(pa.table({name: pa.array([row.get(name) for row in rows]) for name in fields}))
 
     def predictions(self, split: str = "test") -> Rows:
         """A row for each utterance of ``dev`` or ``test``: utterance_id, corpus, speaker, emotion, predicted, and a

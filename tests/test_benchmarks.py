@@ -77,6 +77,7 @@ def test_full_trains_the_same_weights_as_ours(backbones_dir: Path, backbone: str
     assert {n: shape for n, shape in encoder.items() if n != "masked_spec_embed"} == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "grouped"), [("wav2vec2-layer", True), ("wav2vec2-group", False), ("whisper", False)]
 )

@@ -27,6 +27,7 @@ ENDS_WITHIN_S = 900
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: what is declared is there"),
 ]
 
@@ -119,7 +120,6 @@ def test_two_searches_at_once_share_one_gpu_and_both_end(one_gpu):
     check_plan(one_gpu, "demo", cuda=False, precision="fp32", trials_at_once=1, worker={"cpus": 2.0, "gpus": 1.0})
 
 
-@pytest.mark.slow
 def test_four_trials_on_one_gpu_with_finals_over_folds(one_gpu):
     """ravdess_whisper.yaml as it was seen to hang: a quarter of the card each."""
     quarter = ["resources.gpus_per_worker=0.25", "resources.cpus_per_worker=0.5", "tune.trials=4"]
@@ -130,7 +130,6 @@ def test_four_trials_on_one_gpu_with_finals_over_folds(one_gpu):
     assert list((one_gpu.home / "results" / "quarters" / "finals").glob("*-fold1-seed0/epoch_*"))
 
 
-@pytest.mark.slow
 def test_a_trial_of_two_workers_on_two_gpus(two_gpus):
     """Gradients go over gloo where no CUDA device is; the cache is made before, by a pool."""
     workers = ["resources.workers=2", "resources.cpus_per_worker=1", "tune.trials=1"]
@@ -139,7 +138,6 @@ def test_a_trial_of_two_workers_on_two_gpus(two_gpus):
     check_plan(two_gpus, "workers", workers=2, trials_at_once=1, worker={"cpus": 1.0, "gpus": 1.0})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 def test_searches_end_on_two_gpus(two_gpus, name):
     space, *own = SPACES[name]
@@ -147,7 +145,6 @@ def test_searches_end_on_two_gpus(two_gpus, name):
     check_plan(two_gpus, name, trials_at_once=2, worker={"cpus": 1.0, "gpus": 1.0})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 def test_trials_that_take_every_cpu_end(tmp_path, tiny_corpus, name):
     """Two cores and no GPU: a trial of two CPUs holds all that there is for trials."""

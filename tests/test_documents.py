@@ -4,6 +4,7 @@ the pages build without a warning."""
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -90,8 +91,48 @@ def test_a_command_is_run_by_a_test_or_says_that_it_was_not(command, line):
 def test_commands_are_found():
     found = [command for command, _ in commands("README.md")]
     assert any(command.startswith("python3 -m venv") for command in found)
-    assert any(command.startswith("ser-ray fetch") for command in found)
-    assert len(found) > 20
+    assert any(command.startswith("ser-ray predict") for command in found)
+    assert sum(len(commands(document)) for document in DOCUMENTS) > 50
+
+
+def test_no_number_of_a_page_is_missing():
+    assert [page for page in DOCUMENTS if "NUMBER(" in (REPOSITORY / page).read_text()] == []
+
+
+def quoted_messages() -> list[str]:
+    """What docs/troubleshooting.md quotes: a heading, or a term of a list of definitions, in backticks."""
+    lines = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    terms = [line for line, following in zip(lines, [*lines[1:], ""], strict=True) if following.startswith(": ")]
+    terms += [line.removeprefix("### ") for line in lines if line.startswith("### ")]
+    return [quoted for term in terms for quoted in re.findall(r"`([^`]+)`", term)]
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    """Each part between the variable ones is in the source, whatever the lines that it is written on."""
+    messages = quoted_messages()
+    assert len(messages) > 30
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "ser_ray").rglob("*.py")))
+    joined = re.sub(r'"\s*f?"', "", source)  # a string over several lines
+    for message in messages:
+        for part in (part.strip() for part in message.split("…")):
+            assert len(part) < 4 or part in joined, f"{message}: {part!r} is not in the code"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """All of its blocks, one after the other, in one process."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "demo-notebook.md").read_text(), re.S)
+    assert len(blocks) >= 6
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join(blocks) + "\nprint('results', RESULTS)\n")
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = Path(done.stdout.strip().splitlines()[-1].removeprefix("results "))
+    for name in ("learning_curves.png", "embeddings.png"):
+        assert (results / name).stat().st_size > 5_000
 
 
 def test_the_pages_build_without_a_warning(tmp_path):

@@ -137,7 +137,7 @@ def test_many_small_batches_in_one_step_are_the_step_of_one_large_one(space, one
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("data", ["resident", "streamed"])
+@pytest.mark.parametrize("data", ["resident", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_two_workers_take_the_step_of_one_large_batch(space, one_batch, data, ray_cluster):
     two = ["resources.workers=2", "resources.cpus_per_worker=1", f"resources.data={data}"]
     shared = train(space, f"two-{data}", *two, *ONE_STEP, "experiment.batch_seconds=2.5")
@@ -146,6 +146,7 @@ def test_two_workers_take_the_step_of_one_large_batch(space, one_batch, data, ra
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_streamed_and_resident_take_the_same_steps(space, local, ray_cluster):
     plain = train(space, "files", "resources.data=streamed", "resources.workers=0")
     resident, streamed = (train(space, f"by-{way}", f"resources.data={way}") for way in ("resident", "streamed"))

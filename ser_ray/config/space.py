@@ -116,7 +116,8 @@ class Resources(Section):
     """Data-parallel processes per trial. In a search, 1 trains in Tune's own process; several add twenty seconds to a
     trial. 0 trains in this process, without Ray, for a debugger (train only)."""
     cpus_per_worker: float | Literal["auto"] = "auto"
-    """auto: 1 without a GPU (many small trials beat one trial on many threads), 4 with a GPU."""
+    """auto: 1 without a GPU (many small trials beat one trial on many threads); with GPUs an even share of the node's
+    cores for each, at most 4."""
     gpus_per_worker: float | Literal["auto"] = "auto"
     """auto: 1 if the cluster has a GPU, else 0. 0.25 puts four trials on one GPU."""
     data: Literal["auto", "resident", "streamed"] = "auto"

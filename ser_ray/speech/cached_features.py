@@ -5,7 +5,7 @@
 
 Moments: a head that mixes S states with weights w and pools mean and deviation over frames needs sum_l w_l mean_l and
 sum_lm w_l w_m cov_lm. So the means of all states and their covariances (one row per pair) are all that it needs: the
-same metrics up to rounding, from a hundredth of the bytes.
+same metrics up to rounding, from a part of the bytes (whisper-tiny, 4 s: 1/13).
 
 `ser_ray.models.prefix` computes them. Nothing here needs torch, so a process that only looks up or reads the cache
 starts quickly.
