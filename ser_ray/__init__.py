@@ -6,10 +6,7 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ser_ray.api import Model, Rows, SearchResults, audit_data, load, prepare_data, read_results, search
+from typing import Any
 
 __version__ = "0.2.0"
 __all__ = ["Model", "Rows", "SearchResults", "audit_data", "load", "prepare_data", "read_results", "search"]

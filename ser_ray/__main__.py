@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from ser_ray import __version__, disk
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 RENAMED = {"premium": "leakage"}
 """Old names of verbs, which still work."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 if TYPE_CHECKING:
     import numpy as np

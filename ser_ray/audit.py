@@ -24,11 +24,11 @@ from rich.table import Column, Table
 
 from ser_ray import config, disk, prepare
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.models.pretraining import pretraining_overlap
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import paths
+from ser_ray.schema import UserError
 from ser_ray.speech.fingerprint import same_recordings_in
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}

@@ -26,8 +26,8 @@ from rich.console import Console
 
 from ser_ray import config, disk
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.record import Record, install_best, record_opening
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.runs import Run, budget, finalists_of, runs_of, trained
@@ -38,7 +38,7 @@ from ser_ray.runtime.allocation import Allocation
 from ser_ray.runtime.feature_cache import CachedFeatures
 from ser_ray.runtime.pool import Pool
 from ser_ray.runtime.scorer import Scorer
-from ser_ray.schema import Predictions
+from ser_ray.schema import UserError
 from ser_ray.training.probe import most_utterances
 
 PROBE: Final = "frozen backbone + linear"

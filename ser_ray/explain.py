@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from ser_ray import config
 from ser_ray.config.validation import hint
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 

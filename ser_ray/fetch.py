@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ser_ray import config
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 CACHE = "HF_HUB_CACHE"
 OFFLINE = "HF_HUB_OFFLINE"

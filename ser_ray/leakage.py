@@ -25,14 +25,14 @@ from rich.table import Table
 
 from ser_ray import config, disk
 from ser_ray.config import Protocol, SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluate import evaluate
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, headline
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.runtime import cluster, paths
-from ser_ray.schema import Predictions
+from ser_ray.schema import UserError
 from ser_ray.train import train
 
 DISJOINT = "speaker_kfold"

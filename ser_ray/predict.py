@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ser_ray.disk import write_text
-from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
+from ser_ray.schema import UserError
 from ser_ray.training.inference import Answer, predict
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")

@@ -39,9 +39,8 @@ from ser_ray import config, corpora
 from ser_ray.corpora import synthetic
 from ser_ray.corpora.describe import differences
 from ser_ray.disk import read_json, replacing, write_json
-from ser_ray.errors import UserError
 from ser_ray.runtime import cluster, paths
-from ser_ray.schema import SAMPLING_RATE, Rejected, Utterance
+from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 

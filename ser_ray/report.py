@@ -28,7 +28,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ser_ray.disk import write_bytes, write_text
-from ser_ray.errors import UserError
 from ser_ray.evaluation import comparison
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, read_trials
@@ -49,6 +48,7 @@ from ser_ray.evaluation.page import (
 from ser_ray.evaluation.plots import to_png
 from ser_ray.evaluation.results import Results, read_results
 from ser_ray.evaluation.verdicts import limits_of, p_of, signed, verdicts
+from ser_ray.schema import UserError
 
 FILES = {
     "test": "evaluation/confusion_test.png",

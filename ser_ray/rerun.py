@@ -25,10 +25,10 @@ from rich.table import Table
 
 from ser_ray import config, disk, prepare, report, tune
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.runtime import cluster, paths, provenance
+from ser_ray.schema import UserError
 from ser_ray.train import train
 
 WHERE = ("version", "git", "python", "gpus", "host")

@@ -1,15 +1,13 @@
-"""The data types of the project: utterances, folds, predictions, and the names of emotions and splits.
+"""The data types of the project: utterances, folds, errors, and the names of emotions and splits.
 
-Every other module may import this one; of the project's it imports the errors alone.
+Every other module may import this one; it imports none of the project's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 SAMPLING_RATE: Final = 16_000
 """Hz: the rate on which every supported backbone was pre-trained, and the rate of the shards."""
@@ -30,6 +28,22 @@ EMOTIONS: Final = (
 SPLITS: Final = ("train", "dev", "test")
 TIE: Final = "tie"
 """In place of a perceived emotion: listeners voted, and no emotion got more votes than every other."""
+
+
+class UserError(ValueError):
+    """An error that the user can fix: shown as one line (what, where, what to do), exit code 2."""
+
+
+class StorageError(UserError):
+    """A path cannot be written any more: no other process could write there either."""
+
+
+class MemoryShortageError(UserError):
+    """A model and its batch did not fit into memory: with smaller batches they may."""
+
+
+class ProcessDiedError(UserError):
+    """A process was killed from outside, as by a lost machine or Ray's memory monitor: trying again may help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,42 +96,3 @@ class Fold:
     description: str
     common_emotions: bool = False
     """Whether emotions that train or test lack are left out by design."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A model's predictions for N utterances and K emotions; columns of equal length.
-
-    ``labels`` (N,) int64 are indices into ``emotions``; ``probabilities`` (N, K) float64 rows sum to 1.
-    """
-
-    emotions: tuple[str, ...]
-    utterance_ids: tuple[str, ...]
-    corpora: tuple[str, ...]
-    speakers: tuple[str, ...]
-    labels: np.ndarray
-    probabilities: np.ndarray
-
-    def __post_init__(self) -> None:
-        n = len(self.utterance_ids)
-        assert len(self.corpora) == len(self.speakers) == n, (n, len(self.corpora), len(self.speakers))
-        assert self.labels.shape == (n,), self.labels.shape
-        assert self.probabilities.shape == (n, len(self.emotions)), self.probabilities.shape
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """(N,) int64: the most probable label of each utterance."""
-        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
-
-    def over(self, emotions: tuple[str, ...]) -> Predictions:
-        """The predictions restricted to ``emotions``: their probabilities, normalised to sum to 1. All labels must be
-        among them."""
-        if emotions == self.emotions:
-            return self
-        columns = [self.emotions.index(emotion) for emotion in emotions]
-        kept = np.maximum(self.probabilities[:, columns], np.finfo(np.float64).tiny)
-        labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
-        return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
-
-    def __len__(self) -> int:
-        return len(self.utterance_ids)

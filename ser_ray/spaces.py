@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ser_ray import config
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 
 def main(name: str | None = None) -> int:

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from ser_ray import config, prepare
 from ser_ray.config import Experiment, SearchSpace
-from ser_ray.errors import MemoryShortageError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.results import the_probe
 from ser_ray.protocols.task import Task, load_task
@@ -32,6 +31,7 @@ from ser_ray.runtime import cluster, feature_cache, paths, plan
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_trial
+from ser_ray.schema import MemoryShortageError
 from ser_ray.trials.records import Trials
 
 # The model and its loop take seconds to import. They are imported where they run, as many processes only start and

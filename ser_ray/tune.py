@@ -34,7 +34,6 @@ from rich.console import Console
 
 from ser_ray import config, disk, report
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluate import evaluate
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
@@ -47,6 +46,7 @@ from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import run_trial
 from ser_ray.runtime.watch import Watch
+from ser_ray.schema import UserError
 from ser_ray.train import make_plan, show_plan
 from ser_ray.trials import study
 from ser_ray.trials.records import Trials

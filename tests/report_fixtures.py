@@ -13,9 +13,9 @@ from rich.console import Console
 from ser_ray import config
 from ser_ray.evaluation import folder as results_folder
 from ser_ray.evaluation.baselines import chance, majority
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.report import print_summary
-from ser_ray.schema import Predictions
 from ser_ray.speech import shards
 
 HOSTILE = '<script>alert("x")</script> $\\frac{[red]'

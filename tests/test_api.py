@@ -14,9 +14,9 @@ from backbone_fixtures import experiment
 from report_fixtures import write_search
 
 import ser_ray
-from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
+from ser_ray.schema import UserError
 
 DOZEN = """
 import numpy as np

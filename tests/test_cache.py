@@ -22,12 +22,12 @@ from test_verbs import write_space
 from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.models import backbones, prefix
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import allocation, feature_cache, plan
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.schema import UserError
 from ser_ray.speech import shards, stream
 from ser_ray.speech.cached_features import Prefix
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ser_ray import config
 from ser_ray.config import Experiment, SearchSpace, load
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 MINIMAL = """

@@ -13,12 +13,12 @@ import pytest
 from ser_ray.config import Audio, SearchSpace
 from ser_ray.evaluate import PROBE
 from ser_ray.evaluation.folder import TrialRecord
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.record import Record
 from ser_ray.evaluation.runs import Run
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.runtime.scorer import _predictions
-from ser_ray.schema import Predictions
 from ser_ray.speech import shards
 
 EMOTIONS = ("angry", "happy", "neutral", "sad")

@@ -14,8 +14,8 @@ from test_verbs import results_of, write_space
 
 from ser_ray import config, leakage
 from ser_ray.__main__ import main
-from ser_ray.errors import UserError
-from ser_ray.schema import Predictions
+from ser_ray.evaluation.predictions import Predictions
+from ser_ray.schema import UserError
 
 
 def predictions(right: float, seed: int = 0, speakers: int = 8) -> Predictions:

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from ser_ray import prepare as verb
 from ser_ray.config import Audio, SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.prepare import main, prepare
 from ser_ray.protocols.folds import labelled
-from ser_ray.schema import Utterance
+from ser_ray.schema import UserError, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
 

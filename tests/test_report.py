@@ -26,13 +26,13 @@ from report_fixtures import (
 )
 
 from ser_ray import config
-from ser_ray.errors import UserError
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.mistakes import most_confident
 from ser_ray.evaluation.page import show
 from ser_ray.evaluation.results import read_history, read_results
 from ser_ray.evaluation.summary import write_predictions
 from ser_ray.report import build, main
+from ser_ray.schema import UserError
 
 
 @pytest.fixture(scope="module")

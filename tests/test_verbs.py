@@ -542,7 +542,7 @@ def test_a_full_disk_ends_a_search_with_one_line(space, small_disk, ray_cluster,
 
 
 def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
-    from ser_ray.errors import UserError
+    from ser_ray.schema import UserError
 
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     settled = paths.resolve_paths(config.load(config.default_space()))

@@ -31,9 +31,9 @@ from torch import nn
 from recipes.embedded import material, objectives, speech
 from recipes.embedded.objectives import WEIGHTS, Objectives, total
 from ser_ray.disk import read_json, replacing, write_json, write_text
-from ser_ray.errors import UserError
 from ser_ray.models import backbones, pretraining
 from ser_ray.models.precision import autocast
+from ser_ray.schema import UserError
 
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "whisper": {

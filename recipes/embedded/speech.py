@@ -37,9 +37,8 @@ from safetensors.numpy import save_file
 from ser_ray.corpora.espeak import ACCENTS, RATE, Narrate, Phones, Voice, narrator
 from ser_ray.corpora.synthetic import SENTENCES
 from ser_ray.disk import read_json, replacing, write_json
-from ser_ray.errors import UserError
 from ser_ray.models.pretraining import voice_key, words
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.schema import SAMPLING_RATE, UserError
 
 VERSION: Final = 1
 """Raised when the audio or its targets change; part of the settings by which a directory is recognised."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ser_ray.config.experiment import Experiment
 from ser_ray.config.space import SearchSpace
 from ser_ray.config.validation import Place, key_parts, to_dict, validated, with_values
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 UNSPECIFIED: Final = "unspecified"
 """The backbone of a space that names none, where none is needed."""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ser_ray.config.experiment import Experiment, Section, Words, as_tuple
 from ser_ray.config.validation import to_dict, validated, with_values
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 THE_SAME_FOR_ALL = frozenset(
     {"name", "corpora", "labels", "label", "emotions", "merge", "audio", "protocol"},

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 M = TypeVar("M", bound=BaseModel)
 

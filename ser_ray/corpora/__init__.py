@@ -19,8 +19,7 @@ from typing import Final
 
 from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
-from ser_ray.errors import UserError
-from ser_ray.schema import Rejected, Utterance
+from ser_ray.schema import Rejected, UserError, Utterance
 
 MODULES: Final = {
     "crema_d": "ser_ray.corpora.crema_d",

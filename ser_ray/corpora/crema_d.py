@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ser_ray.errors import UserError
-from ser_ray.schema import TIE, Utterance
+from ser_ray.schema import TIE, UserError, Utterance
 
 SPEECH: Final = "acted"
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final
 import espeakng_loader
 import numpy as np
 
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 RATE: Final = 22_050
 """Hz: espeak-ng's own rate."""

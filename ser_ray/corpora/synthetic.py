@@ -33,8 +33,7 @@ import numpy as np
 import soundfile
 
 from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
-from ser_ray.errors import UserError
-from ser_ray.schema import EMOTIONS, Utterance
+from ser_ray.schema import EMOTIONS, UserError, Utterance
 
 SPEECH: Final = "synthetic"
 SPEAKERS: Final = 24

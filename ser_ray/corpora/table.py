@@ -17,8 +17,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.errors import UserError
-from ser_ray.schema import EMOTIONS, Rejected, Utterance
+from ser_ray.schema import EMOTIONS, Rejected, UserError, Utterance
 
 SUFFIXES: Final = (".csv", ".parquet")
 REQUIRED: Final = ("path", "speaker", "emotion")

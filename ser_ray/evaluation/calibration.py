@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ser_ray.evaluation.metrics import ece
-from ser_ray.schema import Predictions
+from ser_ray.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)

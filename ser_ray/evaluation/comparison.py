@@ -14,8 +14,8 @@ import numpy as np
 
 from ser_ray.config import to_dict
 from ser_ray.evaluation.gaps import corrected, gap_records
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.results import Results, as_number
-from ser_ray.schema import Predictions
 
 
 @dataclass(frozen=True)

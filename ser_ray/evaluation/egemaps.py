@@ -12,8 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from ser_ray.errors import UserError
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.schema import SAMPLING_RATE, UserError
 
 NUM_FEATURES: Final = 88
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from ser_ray.config import Experiment
 from ser_ray.disk import locked, read_json, write_json, write_text
-from ser_ray.errors import UserError
 from ser_ray.evaluation.results import read_history
+from ser_ray.schema import UserError
 
 Record = dict[str, Any]
 NOTES = "notes.txt"

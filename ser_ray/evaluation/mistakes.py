@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from ser_ray.errors import UserError
-from ser_ray.schema import SAMPLING_RATE, Predictions
+from ser_ray.evaluation.predictions import Predictions
+from ser_ray.schema import SAMPLING_RATE, UserError
 from ser_ray.speech import shards
 
 BANDS: Final = 64

@@ -15,16 +15,16 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ser_ray.config import to_dict
-from ser_ray.errors import UserError
 from ser_ray.evaluation import comparison, mistakes, plots, trial_plots
 from ser_ray.evaluation.calibration import reliability
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, DEV_METRICS
 from ser_ray.evaluation.gaps import limits
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.results import Results, as_number
 from ser_ray.evaluation.verdicts import NAMES, brief_p, limits_of, signed, verdicts
-from ser_ray.schema import Predictions
+from ser_ray.schema import UserError
 
 TITLES: Final = NAMES | {
     "f1": "F1",

@@ -18,10 +18,10 @@ from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.runs import Run
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.protocols.task import Task
-from ser_ray.schema import Predictions
 
 
 @dataclass(frozen=True)

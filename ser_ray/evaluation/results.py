@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
-from ser_ray.errors import UserError
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
-from ser_ray.schema import Predictions
+from ser_ray.schema import UserError
 
 THE_PROBE: Final = "the probe"
 """The name of a model whose best epoch is 0: `Head.init` probe, before any training of the backbone."""

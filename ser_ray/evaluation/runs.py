@@ -9,11 +9,11 @@ from typing import Any
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.protocols.finals import dev_after, final_runs
 from ser_ray.protocols.task import Task
+from ser_ray.schema import UserError
 
 
 @dataclass(frozen=True)

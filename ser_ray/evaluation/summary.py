@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ser_ray.disk import replacing
-from ser_ray.errors import UserError
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import accuracy, confusion, ece, headline, per_emotion, uar
-from ser_ray.schema import Predictions
+from ser_ray.evaluation.predictions import Predictions
+from ser_ray.schema import UserError
 
 _COLUMNS: Final = ("utterance_id", "corpus", "speaker", "split", "emotion", "predicted")
 _PROBABILITY: Final = "p_"

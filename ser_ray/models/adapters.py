@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 
 from ser_ray import config
-from ser_ray.errors import UserError
 from ser_ray.models.backbones import Backbone
+from ser_ray.schema import UserError
 
 # PEFT takes seconds to import, which a trial that trains only the head or all weights need not wait for.
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from ser_ray.errors import UserError
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
+from ser_ray.schema import UserError
 from ser_ray.speech.augment import mask
 
 FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from ser_ray import config
 from ser_ray.disk import write_json
-from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.schema import UserError
 
 
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:

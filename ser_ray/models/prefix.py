@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ser_ray.config import Experiment
-from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.backbones import Backbone, frame_mask
 from ser_ray.models.pooling import moments
+from ser_ray.schema import UserError
 from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.stream import Batch
 

@@ -7,9 +7,8 @@ import itertools
 import pyarrow as pa
 
 from ser_ray.config import Protocol, SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.protocols.folds import count_folds, make_fold
-from ser_ray.schema import Fold
+from ser_ray.schema import Fold, UserError
 
 
 def final_runs(space: SearchSpace, index: pa.Table) -> list[tuple[int, int]]:

@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ser_ray.config import Protocol
-from ser_ray.errors import UserError
 from ser_ray.protocols.balance import Rows, balanced_groups
 from ser_ray.protocols.given import read_folds
-from ser_ray.schema import SPLITS, Fold
+from ser_ray.schema import SPLITS, Fold, UserError
 
 EMOBOX_RAVDESS: Final = (
     ("01", "11", "20", "21"),

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Final
 
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 DIGITS: Final = 4
 """Maximum length of a fold's number: ten thousand folds or more are a mistake, since every fold is a separate run."""

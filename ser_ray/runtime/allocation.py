@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ser_ray.config import Resources, SearchSpace
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 DATA_CPUS: Final = 1
 """Logical CPUs of a node that trials leave free: Ray Data's tasks would wait forever if trainers held all of them."""

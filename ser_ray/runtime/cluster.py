@@ -18,9 +18,9 @@ import ray.data
 from rich.console import Console
 
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.runtime import allocation, nodes
 from ser_ray.runtime.allocation import DATA_CPUS, Allocation, Node, Worker
+from ser_ray.schema import UserError
 
 OWN = "ser_ray_started"
 """A resource that marks the node whose Ray this project started: it declares one CPU more than exists, for the data."""

@@ -7,7 +7,7 @@ import re
 from ray.exceptions import RayError
 
 from ser_ray import disk
-from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 
 _DIED = re.compile(
     r"The (actor|worker) died unexpectedly|The actor is dead|The actor \w+ is unavailable"

@@ -24,7 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 EXPECTED: Final = "SER_RAY_NODES"
 """How many nodes to wait for; ``cluster/slurm.sbatch`` sets it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 
 def resolve_paths(space: SearchSpace) -> SearchSpace:

@@ -16,10 +16,9 @@ from typing import Any, Final
 
 from ser_ray import config
 from ser_ray.config import Distribution, Experiment, SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.runtime.allocation import Allocation
-from ser_ray.schema import SAMPLING_RATE, SPLITS
+from ser_ray.schema import SAMPLING_RATE, SPLITS, UserError
 from ser_ray.speech import order, shards
 from ser_ray.speech.cached_features import Prefix
 

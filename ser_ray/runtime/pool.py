@@ -9,9 +9,9 @@ from typing import Any, Final, Self, TypeVar
 import ray
 from rich.console import Console
 
-from ser_ray.errors import ProcessDiedError, UserError
 from ser_ray.runtime import cluster, failures
 from ser_ray.runtime.allocation import Worker
+from ser_ray.schema import ProcessDiedError, UserError
 
 RESTARTS: Final = 3
 """How often an actor whose process dies is restarted and its job repeated."""

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.models.pretraining import pretraining_overlap
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import plan, provenance
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.schema import UserError
 from ser_ray.speech import shards
 from ser_ray.speech.fingerprint import same_recordings_in
 

@@ -12,13 +12,13 @@ import torch
 
 from ser_ray.config import Experiment
 from ser_ray.evaluation import baselines, egemaps
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.models.precision import bound_memory
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.runtime.feature_cache import CachedFeatures
-from ser_ray.schema import Predictions
 from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch

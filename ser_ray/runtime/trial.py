@@ -19,11 +19,11 @@ from rich.console import Console
 
 from ser_ray import config
 from ser_ray.config import Experiment
-from ser_ray.errors import MemoryShortageError
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import failures, feature_cache, feed, nodes
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.schema import MemoryShortageError
 from ser_ray.speech import cached_features
 
 # The model and its loop take seconds to import. They are imported where they run, as many processes only start and

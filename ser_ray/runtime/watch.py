@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ser_ray.config import SearchSpace
-from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
 from ser_ray.runtime import failures
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.trials.logs import open_logs
 from ser_ray.trials.records import Trials
 

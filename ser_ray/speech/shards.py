@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 import ser_ray
 from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
-from ser_ray.errors import UserError
-from ser_ray.schema import TIE, Rejected
+from ser_ray.schema import TIE, Rejected, UserError
 from ser_ray.speech.order import PIECE
 
 FORMAT: Final = 3

@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ser_ray.config import Experiment
-from ser_ray.errors import UserError
 from ser_ray.evaluation import metrics
 from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast, compute_dtype
+from ser_ray.schema import UserError
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
 from ser_ray.training import step

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from ser_ray.errors import MemoryShortageError
+from ser_ray.schema import MemoryShortageError
 
 # Messages of torch 2.14, cuDNN and bitsandbytes 0.50; those for a GPU have not been triggered on one.
 _SAID: Final = re.compile(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluation.folder import Record
+from ser_ray.schema import UserError
 
 Log = Callable[[str, Mapping[str, Any], Record], None]
 """Receives a trial's id, its values and an epoch's record."""

@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ser_ray import config
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import Record, TrialRecord, costs
+from ser_ray.schema import UserError
 from ser_ray.trials import points
 
 STARTUP: Final = (4, 10)

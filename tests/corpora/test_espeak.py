@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ser_ray.corpora import espeak
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 LANGUAGES = ("en-us", "de", "fr", "pl", "tr", "fi", "sw", "hu")
 

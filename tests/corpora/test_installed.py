@@ -11,7 +11,7 @@ import pytest
 
 from ser_ray import corpora
 from ser_ray.corpora import describe
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "own_corpus"
 

@@ -6,8 +6,7 @@ import pytest
 
 from ser_ray import corpora
 from ser_ray.corpora.files import audio_files, from_names
-from ser_ray.errors import UserError
-from ser_ray.schema import Rejected, Utterance
+from ser_ray.schema import Rejected, UserError, Utterance
 
 
 def touch(directory, *names):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.corpora import espeak, synthetic
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 
 
 @pytest.fixture(scope="module")

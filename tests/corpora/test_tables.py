@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.corpora.table import read
-from ser_ray.errors import UserError
-from ser_ray.schema import EMOTIONS, TIE
+from ser_ray.schema import EMOTIONS, TIE, UserError
 
 CLIPS = ("1001_IEO_FEA_LO", "1001_IEO_FEA_MD", "1002_DFA_ANG_XX")
 

@@ -5,7 +5,7 @@ import pytest
 
 from ser_ray.evaluation.calibration import reliability
 from ser_ray.evaluation.metrics import ece
-from ser_ray.schema import Predictions
+from ser_ray.evaluation.predictions import Predictions
 
 
 def _said(probabilities, labels) -> Predictions:

@@ -8,13 +8,13 @@ import pytest
 from report_fixtures import HOSTILE, Page, predictions, write_everything, write_results, write_search
 
 from ser_ray import config
-from ser_ray.errors import UserError
 from ser_ray.evaluation.comparison import differing, gap, gaps, labels
 from ser_ray.evaluation.intervals import paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 from ser_ray.evaluation.results import read_results
 from ser_ray.evaluation.summary import write_predictions
 from ser_ray.report import main
+from ser_ray.schema import UserError
 
 
 def _rename(folder, **changes):

@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from ser_ray.errors import UserError
 from ser_ray.evaluation.egemaps import NUM_FEATURES, egemaps
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.schema import SAMPLING_RATE, UserError
 
 
 def _buzz(pitch: float, seconds: float = 1.5) -> np.ndarray:

@@ -9,9 +9,9 @@ import soundfile
 from matplotlib.image import imread
 from report_fixtures import predictions, write_speech
 
-from ser_ray.errors import UserError
 from ser_ray.evaluation.mistakes import BANDS, log_mel, most_confident, recording, recordings
-from ser_ray.schema import Predictions
+from ser_ray.evaluation.predictions import Predictions
+from ser_ray.schema import UserError
 from ser_ray.speech import shards
 
 

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_score
 
-from ser_ray.errors import UserError
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions, summarise, write_predictions
-from ser_ray.schema import Predictions
+from ser_ray.schema import UserError
 
 EMOTIONS = ("angry", "happy", "neutral", "boredom")
 

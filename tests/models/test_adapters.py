@@ -13,10 +13,10 @@ from backbone_fixtures import FEED_FORWARD, LAYERS, VARIANTS, WIDTH, experiment,
 from torch import nn
 
 from ser_ray.config import Adapter
-from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.adapters import adapt, check_gradients
 from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.schema import UserError
 
 
 def _model(backbones_dir: Path, variant: str, **adapter: object) -> EmotionClassifier:

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from ser_ray.errors import UserError
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.schema import SAMPLING_RATE
+from ser_ray.schema import SAMPLING_RATE, UserError
 
 WAVEFORM_FAMILIES = [v for v in VARIANTS if v != "whisper"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from backbone_fixtures import experiment, logits, noise_batch
 
-from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
+from ser_ray.schema import UserError
 from ser_ray.training.loop import make_optimizer
 
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ser_ray
-from ser_ray.errors import UserError
 from ser_ray.models import backbones, precision, prefix
 from ser_ray.models.classifier import EmotionClassifier, Head, build
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.pooling import masked_statistics, moments, normalise, pool_moments, weighted_statistics
+from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -11,10 +11,10 @@ import torch
 from backbone_fixtures import LAYERS, VARIANTS, WIDTH, data_of, experiment, noise_batch, tone_batches, write_backbone
 from torch import nn
 
-from ser_ray.errors import UserError
 from ser_ray.models import prefix
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.pooling import masked_statistics, moments, normalise, pool_moments
+from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from ser_ray.corpora import synthetic
-from ser_ray.errors import UserError
 from ser_ray.models import backbones, pretraining
 from ser_ray.models.pretraining import pretraining_overlap, voice_key, words
+from ser_ray.schema import UserError
 
 NAME = "embedded/mine"
 

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 import pytest
 
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.protocols.finals import final_runs, more_dev, trained_folds, trained_protocols
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task
+from ser_ray.schema import UserError
 
 
 def space_of(protocol: dict[str, Any], tune: dict[str, Any], **changes: Any) -> SearchSpace:

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser_ray.config import Protocol
-from ser_ray.errors import UserError
 from ser_ray.protocols.folds import EMOBOX_RAVDESS, labelled, make_fold, unheard
-from ser_ray.schema import SPLITS, TIE, Fold
+from ser_ray.schema import SPLITS, TIE, Fold, UserError
 
 EMOTIONS = ("angry", "happy", "neutral", "sad")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ser_ray.errors import UserError
 from ser_ray.protocols.given import read_folds
+from ser_ray.schema import UserError
 
 
 def test_folds_are_read_by_number_whatever_their_order(tmp_path):

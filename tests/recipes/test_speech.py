@@ -10,8 +10,8 @@ import pytest
 
 from recipes.embedded import speech
 from ser_ray.corpora import synthetic
-from ser_ray.errors import UserError
 from ser_ray.models.pretraining import words
+from ser_ray.schema import UserError
 
 PER_PART = 5
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ser_ray import config
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.runtime.allocation import DATA_CPUS, Node, Worker, allocate, capacity
+from ser_ray.schema import UserError
 
 
 def space(concurrency: int | None = None, **resources) -> SearchSpace:

@@ -18,8 +18,8 @@ import ray
 from ray._common.utils import get_ray_address_file
 from ray._private.utils import validate_socket_filepath
 
-from ser_ray.errors import StorageError, UserError
 from ser_ray.runtime import cluster, failures
+from ser_ray.schema import StorageError, UserError
 
 
 @pytest.mark.ray

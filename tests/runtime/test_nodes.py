@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from ser_ray import config
-from ser_ray.errors import UserError
 from ser_ray.runtime import nodes
+from ser_ray.schema import UserError
 
 
 def node(number: int, gpus: float = 0) -> dict[str, Any]:

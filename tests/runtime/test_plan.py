@@ -14,11 +14,11 @@ from test_verbs import write_space
 from ser_ray import config
 from ser_ray.__main__ import main
 from ser_ray.config import SearchSpace
-from ser_ray.errors import UserError
 from ser_ray.prepare import prepare
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import allocation, feature_cache, plan
 from ser_ray.runtime.plan import RunPlan
+from ser_ray.schema import UserError
 from ser_ray.speech import order
 
 ONE_GPU = allocation.Allocation(

@@ -11,10 +11,10 @@ import pytest
 import ray
 from rich.console import Console
 
-from ser_ray.errors import UserError
 from ser_ray.runtime import cluster
 from ser_ray.runtime.allocation import Worker
 from ser_ray.runtime.pool import RESTARTS, Pool
+from ser_ray.schema import UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

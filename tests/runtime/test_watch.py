@@ -15,10 +15,10 @@ from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
 import ser_ray.runtime.watch
-from ser_ray.errors import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.evaluation import folder
 from ser_ray.runtime import failures
 from ser_ray.runtime.watch import Watch
+from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.trials.records import ATTEMPTS, Trials
 
 VALUES = {"adapter.method": "lora", "adapter.rank": 8, "optimizer.lr": 0.000312345}

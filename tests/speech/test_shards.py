@@ -13,8 +13,7 @@ import pytest
 
 from ser_ray.config import Audio
 from ser_ray.disk import write_json
-from ser_ray.errors import UserError
-from ser_ray.schema import Rejected
+from ser_ray.schema import Rejected, UserError
 from ser_ray.speech import shards
 
 

@@ -22,9 +22,9 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from ser_ray.config import Experiment
-from ser_ray.errors import UserError
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop, step
 

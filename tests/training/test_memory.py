@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ser_ray.errors import MemoryShortageError
+from ser_ray.schema import MemoryShortageError
 from ser_ray.training.memory import is_out_of_memory, with_what_fits
 
 SHORT = {

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ser_ray.config import Experiment
-from ser_ray.errors import UserError
 from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop, step
 

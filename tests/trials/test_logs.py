@@ -8,7 +8,7 @@ from search_fixtures import SEARCH, record, space
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import crc32c
 
-from ser_ray.errors import UserError
+from ser_ray.schema import UserError
 from ser_ray.trials import logs
 
 

@@ -10,9 +10,9 @@ import pytest
 from optuna.trial import TrialState
 from search_fixtures import SEARCH, record, space
 
-from ser_ray.errors import UserError
 from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
+from ser_ray.schema import UserError
 from ser_ray.trials import study
 from ser_ray.trials.records import ATTEMPTS, Trials
 

@@ -1,0 +1,46 @@
+"""What a model predicted for the utterances of a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's predictions for N utterances and K emotions; columns of equal length.
+
+    ``labels`` (N,) int64 are indices into ``emotions``; ``probabilities`` (N, K) float64 rows sum to 1.
+    """
+
+    emotions: tuple[str, ...]
+    utterance_ids: tuple[str, ...]
+    corpora: tuple[str, ...]
+    speakers: tuple[str, ...]
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.utterance_ids)
+        assert len(self.corpora) == len(self.speakers) == n, (n, len(self.corpora), len(self.speakers))
+        assert self.labels.shape == (n,), self.labels.shape
+        assert self.probabilities.shape == (n, len(self.emotions)), self.probabilities.shape
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(N,) int64: the most probable label of each utterance."""
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def over(self, emotions: tuple[str, ...]) -> Predictions:
+        """The predictions restricted to ``emotions``: their probabilities, normalised to sum to 1. All labels must be
+        among them."""
+        if emotions == self.emotions:
+            return self
+        columns = [self.emotions.index(emotion) for emotion in emotions]
+        kept = np.maximum(self.probabilities[:, columns], np.finfo(np.float64).tiny)
+        labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
+        return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
+
+    def __len__(self) -> int:
+        return len(self.utterance_ids)
