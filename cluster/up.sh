@@ -72,7 +72,7 @@ done
 export RAY_AUTH_MODE=token RAY_ADDRESS=$address:$port SER_RAY_NODES=${#hosts[@]} SER_RAY_WAIT=${SER_RAY_WAIT:-120}
 run "${hosts[0]}" "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH RAY_ADDRESS=$RAY_ADDRESS \
     SER_RAY_NODES=$SER_RAY_NODES SER_RAY_WAIT=$SER_RAY_WAIT \
-    $python -c 'from ser_ray import cluster; cluster.connect(); print(cluster.describe())'"
+    $python -c 'from ser_ray.runtime import cluster; cluster.connect(); print(cluster.describe())'"
 cat << TOLD
 up: head ${hosts[0]} ($address). From here:
   ssh -N -L $dashboard:127.0.0.1:$dashboard ${hosts[0]} &

@@ -9,7 +9,17 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["Model", "Rows", "SearchResults", "audit_data", "load", "prepare_data", "read_results", "search"]
+__all__ = [
+    "Model",
+    "Rows",
+    "SearchResults",
+    "UserError",
+    "audit_data",
+    "load",
+    "prepare_data",
+    "read_results",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from ser_ray.api import Model as Model
 from ser_ray.api import Rows as Rows
 from ser_ray.api import SearchResults as SearchResults
+from ser_ray.api import UserError as UserError
 from ser_ray.api import audit_data as audit_data
 from ser_ray.api import load as load
 from ser_ray.api import prepare_data as prepare_data
@@ -10,3 +11,14 @@ from ser_ray.api import read_results as read_results
 from ser_ray.api import search as search
 
 __version__: str
+__all__ = [
+    "Model",
+    "Rows",
+    "SearchResults",
+    "UserError",
+    "audit_data",
+    "load",
+    "prepare_data",
+    "read_results",
+    "search",
+]

@@ -20,13 +20,15 @@ from ser_ray.schema import UserError
 
 RENAMED = {"premium": "leakage"}
 """Old names of verbs, which still work."""
+COMPLETE = "_SER_RAY_COMPLETE"
+"""Set by the completion that ``ser-ray --install-completion`` installs."""
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad configuration or input (one line says which), 130 interrupted."
 
 app = typer.Typer(
     name="ser-ray",
     help="Experiments in speech emotion recognition: search, fine-tune, evaluate, report. "
     "A search space is one YAML file; any of its keys is overridden by key=value, such as experiment.epochs=3. "
-    "python -m ser_ray.VERB is the same as ser-ray VERB.",
+    "python -m ser_ray.VERB is the same as ser-ray VERB (but for config and new).",
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -97,7 +99,12 @@ def config(
 
 
 @app.command(epilog=_epilog("ser-ray prepare mine.yaml", "ser-ray prepare mine.yaml experiment.audio.trim_db=null"))
-def prepare(space: Space, overrides: Overrides = None) -> int:
+def prepare(
+    space: Annotated[
+        Path | None, typer.Argument(metavar="SPACE.yaml", help="The search space, default the demo.")
+    ] = None,
+    overrides: Overrides = None,
+) -> int:
     """Decode and check the corpora: 16 kHz shards, made once, and made again only where something changed."""
     return _call("prepare", space, overrides or [])
 
@@ -197,6 +204,17 @@ def predict(
     return _call("predict", checkpoint, audio, format=format.value, output=output)
 
 
+def _run(arguments: list[str]) -> int:
+    """Parse and call. Not by calling ``app``: that takes an interrupt, and some errors of a verb, for its own."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("ser-ray", arguments) as context:
+            code: int | None = command.invoke(context)
+    except typer.Exit as end:  # help was shown
+        return end.exit_code
+    return code or 0
+
+
 VERBS = tuple(command.callback.__name__ for command in app.registered_commands if command.callback)
 
 
@@ -214,9 +232,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = [RENAMED[name] if argument == name else argument for argument in arguments]
         name = RENAMED[name]
     said = f"ser-ray {name}".strip()
+    if COMPLETE in os.environ:  # asked by the shell, for what may follow
+        app(prog_name="ser-ray")
     try:
-        code: int | None = app(arguments or ["--help"], prog_name="ser-ray", standalone_mode=False)
-        return (code or 0) if arguments else 2
+        return _run(arguments) if arguments else (_run(["--help"]) or 2)
     except UserError as error:
         print(f"{said}: {error}", file=sys.stderr)
         return 2
@@ -229,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{said}: {line}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         print(f"\n{said}: interrupted; the same command continues", file=sys.stderr)
         return 130
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-    from ser_ray.config import SearchSpace
     from ser_ray.evaluation.results import Results
     from ser_ray.models.classifier import EmotionClassifier
     from ser_ray.training.inference import Source
@@ -101,7 +100,7 @@ class SearchResults:
     """A results folder as tables; `read_results` reads it, `search` makes it. What is not there yet is empty."""
 
     folder: Path
-    content: Results
+    content: Results = field(repr=False, compare=False)
     """All that the folder holds, as it was written."""
 
     @property
@@ -192,10 +191,9 @@ def search(space: str | Path, **overrides: Any) -> SearchResults:
     Raises UserError for what does not fit.
     """
     from ser_ray import report, tune
-    from ser_ray.runtime import paths
 
-    read, text = _space(space, overrides)
-    return read_results(tune.run(paths.resolve_paths(read), report.terminal(), ["tune", *text]))
+    path, given = _given(space, overrides)
+    return read_results(tune.run(tune.load_space(path, given), report.terminal(), ["tune", str(path), *given]))
 
 
 def prepare_data(space: str | Path, **overrides: Any) -> list[Path]:
@@ -203,11 +201,11 @@ def prepare_data(space: str | Path, **overrides: Any) -> list[Path]:
 
     Arguments and errors: as `search`; the space may leave out its backbone.
     """
-    from ser_ray import prepare
+    from ser_ray import config, prepare
     from ser_ray.runtime import paths
 
-    read, _ = _space(space, overrides, needs_backbone=False)
-    return prepare.prepare(paths.resolve_paths(read), use_ray=read.resources.workers > 0)
+    read = paths.resolve_paths(config.load(*_given(space, overrides), needs_backbone=False))
+    return prepare.prepare(read, use_ray=read.resources.workers > 0)
 
 
 def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
@@ -218,31 +216,28 @@ def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
     """
     from rich.console import Console
 
-    from ser_ray import audit
+    from ser_ray import audit, config
     from ser_ray.runtime import paths
 
-    read, _ = _space(space, overrides, needs_backbone=False)
-    return audit.run(paths.resolve_paths(read), Console(highlight=False, soft_wrap=True))
+    read = paths.resolve_paths(config.load(*_given(space, overrides), needs_backbone=False))
+    return audit.run(read, Console(highlight=False, soft_wrap=True))
 
 
 # -- below: how it is done
 
 
-def _space(
-    space: str | Path, overrides: Mapping[str, Any], needs_backbone: bool = True
-) -> tuple[SearchSpace, list[str]]:
-    """The space, and the arguments of a command line that name it."""
+def _given(space: str | Path, overrides: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """The file of a space and its overrides, as a command line gives them."""
     from ser_ray import config
 
     built_in = config.built_in_spaces()
     path = built_in[str(space)] if str(space) in built_in and not Path(space).is_file() else Path(space)
-    given = [f"{key.replace('__', '.')}={_yaml(value)}" for key, value in overrides.items()]
-    return config.load(path, given, needs_backbone=needs_backbone), [str(path), *given]
+    return path, [f"{key.replace('__', '.')}={_yaml(value)}" for key, value in overrides.items()]
 
 
 def _yaml(value: Any) -> str:
-    """JSON is YAML, but for text that YAML reads as text anyway, such as a path."""
-    return str(value) if isinstance(value, Path) else json.dumps(value)
+    """A value as JSON, which is YAML; paths are text, and numbers of numpy are numbers."""
+    return json.dumps(value, default=lambda one: str(one) if isinstance(one, Path) else one.item(), ensure_ascii=False)
 
 
 def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
@@ -250,15 +245,18 @@ def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
 
     from ser_ray.predict import find_audio
 
-    several = [recordings] if isinstance(recordings, str | Path | np.ndarray) else list(recordings)
+    alone = isinstance(recordings, str | Path | np.ndarray) or not isinstance(recordings, Sequence)
+    several: Sequence[Any] = [recordings] if alone else recordings  # type: ignore[assignment]
     sources: list[Source] = []
     for recording in several:
         if isinstance(recording, str | Path):
             sources += find_audio([Path(recording).expanduser()])
+        elif not isinstance(recording, np.ndarray):
+            raise UserError(f"a recording is a path or a numpy array (T,), not {type(recording).__name__}")
         elif sampling_rate is None:
             raise UserError("sampling_rate is missing: give that of the arrays, in Hz")
         else:
-            sources.append((np.asarray(recording), sampling_rate))
+            sources.append((recording, sampling_rate))
     return sources
 
 

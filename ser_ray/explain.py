@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -52,14 +53,16 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
     Raises UserError where there is none.
     """
     console = Console(highlight=False, soft_wrap=True)
-    if path is None and wanted is not None and wanted.endswith((".yaml", ".yml")):
+    if wanted is not None and wanted.endswith((".yaml", ".yml")):  # no key, but a file
+        overrides = [*([str(path)] if path is not None else []), *overrides]
         path, wanted = Path(wanted), None
     known = list(every_key())
     chosen = [key for key in known if wanted is None or f".{wanted}." in f".{key.name}."]
     if not chosen:
         assert wanted is not None
         parts = {part for key in known for part in (key.name, *key.name.split("."))}
-        raise UserError(f"{wanted}: no such key{hint(wanted, parts) if len(wanted) > 2 else ''}")
+        close = hint(wanted, parts)
+        raise UserError(f"{wanted}: no such key{close if 'did you mean' in close else '; ser-ray config lists all'}")
     values = origins(path, overrides) if path is not None else {}
     for key in chosen:
         console.print(f"[bold]{key.name}[/bold]: {escape(key.type)}; {escape(key.default)}")
@@ -72,15 +75,15 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
 
 def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
     """Every key of a search space: its value, and whether that is of the file, the command line, or the default."""
-    space = config.load(path, overrides)
+    space = config.load(path, overrides, needs_backbone=False)
     lines = config.line_numbers(path.read_text(encoding="utf-8"))
-    set_here = {override.partition("=")[0] for override in overrides}
+    set_here = {name for override in overrides for name in _set_by(override)}
     answer = {}
     for key in every_key():
         value, place = config.to_dict(space), tuple(key.name.split("."))
         for part in place:
             value = value[part]
-        if any(f"{key.name}.".startswith(f"{name}.") for name in set_here):
+        if key.name in set_here:
             origin = "given on the command line"
         elif place in lines:
             origin = f"{path}, line {lines[place]}"
@@ -91,6 +94,14 @@ def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
 
 
 # -- below: how it is done
+
+
+def _set_by(override: str) -> list[str]:
+    """The dotted keys that ``key=value`` sets: of a mapping those inside it, and itself."""
+    name, _, text = override.partition("=")
+    value = config.read_yaml(text)
+    inside = value.items() if isinstance(value, dict) else ()
+    return [name, *(inner for key, own in inside for inner in _set_by(f"{name}.{key}={json.dumps(own)}"))]
 
 
 def _default(field: FieldInfo) -> str:

@@ -61,10 +61,11 @@ CHUNK_SCHEMA: Final = pa.schema(
 )
 
 
-def main(path: Path, overrides: list[str]) -> int:
+def main(path: Path | None, overrides: list[str]) -> int:
     """``ser-ray prepare``: prepare every corpus of a search space."""
     console = Console(stderr=True)
-    directories = prepare(paths.resolve_paths(config.load(path, overrides, needs_backbone=False)), console=console)
+    space = config.load(path or config.default_space(), overrides, needs_backbone=False)
+    directories = prepare(paths.resolve_paths(space), console=console)
     console.print(summary(shards.read_index(directories)))
     return 0
 

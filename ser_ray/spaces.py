@@ -5,6 +5,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["spaces", *sys.argv[1:]]))
+
 import sys
 from pathlib import Path
 

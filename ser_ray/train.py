@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -33,11 +32,6 @@ from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_trial
 from ser_ray.schema import MemoryShortageError
 from ser_ray.trials.records import Trials
-
-# The model and its loop take seconds to import. They are imported where they run, as many processes only start and
-# watch a trial.
-if TYPE_CHECKING:
-    pass
 
 
 def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,8 +101,7 @@ class OptunaSearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: the study is made from the trials."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Does nothing, as above."""
+    restore = save
 
     def _hand_out(self, trial_id: str, name: str) -> dict[str, Any]:
         self.live[trial_id] = name
@@ -148,8 +147,7 @@ class FixedQueue(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: the trials are in their folders."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Does nothing, as above."""
+    restore = save
 
 
 class ReplayingASHA(ASHAScheduler):
@@ -203,13 +201,13 @@ def _begin(trials: Trials, name: str) -> dict[str, Any]:
     return {"trial_id": name, "values": dict(trial.values), "halved": trial.halved}
 
 
-def search(planned: RunPlan, task: Task, console: Console) -> None:
+def search(planned: RunPlan, task: Task, console: Console, argv: Sequence[str] = ()) -> None:
     """Run the trials, or what is left of them after an interruption.
 
     Raises UserError where the results folder can no longer be written, KeyboardInterrupt where the user stopped it.
     """
     space, directory = planned.space, planned.space.results_dir()
-    trials = Trials(directory, space.search, argv=sys.argv[1:])
+    trials = Trials(directory, space.search, argv=argv)
     trials.resume(space.trial)
     done = sum(trial.over for trial in trials)
     if trials.known:
@@ -219,9 +217,9 @@ def search(planned: RunPlan, task: Task, console: Console) -> None:
     _run(planned, trials, searcher, scheduler, _speech(planned, task), console)
 
 
-def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console) -> None:
+def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console, argv: Sequence[str] = ()) -> None:
     """Train the finalists over folds and seeds, as `runs.finals` lists them; continued like a search."""
-    trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=sys.argv[1:])
+    trials = Trials(planned.space.results_dir(), planned.space.search, kind="finals", argv=argv)
     wanted = {job.trial_id: job.values for job in jobs}
     trials.resume(planned.space.trial, wanted)
     for trial_id in wanted.keys() - trials.known.keys():
@@ -234,9 +232,7 @@ def train_finals(planned: RunPlan, jobs: Iterable[TrialRecord], console: Console
 
 def main(path: Path | None, overrides: list[str], dry_run: bool = False) -> int:
     """``ser-ray tune``: a search over a space, by default the embedded demo; with ``dry_run`` only its plan."""
-    space = _load(path or config.default_space(), overrides)
-    if space.resources.workers == 0:
-        raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
+    space = load_space(path or config.default_space(), overrides)
     if dry_run:
         console = report.terminal()
         cluster.connect(space)
@@ -244,6 +240,28 @@ def main(path: Path | None, overrides: list[str], dry_run: bool = False) -> int:
         return 0
     run(space, report.terminal(), ["tune", *([str(path)] if path else []), *overrides])
     return 0
+
+
+def load_space(path: Path, overrides: list[str]) -> SearchSpace:
+    """A space for `run`; the N of ``tune.trials=+N`` is added to the trials that the search of that name has already.
+
+    Raises UserError for what does not fit, and for a space that trains without Ray.
+    """
+    relative = [text for text in overrides if text.startswith("tune.trials=+")]
+    space = paths.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
+    if space.resources.workers == 0:
+        raise UserError("resources.workers: 0 runs one trial without Ray; use ser-ray train, or 1 for a search")
+    home = space.results_dir()
+    known = config.load(home / "search.yaml") if (home / "search.yaml").is_file() else space
+    trials = max(space.tune.trials, known.tune.trials)
+    if relative:
+        more = relative[-1].partition("+")[2]
+        if not more.isdigit():
+            raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
+        over = [trial for trial in folder.read_trials(home / "trials") if trial.over]
+        # An unfinished search is finished first: the same command, given again after a kill, adds nothing.
+        trials += int(more) if len(over) >= trials and is_evaluated(home, known) else 0
+    return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
 def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
@@ -277,9 +295,9 @@ def _search_and_evaluate(planned: RunPlan, task: Task, console: Console, argv: l
     with feature_cache.made_first(planned, console) if planned.cached_first() else nullcontext():
         names = ", ".join(space.search) or "nothing"
         console.print(f"searching {names}: {space.tune.trials} trials of up to {space.experiment.epochs} epochs")
-        search(planned, task, console)
+        search(planned, task, console, argv)
         if jobs := finals(directory, space, task):
-            train_finals(planned, jobs, console)
+            train_finals(planned, jobs, console, argv)
     evaluate(directory, space, console, argv, reuse=True, allocation=planned.allocation)
 
 
@@ -359,23 +377,6 @@ def _resources(allocation: Allocation) -> dict[str, float]:
     """Resources of a trial's process: those of its only worker. With several it just waits; they have their own."""
     one = allocation.worker
     return {"cpu": one.cpus, "gpu": one.gpus} if allocation.workers == 1 else {"cpu": 0.01}
-
-
-def _load(path: Path, overrides: list[str]) -> SearchSpace:
-    """The space, with the N of ``tune.trials=+N`` added to the trials that the search of that name has already."""
-    relative = [text for text in overrides if text.startswith("tune.trials=+")]
-    space = paths.resolve_paths(config.load(path, [text for text in overrides if text not in relative]))
-    home = space.results_dir()
-    known = config.load(home / "search.yaml") if (home / "search.yaml").is_file() else space
-    trials = max(space.tune.trials, known.tune.trials)
-    if relative:
-        more = relative[-1].partition("+")[2]
-        if not more.isdigit():
-            raise UserError(f"{relative[-1]!r}: write tune.trials=+20 to add 20 trials to a search")
-        over = [trial for trial in folder.read_trials(home / "trials") if trial.over]
-        # An unfinished search is finished first: the same command, given again after a kill, adds nothing.
-        trials += int(more) if len(over) >= trials and is_evaluated(home, known) else 0
-    return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": trials})})
 
 
 def _speech(planned: RunPlan, task: Task) -> dict[str, ray.data.Dataset]:

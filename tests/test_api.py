@@ -14,6 +14,7 @@ from backbone_fixtures import experiment
 from report_fixtures import write_search
 
 import ser_ray
+from ser_ray import api, config
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.schema import UserError
@@ -119,6 +120,21 @@ def test_what_is_asked_wrongly_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"adapter\.ranc: unknown key; did you mean rank"):
         ser_ray.audit_data("demo", experiment__adapter__ranc=4)
     assert len(model.predict([])) == 0
+    for wrong in ([0.1, 0.2], 3, [[0.1, 0.2]]):
+        with pytest.raises(UserError, match="a recording is a path or a numpy array"):
+            model.predict(wrong, sampling_rate=16_000)
+    with pytest.raises(UserError, match="workers: 0 runs one trial without Ray"):
+        ser_ray.search("demo", resources__workers=0)
+
+
+def test_overrides_are_values_of_python(tmp_path):
+    odd = tmp_path / "a #b: c \U0001f600"
+    given = {"storage__results": odd, "experiment__epochs": np.int64(3), "experiment.corpora": {"ravdess": odd}}
+    path, text = api._given("demo", given)
+    space = config.load(path, text)
+    assert space.storage.results == str(odd)
+    assert space.experiment.corpora == {"ravdess": str(odd)}
+    assert space.experiment.epochs == 3
 
 
 def test_results_are_tables(tmp_path):

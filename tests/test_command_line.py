@@ -9,6 +9,7 @@ import pytest
 
 from ser_ray import __main__, __version__, config
 from ser_ray.__main__ import VERBS, main
+from ser_ray.schema import UserError
 
 BROKEN = """\
 experiment:
@@ -128,3 +129,85 @@ def test_every_verb_is_a_module_of_its_name_or_of_what_it_does():
     package = Path(__main__.__file__).parent
     modules = {"config": "explain", "new": "spaces"}
     assert all((package / f"{modules.get(verb, verb)}.py").is_file() for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "ser-ray audit: interrupted; the same command continues"),
+        (UserError("what, where, what to do"), 2, "ser-ray audit: what, where, what to do"),
+        (EOFError("a broken file"), None, ""),
+        (BrokenPipeError(32, "a socket"), None, ""),
+        (OSError(28, "No space left on device", "/data/x"), 2, "ser-ray audit: "),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_how_a_verb_ends_is_how_the_command_ends(raised, code, said, capsys, monkeypatch):
+    """Not as the library of the command line would have it, which takes some errors for an interrupt."""
+
+    def failing(path: Path, overrides: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setattr("ser_ray.audit.main", failing)
+    if code is None:
+        with pytest.raises(type(raised)):
+            main(["audit", "x.yaml"])
+    else:
+        assert main(["audit", "x.yaml"]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_an_alias_has_lines_and_an_end(tmp_path):
+    bomb = ["a0: &a0 [1, 2]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(bomb))
+    assert len(config.line_numbers(path.read_text())) < 200
+    path.write_text("experiment: &self\n  name: x\n  adapter: *self\n")
+    with pytest.raises(UserError):
+        config.load(path)
+
+
+def test_lines_are_those_of_the_file_also_where_an_override_removes_points(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(config.default_space().read_text())
+    with pytest.raises(UserError, match=r"space\.yaml: tune\.first"):
+        config.load(path, ["experiment.backbone=embedded/tiny-whisper", "tune.first=[{x: 1}]"])
+
+
+def test_problems_of_a_trial_are_one_line():
+    space = config.load(config.default_space())
+    with pytest.raises(UserError, match=r"^[^\n]*batch_seconds[^\n]*; [^\n]*epochs[^\n]*$"):
+        space.trial({"epochs": 0, "batch_seconds": -1.0})
+
+
+def test_what_a_mapping_sets_and_what_not(capsys):
+    demo = str(config.default_space())
+    assert main(["config", "experiment.adapter", demo, "experiment.adapter={method: lora, rank: 4}"]) == 0
+    said = capsys.readouterr().out
+    assert "experiment.adapter.rank: integer" in said
+    assert said.count("given on the command line") == 2
+    assert main(["config", demo, "experiment.epochs=3"]) == 0
+    assert "here: 3 (given on the command line)" in capsys.readouterr().out
+
+
+def test_prepare_without_a_file_is_the_demo(monkeypatch):
+    prepared = []
+    monkeypatch.setattr("ser_ray.prepare.prepare", lambda space, console: prepared.append(space.experiment.name) or [])
+    monkeypatch.setattr("ser_ray.prepare.summary", lambda index: "")
+    monkeypatch.setattr("ser_ray.prepare.shards.read_index", lambda directories: None)
+    assert main(["prepare"]) == 0
+    assert prepared == ["demo"]
+
+
+def test_all_problems_of_a_search_are_shown_at_once(tmp_path):
+    path = tmp_path / "space.yaml"
+    search = "{adapter.ranc: {choice: [1]}, optimizer.lr: {uniform: [0.1, 7]}, name: {choice: [a, b]}}"
+    path.write_text(f"experiment: {{name: x, corpora: {{synthetic: }}, backbone: b}}\nsearch: {search}\n")
+    with pytest.raises(UserError) as error:
+        config.load(path)
+    for words in (
+        "adapter.ranc: no such field; did you mean rank?",
+        "optimizer.lr",
+        "name: all trials use the same data",
+    ):
+        assert words in str(error.value)

@@ -48,7 +48,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
             _fix_searched_key(content, key.removeprefix("experiment."), value)
         content = with_values(content, {key: value}, known=False)
         at = tuple(key_parts(key))
-        lines = {place: line for place, line in lines.items() if place[: len(at)] != at} | {at: 0}
+        # Points of tune.first may have gone, so that the others have moved.
+        moved = (at, ("tune", "first")) if at[0] == "experiment" else (at,)
+        lines = {place: n for place, n in lines.items() if not any(place[: len(old)] == old for old in moved)} | {at: 0}
     if not needs_backbone and isinstance(content.get("experiment"), dict):
         content["experiment"].setdefault("backbone", UNSPECIFIED)
     return validated(SearchSpace, content, path, lines)
@@ -84,8 +86,12 @@ def default_space() -> Path:
 def line_numbers(text: str) -> dict[Place, int]:
     """The line of every key and list item of a YAML text, from 1."""
     lines: dict[Place, int] = {}
+    seen: set[int] = set()
 
     def visit(node: yaml.Node | None, place: Place) -> None:
+        if id(node) in seen:  # an alias of what was visited; following it could have no end
+            return
+        seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 inner = (*place, key.value if isinstance(key, yaml.ScalarNode) else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,24 +160,33 @@ class SearchSpace(Section):
 
     @model_validator(mode="after")
     def _search_fits(self) -> SearchSpace:
-        for key, distribution in self.search.items():
-            if key.split(".")[0] in THE_SAME_FOR_ALL:
-                raise ValueError(f"search: {key}: all trials use the same data, to be comparable; remove this key")
-            for condition in distribution.when:
-                if condition not in self.search:
-                    raise ValueError(f"search: {key}: when names {condition!r}, which is not searched")
-                if list(self.search).index(condition) > list(self.search).index(key):
-                    raise ValueError(f"search: {key} depends on {condition!r}: list {condition!r} first")
-            for value in distribution.examples():
-                try:
-                    self.trial({key: value})
-                except UserError as error:
-                    raise ValueError(f"search: {error}") from None
+        problems = [problem for key in self.search for problem in self._problems_of(key)]
         for point in self.tune.first:
             if unknown := [key for key in point if key not in self.search]:
-                raise ValueError(f"tune.first: {unknown[0]!r} is not a searched key")
-            self.trial(point)
+                problems.append(f"tune.first: {unknown[0]!r} is not a searched key")
+            elif not problems:
+                self.trial(point)
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _problems_of(self, key: str) -> Iterator[str]:
+        """What is wrong with a searched key."""
+        distribution, order = self.search[key], list(self.search)
+        if key.split(".")[0] in THE_SAME_FOR_ALL:
+            yield f"search: {key}: all trials use the same data, to be comparable; remove this key"
+            return
+        for condition in distribution.when:
+            if condition not in order:
+                yield f"search: {key}: when names {condition!r}, which is not searched"
+            elif order.index(condition) > order.index(key):
+                yield f"search: {key} depends on {condition!r}: list {condition!r} first"
+        for value in distribution.examples():
+            try:
+                self.trial({key: value})
+            except UserError as error:
+                yield f"search: {error}"
+                return
 
     def trial(self, values: Mapping[str, Any]) -> Experiment:
         """The experiment of one trial: the base experiment with dotted keys replaced.

@@ -66,21 +66,19 @@ def validated(
     """``content`` as a ``model``. ``where``: the file that it is from, and ``lines`` the line of every place in it, 0
     for what was given on the command line.
 
-    Raises UserError with every problem, each with its line: one line for one problem, else a list below the file.
+    Raises UserError with every problem: of a file each with its line, in a list if there are several, else in one line.
     """
     try:
         return model.model_validate(content)
     except ValidationError as error:
         problems = _problems(error, model, content, lines)
-    file = f"{where}" if where else ""
+    if not where:  # not of a file: in one line, as the error of a trial travels
+        raise UserError("; ".join(text for _, text in problems))
     if len(problems) > 1:
-        head = f"{file}: {len(problems)} problems" if file else f"{len(problems)} problems"
-        raise UserError(
-            "\n".join([head, *(f"  line {line}: {text}" if line else f"  {text}" for line, text in problems)])
-        )
+        listed = (f"  {f'line {line}: ' if line else ''}{text}" for line, text in problems)
+        raise UserError("\n".join([f"{where}: {len(problems)} problems", *listed]))
     line, text = problems[0]
-    place = f"{file}:{line}: " if line else f"{file}: "
-    raise UserError(f"{place if file else ''}{text}")
+    raise UserError(f"{where}:{line}: {text}" if line else f"{where}: {text}")
 
 
 def _problems(

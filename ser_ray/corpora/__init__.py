@@ -48,7 +48,7 @@ def installed() -> dict[str, str]:
             raise UserError(
                 f"{owner}: its corpus {point.name!r} has the name of a built-in one; rename its entry point"
             )
-        found[point.name] = point.value
+        found[point.name] = point.module
     return found
 
 
@@ -63,7 +63,7 @@ def module_of(name: str) -> ModuleType | None:
         return None
     try:
         module = import_module(installed()[name])
-    except ImportError as error:
+    except Exception as error:  # whatever a stranger's module does when it is imported
         raise UserError(
             f"experiment.corpora.{name}: its module {installed()[name]} cannot be imported: {error}"
         ) from None

@@ -32,6 +32,8 @@ PATIENCE: Final = "SER_RAY_WAIT"
 """For how many seconds to wait for them."""
 PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "ray", "pyarrow", "numpy")
 """Packages whose version changes metrics, or breaks what is sent between processes."""
+CODE: Final = Path(__file__).resolve().parents[1]
+"""The package itself."""
 
 
 def alive() -> list[dict[str, Any]]:
@@ -168,9 +170,9 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _code() -> str:
-    """A digest of this package's files."""
+    """A digest of all files of the package, not of this folder alone."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(CODE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

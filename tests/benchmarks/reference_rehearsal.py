@@ -418,7 +418,7 @@ def _stand_ins(corpora: Path, found: Results, writing: str) -> str:
 
 def _told(lines: Sequence[str]) -> list[str]:
     """The lines on corpora, split and audit, without this machine's paths."""
-    wanted = tuple(f"{corpus}: " for corpus in DIRECTORIES) + tuple(f"{corpus} is " for corpus in DIRECTORIES)
+    wanted = tuple(f"{corpus}: " for corpus in DIRECTORIES) + tuple(f"{corpus} differs " for corpus in DIRECTORIES)
     told = [line for line in lines if line.startswith((*wanted, "split: ", "audit ")) and "decoding" not in line]
     return [re.sub(r", in /\S+$", "", line) for line in told]
 

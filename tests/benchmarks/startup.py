@@ -55,7 +55,7 @@ STAGES = {
     "< prepare": "prepared speech found",
     "< audit_task": "audit",
     "< open_results": "results folder, provenance",
-    "< plan": "frozen prefix planned",
+    "< make": "frozen prefix planned",
     "< load_resident": "speech in the object store",
     "> run_trial": "process of the trial",
     "> _work": "processes of the worker",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,13 @@ def test_a_node_that_cannot_run_our_code_is_named(ray_cluster):
 
     with pytest.raises(UserError, match=r"cannot run ser_ray there: .*No module named 'ser_ray'"):
         nodes._answer(nodes.alive()[0], broken.remote())
+
+
+def test_the_code_of_a_node_is_all_of_the_package(tmp_path, monkeypatch):
+    before = nodes._code()
+    shutil.copytree(nodes.CODE, tmp_path / "ser_ray")
+    monkeypatch.setattr(nodes, "CODE", tmp_path / "ser_ray")
+    assert nodes._code() == before
+    with (tmp_path / "ser_ray" / "models" / "pooling.py").open("a") as file:
+        file.write("# another version\n")
+    assert nodes._code() != before
