@@ -11,14 +11,3 @@ from ser_ray.api import read_results as read_results
 from ser_ray.api import search as search
 
 __version__: str
-__all__ = [
-    "Model",
-    "Rows",
-    "SearchResults",
-    "UserError",
-    "audit_data",
-    "load",
-    "prepare_data",
-    "read_results",
-    "search",
-]

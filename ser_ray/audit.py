@@ -24,23 +24,19 @@ from rich.table import Column, Table
 
 from ser_ray import config, disk, prepare
 from ser_ray.config import SearchSpace
-from ser_ray.models.pretraining import pretraining_overlap
-from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import paths
+from ser_ray.runtime.results_folder import audited
 from ser_ray.schema import UserError
-from ser_ray.speech.fingerprint import same_recordings_in
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
 
 def run(space: SearchSpace, console: Console) -> dict[str, Any]:
-    """Audit every fold that a search space trains, print, write and return the result of `leakage.audit_search`."""
+    """Audit every fold that a search space trains, print, write and return the result of `results_folder.audited`."""
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
-    with console.status("fingerprints of the audio"):
-        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
-        result = audit_search(space, task, same_recordings_in(shard_dirs), known)
+    result = audited(space, task, console, shard_dirs)
     console.print(task.fold.description, markup=False)
     console.print(_sizes(result["splits"]))
     if folds := result.get("folds"):

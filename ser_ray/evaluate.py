@@ -182,12 +182,16 @@ def _frozen(experiment: Experiment) -> Experiment:
 
 
 def _by_probe(plain: Experiment, fold: int, cached: CachedFeatures | None) -> Callable[[Any], Any]:
-    protocol = plain.protocol.model_copy(update={"fold": fold})
-    values = config.to_dict(plain.model_copy(update={"protocol": protocol}))
+    values = _at_fold(plain, fold)
     return lambda actor: actor.probe.remote(values, "test", cached)
 
 
 def _by_egemaps(plain: Experiment, fold: int) -> Callable[[Any], Any]:
-    protocol = plain.protocol.model_copy(update={"fold": fold})
-    values = config.to_dict(plain.model_copy(update={"protocol": protocol}))
+    values = _at_fold(plain, fold)
     return lambda actor: actor.egemaps.remote(values, "test")
+
+
+def _at_fold(experiment: Experiment, fold: int) -> dict[str, Any]:
+    """The experiment on another fold, as plain types."""
+    protocol = experiment.protocol.model_copy(update={"fold": fold})
+    return config.to_dict(experiment.model_copy(update={"protocol": protocol}))

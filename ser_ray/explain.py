@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ser_ray import config
-from ser_ray.config.validation import hint
+from ser_ray.config.validation import existing, hint, with_values
 from ser_ray.schema import UserError
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -77,13 +77,16 @@ def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
     """Every key of a search space: its value, and whether that is of the file, the command line, or the default."""
     space = config.load(path, overrides, needs_backbone=False)
     lines = config.line_numbers(path.read_text(encoding="utf-8"))
-    set_here = {name for override in overrides for name in _set_by(override)}
+    content = config.to_dict(space)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        name, _, text = override.partition("=")
+        given = with_values(given, {name: config.read_yaml(text)}, known=False)
     answer = {}
     for key in every_key():
-        value, place = config.to_dict(space), tuple(key.name.split("."))
-        for part in place:
-            value = value[part]
-        if key.name in set_here:
+        place = tuple(key.name.split("."))
+        value = reduce(dict.__getitem__, place, content)
+        if existing(place, given) == place:
             origin = "given on the command line"
         elif place in lines:
             origin = f"{path}, line {lines[place]}"
@@ -94,14 +97,6 @@ def origins(path: Path, overrides: list[str]) -> dict[str, tuple[Any, str]]:
 
 
 # -- below: how it is done
-
-
-def _set_by(override: str) -> list[str]:
-    """The dotted keys that ``key=value`` sets: of a mapping those inside it, and itself."""
-    name, _, text = override.partition("=")
-    value = config.read_yaml(text)
-    inside = value.items() if isinstance(value, dict) else ()
-    return [name, *(inner for key, own in inside for inner in _set_by(f"{name}.{key}={json.dumps(own)}"))]
 
 
 def _default(field: FieldInfo) -> str:

@@ -29,7 +29,7 @@ from ser_ray.evaluate import evaluate
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, headline
-from ser_ray.evaluation.predictions import Predictions
+from ser_ray.evaluation.predictions import Predictions, pooled
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.runtime import cluster, paths
 from ser_ray.schema import UserError
@@ -76,22 +76,9 @@ def schemes(space: SearchSpace) -> Iterator[tuple[str, Protocol]]:
 
 def pool(parts: list[Predictions]) -> Predictions:
     """The test predictions of all folds as one, in order of utterance id."""
-    ids = [i for part in parts for i in part.utterance_ids]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    assert len(set(ids)) == len(ids), "an utterance was tested twice"
-
-    def joined(name: str) -> tuple[str, ...]:
-        column = [value for part in parts for value in getattr(part, name)]
-        return tuple(column[row] for row in order)
-
-    return Predictions(
-        parts[0].emotions,
-        joined("utterance_ids"),
-        joined("corpora"),
-        joined("speakers"),
-        np.concatenate([part.labels for part in parts])[order],
-        np.concatenate([part.probabilities for part in parts])[order],
-    )
+    together = pooled(parts)
+    assert len(set(together.utterance_ids)) == len(together), "an utterance was tested twice"
+    return together.at(sorted(range(len(together)), key=together.utterance_ids.__getitem__))
 
 
 def compare(predictions: dict[str, Predictions]) -> dict[str, Any]:

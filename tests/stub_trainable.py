@@ -46,7 +46,7 @@ def run_trial(*arguments: Any, **named: Any) -> None:
 
 
 def fit(
-    trial: trials.Trial, datasets: Any = None, callbacks: Any = (), callback: trials.EpochCallback | None = None
+    trial: trials.Trial, datasets: Any = None, ray_callbacks: Any = (), callback: trials.EpochCallback | None = None
 ) -> None:
     """The epochs of a trial, continued where it left off, as `ser_ray.training.loop` would report them."""
     from ray import tune

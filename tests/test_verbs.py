@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from backbone_fixtures import write_backbone
 
 from ser_ray import config, disk
 from ser_ray.__main__ import main
+from ser_ray.evaluation import layout
 from ser_ray.evaluation.folder import read_trials, trial_history
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
@@ -184,6 +186,12 @@ def lopsided(tiny_corpus, tmp_path_factory) -> Path:
     return write_space(directory, corpus)
 
 
+ALWAYS_THERE = layout.FILES.keys() - {
+    *("finals/*", "rerun.json", "leakage.json", "tensorboard/*", "mlflow.db", "trials/*/notes.txt", ".lock")
+}
+"""Of what a results folder may hold: what every search leaves."""
+
+
 @pytest.fixture(scope="module")
 def tuned(space, ray_cluster) -> Path:
     """The results folder of a finished search."""
@@ -198,6 +206,9 @@ def test_a_search_leaves_everything_that_it_promises(tuned):
         evaluation/test_openings.json evaluation/predictions.parquet evaluation/confusion_test.png"""
     for name in made.split():
         assert (tuned / name).is_file(), name
+    files = {path.relative_to(tuned).as_posix() for path in tuned.rglob("*") if path.is_file()}
+    assert [name for name in files if not layout.describe(name)] == [], "a file that layout.FILES does not explain"
+    assert [pattern for pattern in ALWAYS_THERE if not fnmatch.filter(files, pattern)] == []
     rows = list(csv.DictReader((tuned / "trials.csv").open()))
     assert len(rows) == 3
     assert {row["status"] for row in rows} <= {"finished", "stopped"}

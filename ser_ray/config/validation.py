@@ -87,7 +87,7 @@ def _problems(
     """Every place that does not fit, once, with its line if it is in a file: of a union's types the first complains."""
     by_place: dict[Place, tuple[int, str]] = {}
     for one in error.errors():
-        place = _existing(one["loc"], content)
+        place = existing(one["loc"], content)
         if one["type"] == "missing":
             place, message = one["loc"], "this key is required"
         elif one["type"] == "extra_forbidden":
@@ -98,10 +98,10 @@ def _problems(
             message = f"{one['msg'][0].lower()}{one['msg'][1:]}, not {one['input']!r}"
         location = ".".join(map(str, place))
         by_place.setdefault(place, (_line(place, lines), f"{location}: {message}" if location else message))
-    return sorted(by_place.values(), key=lambda problem: problem[0] or 0)
+    return sorted(by_place.values(), key=lambda problem: problem[0])
 
 
-def _existing(place: Place, content: object) -> Place:
+def existing(place: Place, content: object) -> Place:
     """``place`` as far as it is one of ``content``: pydantic adds the type of a union that it tried."""
     for depth, part in enumerate(place):
         known = content if isinstance(content, dict) else dict(enumerate(content)) if isinstance(content, list) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,5 +43,33 @@ class Predictions:
         labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
         return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
 
+    def at(self, rows: Sequence[int]) -> Predictions:
+        """Those of the utterances at ``rows``, in that order."""
+        order = list(rows)
+        return Predictions(
+            self.emotions,
+            tuple(self.utterance_ids[row] for row in order),
+            tuple(self.corpora[row] for row in order),
+            tuple(self.speakers[row] for row in order),
+            self.labels[order],
+            self.probabilities[order],
+        )
+
     def __len__(self) -> int:
         return len(self.utterance_ids)
+
+
+def pooled(parts: Sequence[Predictions]) -> Predictions:
+    """All parts one after the other; an utterance of several parts counts once for each."""
+
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(value for part in parts for value in getattr(part, name))
+
+    return Predictions(
+        parts[0].emotions,
+        joined("utterance_ids"),
+        joined("corpora"),
+        joined("speakers"),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.probabilities for part in parts]),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
-from ser_ray.evaluation.predictions import Predictions
+from ser_ray.evaluation.predictions import Predictions, pooled
 from ser_ray.evaluation.runs import Run
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.protocols.task import Task
@@ -52,18 +52,18 @@ class Record:
         ]
         against = None
         if len(ranked) > 1:
-            gap = _gap(_pooled(self.dev[chosen]), _pooled(self.dev[ranked[1]]))
+            gap = _gap(pooled(self.dev[chosen]), pooled(self.dev[ranked[1]]))
             against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
         why = f"highest dev {metric}{over} of {among}; ties go to the one with fewer trainable parameters"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
         disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
-        write_predictions(_pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
+        write_predictions(pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
         return chosen
 
     def dev_metrics(self, chosen: str) -> dict[str, Any]:
         """The dev metrics of the chosen trial, over all its runs."""
-        return self._summary(_pooled(self.dev[chosen]))
+        return self._summary(pooled(self.dev[chosen]))
 
     def known(self, chosen: str) -> dict[str, Any] | None:
         """The test metrics of the same models, if the test set was opened for them before."""
@@ -76,26 +76,26 @@ class Record:
         self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
     ) -> dict[str, Any]:
         """The test metrics, with baselines; ``by_baseline``: predictions of other models by fold."""
-        pooled = _pooled(parts)
-        answer = self._summary(pooled)
+        whole = pooled(parts)
+        answer = self._summary(whole)
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
         if len(parts) > 1:
             answer["mean"] = _mean([self._summary(p) for p in parts])
         if self.space.tune.final_seeds > 1:
             answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
-        others = {name: _pooled(by_fold) for name, by_fold in by_baseline.items()}
-        answer["baselines"] = _simple_baselines(self.task, pooled)
+        others = {name: pooled(by_fold) for name, by_fold in by_baseline.items()}
+        answer["baselines"] = _simple_baselines(self.task, whole)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
-        own = _pooled(_averaged_by_fold(self.runs[chosen], parts))
+        own = pooled(_averaged_by_fold(self.runs[chosen], parts))
         measured = {name: _gap(own, predictions) for name, predictions in others.items()}
         gaps = {name: gap for name, gap in measured.items() if gap}
         answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
-        answer |= self._seen_by_the_choice(pooled)
+        answer |= self._seen_by_the_choice(whole)
         experiment = self.space.experiment
         answer["published"] = published.matching(
-            experiment.corpora, config.to_dict(experiment.protocol), pooled.emotions, answer["leaky"]
+            experiment.corpora, config.to_dict(experiment.protocol), whole.emotions, answer["leaky"]
         )
-        write_predictions(pooled, "test", self.directory / "evaluation" / "predictions.parquet")
+        write_predictions(whole, "test", self.directory / "evaluation" / "predictions.parquet")
         return answer
 
     def _seen_by_the_choice(self, test: Predictions) -> dict[str, int]:
@@ -108,7 +108,7 @@ class Record:
     def _ensemble(self, runs: Sequence[Run], parts: Sequence[Predictions]) -> dict[str, Any]:
         """Metrics of the mean of the seeds' probabilities: of all folds' utterances, and the mean over folds."""
         averaged = _averaged_by_fold(runs, parts)
-        metrics = _brief(self._summary(_pooled(averaged)))
+        metrics = _brief(self._summary(pooled(averaged)))
         return metrics | {"mean": _mean([self._summary(p) for p in averaged])}
 
     def _summary(self, predictions: Predictions) -> dict[str, Any]:
@@ -152,33 +152,13 @@ def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[
 # -- below: how it is done
 
 
-def _pooled(parts: Sequence[Predictions]) -> Predictions:
-    """All runs' predictions, one after the other; an utterance counts once for every seed."""
-
-    def joined(name: str) -> tuple[str, ...]:
-        return tuple(value for part in parts for value in getattr(part, name))
-
-    return Predictions(
-        parts[0].emotions,
-        joined("utterance_ids"),
-        joined("corpora"),
-        joined("speakers"),
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.probabilities for part in parts]),
-    )
-
-
 def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:
     """For every fold the mean of its seeds' probabilities."""
     averaged = []
     for fold in sorted({run.fold for run in runs}):
         own = [part for run, part in zip(runs, parts, strict=True) if run.fold == fold]
         assert len({part.utterance_ids for part in own}) == 1, "one order for all seeds"
-        mean = np.mean([part.probabilities for part in own], axis=0)
-        first = own[0]
-        averaged.append(
-            Predictions(first.emotions, first.utterance_ids, first.corpora, first.speakers, first.labels, mean)
-        )
+        averaged.append(replace(own[0], probabilities=np.mean([part.probabilities for part in own], axis=0)))
     return averaged
 
 

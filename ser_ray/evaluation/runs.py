@@ -45,6 +45,7 @@ def is_evaluated(directory: Path, space: SearchSpace) -> bool:
 
 
 def finalists_of(directory: Path, space: SearchSpace) -> list[TrialRecord]:
+    """The best trials on dev, as many as ``tune.finalists``. Raises UserError if no trial left a checkpoint."""
     trials = [trial for trial in folder.read_trials(directory / "trials") if trial.best and trial.status != "failed"]
     if not trials:
         raise UserError(f"{directory}: no trial left a checkpoint; trials.csv says how each ended")
@@ -81,6 +82,7 @@ def trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
 
 
 def budget(space: SearchSpace) -> dict[str, Any]:
+    """The settings that say how much is trained; a search in which they have changed is evaluated again."""
     names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds", "rotate_dev")
     return {name: config.to_dict(space.tune)[name] for name in names} | {"epochs": space.experiment.epochs}
 

@@ -34,9 +34,8 @@ from ser_ray import disk
 from ser_ray.config import SearchSpace
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.pool import Pool
-from ser_ray.speech import cached_features as form
 from ser_ray.speech import shards
-from ser_ray.speech.cached_features import Prefix
+from ser_ray.speech.cached_features import SCHEMA, Prefix
 
 IN_USE: Final = ".in_use"
 MAKING: Final = ".making"
@@ -180,7 +179,7 @@ class Extractor:
         columns = [table["utterance_id"], table["num_samples"], pa.array(features, pa.large_binary())]
         with disk.replacing(target) as aside:
             # The same rows as in the source, as the fold gives row numbers, and row groups of the same size.
-            pq.write_table(pa.table(columns, schema=form.SCHEMA), aside, row_group_size=order.PIECE, compression="none")
+            pq.write_table(pa.table(columns, schema=SCHEMA), aside, row_group_size=order.PIECE, compression="none")
 
 
 # -- below: how it is done

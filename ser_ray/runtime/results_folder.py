@@ -20,14 +20,19 @@ from ser_ray.speech import shards
 from ser_ray.speech.fingerprint import same_recordings_in
 
 
+def audited(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
+    """The audit of every fold that the space trains, with what only the audio and the backbones' training tell."""
+    with console.status("audit: fingerprints of the audio"):
+        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
+        return audit_search(space, task, same_recordings_in(shard_dirs), known)
+
+
 def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
     """Audit every fold that the space trains and print the findings; returns the audit.
 
     Raises UserError for a finding that makes training pointless.
     """
-    with console.status("audit: fingerprints of the audio"):
-        known = pretraining_overlap(space.backbones(), space.experiment.corpora)
-        findings = audit_search(space, task, same_recordings_in(shard_dirs), known)
+    findings = audited(space, task, console, shard_dirs)
     sizes = (
         f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
     )

@@ -115,13 +115,14 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
 def fit_on_ray(
     trial: Trial,
     datasets: Mapping[str, ray.data.Dataset] | None = None,
-    callbacks: Iterable[Any] = (),
+    ray_callbacks: Iterable[Any] = (),
     callback: EpochCallback | None = None,
 ) -> None:
     """Train on Ray: data-parallel workers fed by Ray Data; continues from the trial's last checkpoint, if it has one.
 
-    ``datasets``: what stays in the object store, if it is loaded already. With ``callback`` this process is the only
-    worker (Ray Train's local mode): it holds the worker's resources, and calls ``callback`` after every epoch.
+    ``datasets``: what stays in the object store, if it is loaded already. ``ray_callbacks``: Ray Train's own. With
+    ``callback`` this process is the only worker (Ray Train's local mode): it holds the worker's resources, and calls
+    ``callback`` after every epoch.
     Raises UserError where a worker did (an adapter without a gradient, a loss that is not finite), else Ray's error.
     """
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -145,7 +146,7 @@ def fit_on_ray(
         run_config=ray.train.RunConfig(
             name=directory.name,
             storage_path=str(directory.parent),
-            callbacks=list(callbacks),
+            callbacks=list(ray_callbacks),
             # A trial that fails is continued by its caller: a search, or the same command.
             failure_config=ray.train.FailureConfig(max_failures=0),
             logging_config=ray.train.LoggingConfig("ERROR"),

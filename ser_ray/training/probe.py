@@ -75,14 +75,16 @@ def _features(
     model.eval()
     device = next(model.head.parameters()).device
     own: list[_Features] = []
+    held = 0
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):  # as in training: what the head will receive
             pooled = model.pooled_layers(batch.inputs, batch.lengths_B)
         features_BLP = torch.stack(pooled, dim=1).cpu().numpy()
         own.append((np.array(batch.utterance_ids), features_BLP, batch.labels_B.cpu().numpy()))
-        if sum(len(ids) for ids, *_ in own) > 2 * most_utterances(*features_BLP.shape[1:]):
-            own = [_sampled(own)]
+        held += len(batch)
+        if held > 2 * (most := most_utterances(*features_BLP.shape[1:])):
+            own, held = [_sampled(own)], most
     # A process may have no batch of its own: dev can have fewer batches than there are processes.
     ids_N, features_NLP, labels_N = _sampled([part for parts in gather(own) for part in parts])
     # Sorted: the probe does not depend on how the batches were distributed and ordered.
