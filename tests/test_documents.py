@@ -143,5 +143,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
     reference = tmp_path / "pages" / "reference"
     assert 'id="rank"' in (reference / "configuration.html").read_text()
     assert "ser_ray.api.load" in (reference / "python.html").read_text()
+    for page in PAGES:  # one that has the name of a page of Sphinx's own, such as search, is lost without a word
+        title = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        assert f"<h1>{title}" in (tmp_path / "pages" / Path(page).with_suffix(".html").name).read_text(), page
     for verb in VERBS:
         assert f"ser-ray {verb}" in (reference / "commands.html").read_text()
