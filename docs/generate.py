@@ -52,15 +52,17 @@ def configuration() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """Every verb, from its signature."""
     yield "# Commands\n"
-    yield f"`ser-ray VERB` and `python -m ser_ray.VERB` are the same. {__main__.EXIT_CODES}\n"
+    yield f"`python -m ser_ray.VERB` is the same as `ser-ray VERB`, but for config and new. {__main__.EXIT_CODES}\n"
     for command in __main__.app.registered_commands:
         assert command.callback is not None
         name = command.callback.__name__
         yield f"## ser-ray {name}\n"
         yield f"{_plain(inspect.getdoc(command.callback) or '')}\n"
-        yield "| argument | what it is | default |"
-        yield "|---|---|---|"
-        for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
+        parameters = inspect.signature(command.callback, eval_str=True).parameters.values()
+        if parameters:
+            yield "| argument | what it is | default |"
+            yield "|---|---|---|"
+        for parameter in parameters:
             (said,) = typing.get_args(parameter.annotation)[1:]
             shown = said.metavar or "--" + parameter.name.replace("_", "-")
             given = parameter.default
