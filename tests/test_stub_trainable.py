@@ -10,9 +10,10 @@ import stub_trainable
 from backbone_fixtures import experiment
 from search_fixtures import record
 
-from ser_ray import config, tune
+from ser_ray import config
 from ser_ray.evaluation import folder
 from ser_ray.models import checkpoint
+from ser_ray.runtime import tuner
 from ser_ray.runtime.trial import run_trial
 
 OURS = experiment("embedded/tiny-whisper", head={"init": "probe"}, adapter={"method": "lora", "rank": 2}, epochs=3)
@@ -69,7 +70,7 @@ def test_its_checkpoints_are_whole(tmp_path):
 
 
 def test_a_search_calls_what_is_named(monkeypatch):
-    monkeypatch.delenv(tune.TRAINABLE, raising=False)
-    assert tune._trainable() is run_trial
-    monkeypatch.setenv(tune.TRAINABLE, stub_trainable.TRAINABLE)
-    assert tune._trainable() is stub_trainable.run_trial
+    monkeypatch.delenv(tuner.TRAINABLE, raising=False)
+    assert tuner._trainable() is run_trial
+    monkeypatch.setenv(tuner.TRAINABLE, stub_trainable.TRAINABLE)
+    assert tuner._trainable() is stub_trainable.run_trial

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 from ray.tune.schedulers import TrialScheduler
 
-from ser_ray import tune
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task, load_task
+from ser_ray.runtime.searchers import OptunaSearcher, ReplayingASHA
 from ser_ray.speech import fingerprint, order, shards, stream
 from ser_ray.trials.records import Trials
 
@@ -98,7 +98,7 @@ def control(trials: int, directory: Path) -> dict[str, float]:
     the driver decides, and what the GPUs do meanwhile, by the clock of the simulation."""
     planned = space(trials=trials)
     known = Trials(directory, planned.search)
-    searcher, halving = tune.OptunaSearcher(planned, known), tune.ReplayingASHA(planned, known)
+    searcher, halving = OptunaSearcher(planned, known), ReplayingASHA(planned, known)
     rng, running, now, busy, epochs = np.random.default_rng(0), [], 0.0, 0.0, 0
     numbers = itertools.count()
     while True:

@@ -4,9 +4,9 @@
 
 First every configuration of a pool is trained to its last epoch, once, on the demo's own data: all that could be
 tried. Then each method searches that pool from its table of learning curves, with the classes that `ser-ray tune` uses
-(`ser_ray.tune.OptunaSearcher`, `ReplayingASHA`), two trials at once, from several seeds; an epoch costs one. So all
-methods meet the same trials, and several seeds can be afforded. The table is kept beside the result: the command
-continues it.
+(`OptunaSearcher` and `ReplayingASHA` of `ser_ray.runtime.searchers`), two trials at once, from several seeds; an epoch
+costs one. So all methods meet the same trials, and several seeds can be afforded. The table is kept beside the result:
+the command continues it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ser_ray import config, disk, tune
+from ser_ray import config, disk
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.runtime import paths
+from ser_ray.runtime.searchers import OptunaSearcher, ReplayingASHA
 from ser_ray.trials import points
 from ser_ray.trials.records import Trials
 
@@ -104,8 +105,8 @@ def search(method: str, seed: int, pool: dict[str, list[dict[str, Any]]], direct
     """Best dev UAR after every epoch spent."""
     space = pool_space(seed=seed, **METHODS[method])
     trials = Trials(directory, space.search)
-    searcher = tune.OptunaSearcher(space, trials)
-    scheduler = FIFOScheduler() if METHODS[method]["scheduler"] == "none" else tune.ReplayingASHA(space, trials)
+    searcher = OptunaSearcher(space, trials)
+    scheduler = FIFOScheduler() if METHODS[method]["scheduler"] == "none" else ReplayingASHA(space, trials)
     best: list[float] = [0.0]
     running: list[tuple[Any, list[dict[str, Any]]]] = []
     numbers = itertools.count()

@@ -178,7 +178,7 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
     from rich.console import Console
 
     from ser_ray import config, tune
-    from ser_ray.runtime import cluster, paths
+    from ser_ray.runtime import cluster, paths, tuner
     from ser_ray.runtime.allocation import DATA_CPUS
     from ser_ray.runtime.results_folder import open_results
     from ser_ray.train import make_plan
@@ -190,10 +190,10 @@ def search(kind: str, space_file: str, *overrides: str) -> None:
         ray.init("local", num_cpus=len(os.sched_getaffinity(0)) + DATA_CPUS)
         import startup
 
-        configure = tune.tune.TuneConfig
-        setattr(tune, "run_trial", startup.nested)  # noqa: B010 (three names of another module, to mypy)
-        setattr(tune, "_resources", lambda allocation: {"cpu": 0.01})  # noqa: B010
-        setattr(tune.tune, "TuneConfig", lambda **s: configure(**s | {"reuse_actors": False}))  # noqa: B010
+        configure = tuner.tune.TuneConfig
+        setattr(tuner, "run_trial", startup.nested)  # noqa: B010 (three names of another module, to mypy)
+        setattr(tuner, "_resources", lambda allocation: {"cpu": 0.01})  # noqa: B010
+        setattr(tuner.tune, "TuneConfig", lambda **s: configure(**s | {"reuse_actors": False}))  # noqa: B010
     space = paths.resolve_paths(config.load(space_file, overrides))
     planned, task = make_plan(space, Console(), space.tune.trials)
     open_results(space, planned, {}, [])

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import io
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import ray.tune
 from optuna.trial import TrialState
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from rich.console import Console
 from search_fixtures import SEARCH, record, space
 
-from ser_ray import disk, tune
-from ser_ray.config import SearchSpace
-from ser_ray.evaluation import folder, runs
+from ser_ray.evaluation import folder
 from ser_ray.evaluation.folder import TrialRecord
-from ser_ray.runtime import allocation
-from ser_ray.runtime.plan import RunPlan
+from ser_ray.runtime.searchers import FixedQueue, OptunaSearcher, ReplayingASHA
 from ser_ray.trials.records import ATTEMPTS, Trials
 
 
-def searcher(directory: Path, **budget) -> tuple[tune.OptunaSearcher, Trials]:
+def searcher(directory: Path, **budget) -> tuple[OptunaSearcher, Trials]:
     settings = space(SEARCH, **{"trials": 3} | budget)
     trials = Trials(directory, settings.search)
-    return tune.OptunaSearcher(settings, trials, gpus=1), trials
+    return OptunaSearcher(settings, trials, gpus=1), trials
 
 
-def finish(search: tune.OptunaSearcher, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:
+def finish(search: OptunaSearcher, tune_id: str, status: str = "finished", seconds: float = 1.0) -> None:
     """As Tune does: the searcher first, then the callback."""
     name = search.live[tune_id]
     folder.append_history(search.trials.results_dir / "trials" / name, record(1, 0.5, 0.5))
@@ -102,7 +90,7 @@ def test_every_attempt_is_counted_as_it_is_handed_out(tmp_path):
 def test_finals_that_die_at_once_are_given_up_too(tmp_path):
     trials = Trials(tmp_path, [], kind="finals")
     trials.add("001-fold1-seed0", {})
-    queue, handed = tune.FixedQueue(trials), 0
+    queue, handed = FixedQueue(trials), 0
     while queue.suggest(f"t{handed}") != Searcher.FINISHED:
         queue.on_trial_complete(f"t{handed}", error=True)
         trials.interrupted("001-fold1-seed0", "its process died")
@@ -160,7 +148,7 @@ def test_asha_remembers_what_earlier_sessions_saw(tmp_path):
     trained(tmp_path, "002", [0.4, 0.5, 0.6, 0.7])
     settings = space(SEARCH, grace=1)
     trials = Trials(tmp_path, settings.search)
-    scheduler = tune.ReplayingASHA(settings, trials)
+    scheduler = ReplayingASHA(settings, trials)
     trials.add("003", {})
     bad = SimpleNamespace(trial_id="tune-3", config={"trial_id": "003"})
     scheduler.on_trial_add(None, bad)
@@ -175,7 +163,7 @@ def test_asha_does_not_count_a_continued_trial_twice(tmp_path):
     trained(tmp_path, "001", [0.5, 0.6])
     folder.write_trial(tmp_path / "trials", TrialRecord("001", {}, "running"))
     settings = space(SEARCH, grace=1)
-    scheduler = tune.ReplayingASHA(settings, Trials(tmp_path, settings.search))
+    scheduler = ReplayingASHA(settings, Trials(tmp_path, settings.search))
     should_continue = SimpleNamespace(trial_id="tune-9", config={"trial_id": "001"})
     scheduler.on_trial_add(None, should_continue)
     scheduler.on_trial_result(None, should_continue, record(3, 0.7, 0.7))
@@ -190,7 +178,7 @@ def test_asha_counts_a_trial_once_however_often_it_is_begun(tmp_path):
     settings = space(SEARCH, grace=1)
     trials = Trials(tmp_path, settings.search)
     trials.add("001", {})
-    scheduler = tune.ReplayingASHA(settings, trials)
+    scheduler = ReplayingASHA(settings, trials)
     for begun in range(3):
         again = SimpleNamespace(trial_id=f"tune-{begun}", config={"trial_id": "001"})
         scheduler.on_trial_add(None, again)
@@ -205,96 +193,9 @@ def test_asha_goes_by_the_largest_searched_number_of_epochs(tmp_path, searched):
     settings = space({"epochs": searched}, grace=1)
     trials = Trials(tmp_path, settings.search)
     trials.add("001", {"epochs": 20})
-    scheduler = tune.ReplayingASHA(settings, trials)
+    scheduler = ReplayingASHA(settings, trials)
     long = SimpleNamespace(trial_id="tune-1", config={"trial_id": "001"})
     scheduler.on_trial_add(None, long)
     decisions = [scheduler.on_trial_result(None, long, record(epoch, 0.5, 0.5)) for epoch in range(1, 20)]
     assert set(decisions) == {TrialScheduler.CONTINUE}, "the experiment's own ten epochs are not the end"
     assert [milestone for milestone, _ in scheduler._brackets[0]._rungs] == [16, 8, 4, 2, 1]
-
-
-@pytest.mark.parametrize("error", [OutOfMemoryError("low on memory"), NodeDiedError("gone"), WorkerCrashedError()])
-def test_every_death_of_an_actor_is_one_for_tune(error):
-    """What Ray raises where it ended the process itself would otherwise end the whole search."""
-    heard: list[Exception] = []
-    manager = RayActorManager.__new__(RayActorManager)
-    manager._failed_actor_ids, manager._cleanup_actor = set(), lambda tracked_actor: None
-    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: heard.append(error))
-    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
-    with tune._every_death_heeded():
-        manager._actor_task_failed(tracked_actor_task=task, exception=error)
-    assert [type(error) for error in heard] == [RayActorError]
-    assert str(error) in str(heard[0])
-    with pytest.raises(RuntimeError, match="unexpected"):
-        manager._actor_task_failed(tracked_actor_task=task, exception=error)
-
-
-def test_more_epochs_than_were_evaluated_are_another_budget(tmp_path):
-    settings = space(SEARCH)
-    longer = settings.model_copy(update={"experiment": settings.experiment.model_copy(update={"epochs": 11})})
-    disk.write_json(tmp_path / "evaluation" / "test.json", {"budget": runs.budget(settings)})
-    assert runs.is_evaluated(tmp_path, settings)
-    assert not runs.is_evaluated(tmp_path, longer)
-
-
-def plan_in(directory: Path, settings: SearchSpace) -> RunPlan:
-    """A plan of trials that read nothing, one at once, whose results folder is ``directory``."""
-    experiment = settings.experiment.model_copy(update={"name": directory.name})
-    storage = settings.storage.model_copy(update={"results": str(directory.parent)})
-    own = settings.model_copy(update={"experiment": experiment, "storage": storage})
-    one = allocation.Allocation(1, allocation.Worker(1.0, 0.0), 1, 1, allocation.Node(2))
-    return RunPlan(own, one, (), {}, {}, "", (), 0.0, 0)
-
-
-@pytest.fixture
-def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str]]:
-    """Runs a search of two trials of three epochs on Ray, in which the first dies as it is told to, and no other."""
-    monkeypatch.setattr(tune, "_speech", lambda *_: {})
-
-    def search(point: str) -> tuple[Trials, str]:
-        def run_trial(point_of: dict, plan: RunPlan, kind: str, die: str, **_: object) -> None:
-            where, name = plan.directory(kind), point_of["trial_id"]
-            history = folder.trial_history(where / name)
-            begun = len(history)
-
-            def at(place: str, epoch: int) -> None:
-                if name == "001" and die == place and (die == "first" or epoch == begun + 1):
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            at("first", 1)
-            if begun == 3:
-                report(history[-1])  # who watched has not heard of it
-            for epoch in range(begun + 1, 4):
-                at("epoch", epoch - 1)
-                (where / name / f".epoch_{epoch:03d}").mkdir(parents=True, exist_ok=True)
-                at("save", epoch - 1)
-                folder.append_history(where / name, lines[epoch - 1])
-                at("line", epoch)
-                report(lines[epoch - 1])
-
-        # By value into the process of a trial, which cannot import this file.
-        report, lines = ray.tune.report, [record(n, 0.1 * n, 0.1 * n) | {"last": n == 3} for n in (1, 2, 3)]
-        monkeypatch.setattr(tune, "run_trial", lambda config, **rest: run_trial(config, die=point, **rest))
-        text = io.StringIO()
-        planned = plan_in(tmp_path, space(SEARCH, trials=2, scheduler="none", concurrency=1))
-        task: Any = None
-        tune.search(planned, task, Console(file=text, width=500))
-        return Trials(tmp_path, planned.space.search), text.getvalue()
-
-    return search
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("point", "status", "attempts"),
-    [("first", "failed", ATTEMPTS), ("epoch", "finished", 3), ("save", "finished", 3), ("line", "finished", 4)],
-)
-def test_a_search_ends_wherever_a_process_of_it_dies(dying, point, status, attempts):
-    trials, said = dying(point)
-    assert [tried.status for tried in trials] == [status, "finished"]
-    assert said.count("trial 001  starts") + said.count("trial 001  continues after") == attempts
-    assert "docs.ray.io" not in said
-    if status == "finished":
-        assert [line["epoch"] for line in trials.known["001"].history] == [1, 2, 3]
-    else:
-        assert trials.known["001"].error == f"its process died ({ATTEMPTS} times)"
