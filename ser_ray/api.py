@@ -167,11 +167,10 @@ def load(checkpoint: str | Path, device: str | None = None) -> Model:
     ``device``: such as ``cpu`` or ``cuda:1``; by default the GPU where there is one. Raises UserError if the directory
     is not a complete checkpoint, or its backbone cannot be found.
     """
-    import torch
-
     from ser_ray.models.checkpoint import load
+    from ser_ray.models.precision import choose_device
 
-    return Model(load(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return Model(load(checkpoint, device or choose_device()))
 
 
 def read_results(results_dir: str | Path) -> SearchResults:

@@ -20,12 +20,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ser_ray.disk import write_text
 from ser_ray.models import checkpoint
+from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
 from ser_ray.training.inference import Answer, predict
 
@@ -55,7 +55,7 @@ def find_audio(inputs: Sequence[Path]) -> list[Path]:
 def main(directory: Path, audio: list[Path], format: str = "table", output: Path | None = None) -> int:
     """``ser-ray predict``: predictions of the checkpoint in ``directory``; returns 1 if a file could not be used."""
     paths = find_audio(audio)
-    model = checkpoint.load(directory, "cuda" if torch.cuda.is_available() else "cpu")
+    model = checkpoint.load(directory, choose_device())
     progress = Console(stderr=True)
     answers: list[Answer] = []
     with progress.status("") as status:

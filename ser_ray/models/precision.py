@@ -1,4 +1,5 @@
-"""Precision: what is computed in fewer bits, what never is, and how much of a GPU's memory a process may take.
+"""The device of a process, how much of a GPU's memory it may take, and precision: what is computed in fewer bits, and
+what never is.
 
 Forward passes run under `autocast`: matrix products and convolutions in bf16 or fp16, as ``precision`` says. Functions
 that sum many numbers or take small differences of large ones are marked with `in_fp32` and run in fp32 even under
@@ -28,6 +29,15 @@ R = TypeVar("R")
 # bf16, which is what `auto` means on a GPU; what runs in fp32 there is meant to be exact.
 torch.backends.cudnn.allow_tf32 = False
 torch.set_float32_matmul_precision("highest")
+
+
+def choose_device(gpus: float | None = None) -> torch.device:
+    """The device that a process computes on: the GPU where it has one, else the CPU.
+
+    ``gpus``: how many GPUs it asked Ray for. With 0 it is the CPU: Ray hides no GPU from a process that asked for none.
+    With more it can be the CPU too: GPUs declared to Ray may not exist. None: any GPU that the process sees.
+    """
+    return torch.device("cuda" if gpus != 0 and torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:

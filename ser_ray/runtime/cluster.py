@@ -162,9 +162,9 @@ def _look_at_device() -> tuple[bool, str]:
 
     from ser_ray.models import precision
 
-    cuda = torch.cuda.is_available()
+    device = precision.choose_device()
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return cuda, names[precision.compute_dtype("auto", "cuda" if cuda else "cpu")]
+    return device.type == "cuda", names[precision.compute_dtype("auto", device)]
 
 
 def _offered() -> str | None:

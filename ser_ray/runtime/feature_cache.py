@@ -150,12 +150,11 @@ class Extractor:
         import torch
 
         from ser_ray.models import backbones, prefix
-        from ser_ray.models.precision import autocast, bound_memory
+        from ser_ray.models.precision import autocast, bound_memory, choose_device
         from ser_ray.speech import order, stream
         from ser_ray.training import memory
 
-        # Ray hides no GPU from a process that requested none.
-        device = torch.device("cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu")
+        device = choose_device(self.gpus)
         if self.backbone is None:
             torch.set_num_threads(self.threads)
             bound_memory(self.gpus)

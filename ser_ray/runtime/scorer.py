@@ -15,7 +15,7 @@ from ser_ray.evaluation import baselines, egemaps
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
-from ser_ray.models.precision import bound_memory
+from ser_ray.models.precision import bound_memory, choose_device
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.runtime.feature_cache import CachedFeatures
@@ -33,7 +33,7 @@ class Scorer:
     def __init__(self, shard_dirs: Sequence[str], folds: str, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
         bound_memory(gpus)
-        self.device = torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+        self.device = choose_device(gpus)
         self.shard_dirs, self.folds = [Path(shard_dir) for shard_dir in shard_dirs], Path(folds)
 
     def score(self, directory: str, split: str, cached: CachedFeatures | None = None) -> Predictions:
@@ -41,7 +41,7 @@ class Scorer:
 
         From the waveforms, or from the ``cached`` features if they are given.
         """
-        model = checkpoint.load(directory, str(self.device))
+        model = checkpoint.load(directory, self.device)
         task = self._task(model.experiment)
         model.prefix = cached.prefix if cached else None
         return self._predict(model, task, split, cached)

@@ -189,20 +189,18 @@ def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[s
 
 def fit_here(trial: Trial, callback: EpochCallback = lambda record: None) -> None:
     """Train in this process, without Ray: the same loop over the same shards, with the same files as a result."""
-    import torch
-
+    from ser_ray.models.precision import choose_device
     from ser_ray.speech import stream
     from ser_ray.training import loop
 
     experiment, task = trial.load()
     directory = Path(trial.directory)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def on_epoch(record: folder.Record, save: loop.Save) -> None:
         _write_epoch(directory, record, save)
         callback(record)
 
-    model, content = trial.model(experiment, device)
+    model, content = trial.model(experiment, choose_device())
     files = {split: stream.Files(task.rows(split), *trial.files()) for split in ("train", "dev")}
     train, dev = (own.hold() if split in trial.resident else own for split, own in files.items())
     data = feed.data(experiment, train, dev, content)

@@ -232,7 +232,17 @@ def test_hidden_states_that_overflow_are_not_cached(backbones_dir: Path, pooling
         prefix.compute(prefix.of(settings, "fp16"), backbone, noise_batch((0.5, 0.83)))
 
 
-# -- the share of a GPU
+# -- the device, and the share of a GPU
+
+
+@pytest.mark.parametrize(("gpus", "there", "gone"), [(None, "cuda", "cpu"), (0, "cpu", "cpu"), (0.25, "cuda", "cpu")])
+def test_a_process_computes_on_a_gpu_that_it_asked_for_and_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, gpus: float | None, there: str, gone: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert precision.choose_device(gpus) == torch.device(there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision.choose_device(gpus) == torch.device(gone)
 
 
 @given(share=st.floats(0.05, 0.99), gigabytes=st.floats(16, 200))
