@@ -189,6 +189,28 @@ def test_room_is_made_by_removing_what_was_used_longest_ago(load):
     assert newer.paths[0].exists()
 
 
+def test_caches_that_are_made_at_once_stay_within_the_limit_together(load, monkeypatch):
+    first, second = (planned(load(adapter)) for adapter in (LORA, FROZEN))
+    sizes = [own.gigabytes(prefix) for own in (first, second) if (prefix := own.prefix(own.space.experiment))]
+    limit = f"storage.prefix_gb={sizes[0] + sizes[1] / 2}"
+    extract, said = feature_cache.Extractor.extract, []
+
+    def beside_another(self, source: Path, target: Path) -> None:
+        """Before any of its files is there, another process wants to make the second."""
+        monkeypatch.setattr(feature_cache.Extractor, "extract", extract)
+        said.append(keep(load(FROZEN, limit))[1])
+        extract(self, source, target)
+
+    monkeypatch.setattr(feature_cache.Extractor, "extract", beside_another)
+    made, _ = keep(load(LORA, limit))
+    assert made is not None
+    assert f"but storage.prefix_gb leaves {sizes[1] / 2:.2f}" in said[0]
+    mark = made.paths[0].parent / feature_cache.PLANNED
+    assert not mark.exists()
+    disk.write_json(mark, 1000.0)  # by a process that was killed: it holds no lock
+    assert keep(load(FROZEN, limit))[0] is not None
+
+
 def test_what_a_trial_reads_is_not_removed(load):
     old, _ = keep(load(LORA))
     assert old is not None

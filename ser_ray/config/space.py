@@ -142,9 +142,9 @@ class Storage(Section):
     cache: str = "~/.cache/ser_ray"
     """Directory of prepared data and cached features; on a cluster, a path that every node can reach."""
     prefix_gb: float = Field(50.0, ge=0)
-    """Maximum size of the feature cache below `cache`, in GB. It holds what the frozen part of a model computes, which
-    trials read in place of the waveforms; 0: no cache. An hour of speech takes 0.14 GB per layer of whisper-tiny and
-    0.46 GB per layer of whisper-large."""
+    """Maximum size of the feature cache below `cache`, in GB, also when several searches fill it at once. It holds what
+    the frozen part of a model computes, which trials read in place of the waveforms; 0: no cache. An hour of speech
+    takes 0.14 GB per layer of whisper-tiny and 0.46 GB per layer of whisper-large."""
 
 
 class SearchSpace(Section):

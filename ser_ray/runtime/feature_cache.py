@@ -8,8 +8,9 @@ plan before the first trial, with all workers that the cluster has room for; ``s
 A file has the name of its shard and its rows in the same order. It is written under another name and then renamed:
 an interrupted run continues, what changed in a corpus is computed again, and the rest is reused.
 
-``storage.prefix_gb`` limits the size of all caches together. To make room the least recently used cache is removed
-first; one that a run is reading is locked and stays.
+``storage.prefix_gb`` limits the size of all caches together; one that another process is making counts with the size
+that it will have. To make room the least recently used cache is removed first; one that a run is reading is locked and
+stays.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from ser_ray.speech.cached_features import SCHEMA, Prefix
 
 IN_USE: Final = ".in_use"
 MAKING: Final = ".making"
+PLANNED: Final = ".planned_gb.json"
+"""The size that a cache will have, in GB; it counts while a process makes the cache, and so holds its lock."""
+ROOM: Final = ".room"
+"""The lock under which room is looked for and planned, of all caches: two makers at once do not plan the same room."""
 BATCH_SECONDS: Final = 60.0
 """Padded seconds per batch: without gradients this takes less memory than training."""
 LINE_S: Final = 10.0
@@ -222,7 +227,10 @@ def _make(
     if work:
         seconds, utterances = _size(source for source, _ in work)
         needed, limit = wanted.gigabytes(seconds, utterances), planned.space.storage.prefix_gb
-        if (room := _make_room(directory, needed, limit)) < needed:
+        with disk.locked(directory.parent / ROOM):
+            if (room := _make_room(directory, needed, limit)) >= needed:
+                disk.write_json(directory / PLANNED, _gigabytes(directory) + needed)
+        if room < needed:
             console.print(
                 f"frozen prefix {wanted}: {needed:.2f} GB, but storage.prefix_gb leaves {room:.2f}; "
                 "training without the cache; raise it, or cache fewer states with head.layer_mix: last"
@@ -230,6 +238,7 @@ def _make(
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
         _show(extract(wanted, work, console), len(work), f"frozen prefix {wanted}", console)
+        (directory / PLANNED).unlink(missing_ok=True)
     return CachedFeatures(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
 
 
@@ -264,6 +273,9 @@ def _make_room(directory: Path, needed: float, limit: float) -> float:
         sizes = {marker.parent: _gigabytes(marker.parent) for marker in directory.parent.glob(f"*/{IN_USE}")}
         others = sizes.keys() - {directory}
         unused = [o for o in others if stack.enter_context(disk.locked(o / IN_USE, wait=False))]
+        for used in others.difference(unused):
+            with suppress(FileNotFoundError):  # of a cache that is complete
+                sizes[used] = max(sizes[used], disk.read_json(used / PLANNED))
         if limit - sum(sizes.values()) + sum(sizes[one] for one in unused) < needed:
             return limit - sum(sizes.values())
         for oldest in sorted(unused, key=lambda one: (one / IN_USE).stat().st_mtime):
