@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 
@@ -32,6 +33,9 @@ from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_trial
 from ser_ray.schema import MemoryShortageError
 from ser_ray.trials.records import Trials
+
+LOOK_S: Final = 10.0
+"""Seconds between looks whether workers wait for room on the cluster: about when a user wonders if a command hangs."""
 
 
 def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
@@ -70,7 +74,7 @@ def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, a
                 with memory_explained(trial):
                     fit_here(trial, show)
             else:
-                with _following(trial_dir, show):
+                with _following(planned, trial_dir, show, console):
                     fit_on_ray(trial)
 
     with nullcontext() if here else feature_cache.made_first(planned, console):
@@ -141,13 +145,18 @@ def _train_single(trials: Trials, full: Experiment, attempt: Callable[[Experimen
 
 
 @contextmanager
-def _following(directory: Path, show: Callable[[folder.Record], None]) -> Iterator[None]:
-    """Show every line that is added to a trial's history while the body runs."""
+def _following(
+    planned: RunPlan, directory: Path, show: Callable[[folder.Record], None], console: Console
+) -> Iterator[None]:
+    """While the body trains, show every line that is added to a trial's history; before the first, say now and then
+    that the workers wait for room on the cluster, if they do."""
+    workers, worker = planned.allocation.workers, planned.allocation.worker
+    wanted = f"{workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node"
     ended = threading.Event()
     seen = len(folder.trial_history(directory))
 
     def follow() -> None:
-        shown = seen
+        shown, next_look = seen, time.monotonic() + LOOK_S
         while True:
             last_look = ended.wait(0.5)
             for record in folder.trial_history(directory)[shown:]:
@@ -155,6 +164,11 @@ def _following(directory: Path, show: Callable[[folder.Record], None]) -> Iterat
                 shown += 1
             if last_look:
                 return
+            if shown == seen and time.monotonic() > next_look:
+                waits = cluster.trainer_waits()
+                if waits:
+                    console.print(f"  ... {cluster.waiting_for(wanted)}")
+                next_look = time.monotonic() + (cluster.REPEAT_S if waits else LOOK_S)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

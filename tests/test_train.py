@@ -1,18 +1,24 @@
-"""One trial in this process: memory that does not suffice, two commands at once, epochs that are added."""
+"""One trial: memory that does not suffice, two commands at once, epochs that are added, a cluster that is full."""
 
 from __future__ import annotations
 
 import csv
 import errno
 import fcntl
+import io
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from rich.console import Console
 from test_verbs import results_of, write_space
 
+import ser_ray.train
 from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.evaluation.folder import trial_history
@@ -167,3 +173,29 @@ def test_data_that_changed_since_a_run_began_are_refused(tiny_corpus, tmp_path, 
     assert "the data of ravdess have changed since this search began; set experiment.name" in said
     assert before == {path: path.read_bytes() for path in results_of(space, "changed").rglob("*") if path.is_file()}
     assert train(space, "another", "experiment.epochs=1") == 0
+
+
+@ray.remote
+class Holder:
+    """Other work, which holds what it was given until it is killed."""
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_that_is_full_is_waited_for_and_said(tiny_corpus, tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(ser_ray.train, "LOOK_S", 1.0)
+    path = write_space(tmp_path, tiny_corpus, tiny_cache)
+    space = config.load(path, ["search={}", "tune.first=[]", "experiment.epochs=1", "resources.gpus_per_worker=0"])
+    everything, said = ray.cluster_resources()["CPU"], io.StringIO()
+    holder = Holder.options(num_cpus=everything).remote()
+    ray.get(holder.__ray_ready__.remote())
+    with ThreadPoolExecutor() as executor:
+        training = executor.submit(ser_ray.train.train, space, Console(file=said, width=400), ["train"])
+        while "waiting for" not in said.getvalue() and not training.done():
+            time.sleep(0.1)
+        ray.kill(holder)
+        assert training.result() == results_of(path, "tiny")
+    free = f"0 of {everything:g} CPUs and 0 of 0 GPUs are free, other work holds the rest"
+    assert said.getvalue().count(f"waiting for 1 x (1 CPUs, 0 GPUs), each on one node; {free}") == 1
+    assert said.getvalue().count("waiting for") == 1
+    assert [record["epoch"] for record in history(path, "tiny")] == [1]

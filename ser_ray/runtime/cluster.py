@@ -28,7 +28,9 @@ OWN = "ser_ray_started"
 RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
 """Default ports of Ray's components; 52365, the dashboard agent's, is one that the system may assign to any program."""
 PATIENCE_S = 20.0
-"""Seconds of waiting between lines that say what is waited for."""
+"""Seconds of waiting before a line says what is waited for: a process that has its resources may take ten to start."""
+REPEAT_S = 60.0
+"""Seconds until the line comes again: other work may hold a cluster for hours."""
 ANSWERS_WITHIN_S = 10.0
 """How long to try to reach a cluster that should be up: Ray would try for minutes."""
 SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103
@@ -117,6 +119,21 @@ def describe() -> str:
     return f"{count} node{'s' * (count != 1)}, {cores:g} core{'s' * (cores != 1)}, {gpus:g} GPU{'s' * (gpus != 1)}"
 
 
+def waiting_for(wanted: str) -> str:
+    """A line that says what is waited for, and how much of the cluster is free."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    cpus, gpus = (f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    return f"waiting for {wanted}; {cpus} and {gpus} are free, other work holds the rest"
+
+
+def trainer_waits() -> bool:
+    """Whether workers of this command's trainer wait for room on the cluster. Ray Train requests the resources of all
+    its workers as one placement group, and the id of a placement group ends with the id of its job."""
+    job = ray.get_runtime_context().get_job_id()
+    groups = ray.util.placement_group_table()
+    return any(name.endswith(job) and group["state"] == "PENDING" for name, group in groups.items())
+
+
 def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
     """How ``trials`` of a space share this cluster, with the device and precision of their workers.
 
@@ -151,8 +168,10 @@ def _device(worker: Worker, console: Console) -> tuple[bool, str]:
     if (own := _look_at_device())[0]:
         return own
     asked = ray.remote(_look_at_device).options(num_cpus=0, num_gpus=worker.gpus).remote()
-    while not ray.wait([asked], timeout=PATIENCE_S)[0]:
-        console.print(f"waiting for {worker.gpus:g} GPUs: other work holds those of the cluster")
+    patience = PATIENCE_S
+    while not ray.wait([asked], timeout=patience)[0]:
+        console.print(f"  ... {waiting_for(f'{worker.gpus:g} GPUs')}")
+        patience = REPEAT_S
     answer: tuple[bool, str] = ray.get(asked)
     return answer
 

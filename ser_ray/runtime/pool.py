@@ -54,7 +54,7 @@ class Pool:
         """
         waiting = list(jobs)
         running: dict[Any, tuple[Name, Any]] = {}
-        last_line = time.monotonic()
+        next_line = time.monotonic() + cluster.PATIENCE_S
         while waiting or running:
             while waiting and self.free:
                 name, actor = waiting.pop(0), self.free.pop()
@@ -68,12 +68,10 @@ class Pool:
                 else:
                     actor = self.starting.pop(ref)
                 self.free.append(actor)
-            if not running and not self.free and time.monotonic() - last_line > cluster.PATIENCE_S:
-                last_line = time.monotonic()
-                self.console.print(
-                    f"  {what}: waiting for {self.worker.cpus:g} CPUs and {self.worker.gpus:g} GPUs on one node; "
-                    "other work holds the cluster"
-                )
+            if not running and not self.free and time.monotonic() > next_line:
+                next_line = time.monotonic() + cluster.REPEAT_S
+                wanted = f"{self.worker.cpus:g} CPUs and {self.worker.gpus:g} GPUs on one node"
+                self.console.print(f"  {what}: {cluster.waiting_for(wanted)}")
 
 
 # -- below: how it is done

@@ -104,5 +104,6 @@ def test_a_cluster_that_is_full_is_waited_for_and_said(monkeypatch):
     said = io.StringIO()
     with pool(said) as squarers:
         assert dict(squarers.map({3: lambda actor: actor.square.remote(3)}, "squares")) == {3: 9}
-    assert "squares: waiting for 1 CPUs and 0 GPUs on one node; other work holds the cluster" in said.getvalue()
+    room = f"0 of {everything:g} CPUs and 0 of 0 GPUs are free, other work holds the rest"
+    assert f"squares: waiting for 1 CPUs and 0 GPUs on one node; {room}" in said.getvalue()
     ray.get(held)
