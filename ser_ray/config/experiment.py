@@ -103,7 +103,7 @@ class Adapter(Section):
     """The update is scaled by alpha / rank. The default is twice the default rank, as is usual."""
     dropout: Annotated[float, Unit("share of the inputs")] = Field(0.05, ge=0, lt=1)
     """Dropout on the input of the low-rank update. The default is the QLoRA paper's value for small models."""
-    first_layer: Annotated[int, NO_UNIT] = Field(0, ge=0)
+    first_layer: Annotated[int, Unit("layers")] = Field(0, ge=0)
     """Layers below this one stay frozen: they get no LoRA update, and ``full`` does not train them."""
     targets: Words | None = None
     """Names of the linear layers that get a LoRA update. null: all of attention and feed-forward (QLoRA paper,

@@ -31,7 +31,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
     Raises UserError for a file that is missing or not YAML, and with a line for every unknown key and invalid value.
     """
     path = Path(path)
-    content, lines = _read(path, "give a YAML search space, such as search_spaces/demo.yaml")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a YAML search space, such as search_spaces/demo.yaml")
+    content, lines = _read(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with the key experiment")
     for override in overrides:
@@ -56,7 +58,9 @@ def dump(model: BaseModel) -> str:
 def load_experiment(path: str | Path) -> Experiment:
     """Read the ``experiment.yaml`` of a checkpoint."""
     path = Path(path)
-    content, lines = _read(path, "a checkpoint directory holds experiment.yaml")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
+    content, lines = _read(path)
     return validated(Experiment, content, path, lines)
 
 
@@ -119,9 +123,7 @@ _MOST_VALUES: Final = 100_000
 memory. A search space has some hundred."""
 
 
-def _read(path: Path, missing: str) -> tuple[Any, dict[Place, int]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {missing}")
+def _read(path: Path) -> tuple[Any, dict[Place, int]]:
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
