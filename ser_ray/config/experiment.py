@@ -78,6 +78,7 @@ class Protocol(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Protocol:
+        # Once all other keys fit: one that is misspelled would be said to be missing as well.
         needed = {
             "given_folds": {"given": "emobox, lists of speakers, or a .csv file"},
             "leave_one_corpus_out": {"held_out": "the corpus to test on"},
