@@ -34,8 +34,8 @@ def configuration() -> Iterator[str]:
     """Every key, by section."""
     yield "# Configuration\n"
     yield (
-        "Every key of a search space, with its type, default and meaning; `ser-ray config KEY` shows the same. Keys "
-        "are written in the YAML file, or given as `key=value` on the command line.\n"
+        "Every key of a search space, with its type, unit, default and meaning; `ser-ray config KEY` shows the same. "
+        "Keys are written in the YAML file, or given as `key=value` on the command line.\n"
     )
     section = ""
     for key in explain.every_key():
@@ -45,7 +45,7 @@ def configuration() -> Iterator[str]:
             yield f"## {section}\n"
         if head:
             yield f"### {name}\n"
-        yield f"`{key.name}`: {_plain(key.type)}; {_plain(key.default)}.\n"
+        yield f"`{key.name}`: {_plain(key.summary)}.\n"
         yield f"{_plain(key.meaning)}\n"
 
 

@@ -73,17 +73,13 @@ class Model:
         """
         import pyarrow as pa
 
-        from ser_ray.training.inference import predict
+        from ser_ray.evaluation.predictions import PROBABILITY
+        from ser_ray.training.inference import answer_columns, predict
 
-        rows = [
-            {"path": answer.path or None, "emotion": answer.emotion or None}
-            | {f"p_{emotion}": answer.probabilities.get(emotion) for emotion in self.emotions}
-            | {"reason": answer.reason or None}
-            for answer in predict(self.classifier, _sources(recordings, sampling_rate))
-        ]
-        text, number = pa.string(), pa.float64()
-        columns = {"path": text, "emotion": text} | {f"p_{e}": number for e in self.emotions} | {"reason": text}
-        return Rows(pa.Table.from_pylist(rows, pa.schema(columns)))
+        answers = predict(self.classifier, _sources(recordings, sampling_rate))
+        columns = answer_columns(self.emotions)
+        types = {name: pa.float64() if name.startswith(PROBABILITY) else pa.string() for name in columns}
+        return Rows(pa.Table.from_pylist([answer.row(self.emotions) for answer in answers], pa.schema(types)))
 
     def embed(self, recordings: Recordings, sampling_rate: int | None = None) -> np.ndarray:
         """The pooled vector of each recording, which the classifier sees: (N, P) float32, NaN where it is not usable.
@@ -149,16 +145,9 @@ class SearchResults:
         known = self.content.predictions
         if split not in known:
             raise UserError(f"{self.folder}: no predictions of {split}; there are {', '.join(known) or 'none'}")
-        part = known[split]
-        columns: dict[str, Any] = {
-            "utterance_id": part.utterance_ids,
-            "corpus": part.corpora,
-            "speaker": part.speakers,
-            "emotion": [part.emotions[label] for label in part.labels],
-            "predicted": [part.emotions[label] for label in part.predicted],
-        }
-        columns |= {f"p_{emotion}": part.probabilities[:, k] for k, emotion in enumerate(part.emotions)}
-        return Rows(pa.table({name: pa.array(values) for name, values in columns.items()}))
+        columns = known[split].columns(split)
+        del columns["split"]  # the same in every row
+        return Rows(pa.table(columns))
 
 
 def load(checkpoint: str | Path, device: str | None = None) -> Model:

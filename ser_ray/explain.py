@@ -10,7 +10,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.console import Console
@@ -31,20 +30,23 @@ class Key:
     """Dotted, such as experiment.adapter.rank."""
     type: str
     """What it takes, in words: an integer of at least 1."""
+    unit: str
+    """Of a number, in words: in s, share of the steps, no unit. Empty for what is no number."""
     default: str
     """As it would be written; "required" where there is none."""
     meaning: str
-    """Its docstring: what it is for, its unit, the reason for its default."""
+    """Its docstring: what it is for, the reason for its default."""
+
+    @property
+    def summary(self) -> str:
+        """Type, unit and default: integer at least 1, in epochs; default 10."""
+        return f"{', '.join(filter(None, (self.type, self.unit)))}; {self.default}"
 
 
-def every_key(model: type[BaseModel] = config.SearchSpace, prefix: str = "") -> Iterator[Key]:
+def every_key() -> Iterator[Key]:
     """Every key, in the order of the file."""
-    for name, field in model.model_fields.items():
-        dotted = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
-            yield from every_key(field.annotation, f"{dotted}.")
-        else:
-            yield Key(dotted, _type(field), _default(field), " ".join((field.description or "").split()))
+    for name, field in config.every_field(config.SearchSpace):
+        yield Key(name, _type(field), _unit(field), _default(field), " ".join((field.description or "").split()))
 
 
 def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
@@ -61,11 +63,10 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
     if not chosen:
         assert wanted is not None
         parts = {part for key in known for part in (key.name, *key.name.split("."))}
-        close = hint(wanted, parts)
-        raise UserError(f"{wanted}: no such key{close if 'did you mean' in close else '; ser-ray config lists all'}")
+        raise UserError(f"{wanted}: no such key{hint(wanted, parts, '; ser-ray config lists all')}")
     values = origins(path, overrides) if path is not None else {}
     for key in chosen:
-        console.print(f"[bold]{key.name}[/bold]: {escape(key.type)}; {escape(key.default)}")
+        console.print(f"[bold]{key.name}[/bold]: {escape(key.summary)}")
         if key.name in values:
             value, origin = values[key.name]
             console.print(f"  here: {value!r} ({origin})", markup=False)
@@ -116,6 +117,11 @@ def _type(field: FieldInfo) -> str:
         if getattr(limit, name, None) is not None
     ]
     return " ".join([_words(field.annotation), *([" and ".join(bounds)] if bounds else [])])
+
+
+def _unit(field: FieldInfo) -> str:
+    units = (one.name for one in field.metadata if isinstance(one, config.Unit))
+    return next((name if name.startswith(("no ", "share ")) else f"in {name}" for name in units), "")
 
 
 def _words(annotation: Any) -> str:

@@ -27,7 +27,7 @@ from ser_ray.disk import write_text
 from ser_ray.models import checkpoint
 from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
-from ser_ray.training.inference import Answer, predict
+from ser_ray.training.inference import Answer, answer_columns, predict
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")
 """Suffixes of the files that are read from a folder; a file that is named is read whatever its suffix."""
@@ -97,10 +97,9 @@ def _jsonl(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
 
 def _csv(answers: Sequence[Answer], emotions: Sequence[str]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["path", "emotion", *(f"p_{emotion}" for emotion in emotions), "reason"])
-    for a in answers:
-        writer.writerow([a.path, a.emotion, *(a.probabilities.get(emotion, "") for emotion in emotions), a.reason])
+    writer = csv.DictWriter(buffer, answer_columns(emotions))
+    writer.writeheader()
+    writer.writerows(answer.row(emotions) for answer in answers)
     return buffer.getvalue()
 
 

@@ -15,6 +15,8 @@ from report_fixtures import write_search
 
 import ser_ray
 from ser_ray import api, config
+from ser_ray.evaluation.predictions import Predictions
+from ser_ray.evaluation.summary import write_predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.schema import UserError
@@ -67,6 +69,7 @@ def test_files_folders_and_arrays_are_predicted_alike(model, recording, tmp_path
     samples, rate = soundfile.read(recording, dtype="float32")
     integers, _ = soundfile.read(recording, dtype="int16")
     (by_file,) = model.predict(recording)
+    assert list(by_file) == ["path", "emotion", "p_angry", "p_happy", "p_sad", "reason"]
     assert by_file["path"] == str(recording)
     assert sum(by_file[f"p_{emotion}"] for emotion in model.emotions) == pytest.approx(1)
     assert by_file["emotion"] == max(model.emotions, key=lambda emotion: by_file[f"p_{emotion}"])
@@ -152,6 +155,16 @@ def test_results_are_tables(tmp_path):
     assert results.best == folder.resolve() / "best"
     with pytest.raises(UserError, match="no predictions of train; there are"):
         results.predictions("train")
+
+
+def test_predictions_are_a_table_of_utterances(tmp_path):
+    folder = write_search(tmp_path / "results")
+    (folder / "evaluation").mkdir(exist_ok=True)
+    made = Predictions(("sad", "angry"), ("c/1",), ("c",), ("c/s",), np.array([1]), np.array([[0.75, 0.25]]))
+    write_predictions(made, "dev", folder / "evaluation" / "predictions.parquet")
+    (row,) = ser_ray.read_results(folder).predictions("dev")
+    text = {"utterance_id": "c/1", "corpus": "c", "speaker": "c/s", "emotion": "angry", "predicted": "sad"}
+    assert list(row.items()) == [*text.items(), ("p_sad", 0.75), ("p_angry", 0.25)]
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 """The configuration: what is accepted, what is refused and how, and that it survives being written."""
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ser_ray import config
+from ser_ray import config, explain
 from ser_ray.config import Experiment, SearchSpace, load
 from ser_ray.schema import UserError
 
@@ -97,13 +98,13 @@ def test_yaml_reads_as_people_mean_it(text, value):
         ("experiment.emotions=[angry, joyful]", ["joyful"]),
         ("experiment.emotions=[angry]", ["at least two"]),
         ("experiment.merge={calm: fine}", ["fine"]),
-        ("experiment.corpora={}", ["corpora is empty"]),
-        ("experiment.protocol.fold=5", ["protocol.fold is 5"]),
+        ("experiment.corpora={}", ["experiment.corpora", "at least one"]),
+        ("experiment.protocol.fold=5", ["experiment.protocol.fold", "0 to 4, not 5"]),
         ("experiment.protocol.scheme=given_folds", ["protocol.given"]),
         ("experiment.protocol.scheme=leave_one_corpus_out", ["protocol.held_out"]),
         ("experiment.head={init: probe, hidden: 8}", ["head.hidden"]),
         ("experiment.name=../x", ["experiment.name"]),
-        ("search.adapter.rnk={choice: [1]}", ["adapter.rnk", "rank"]),
+        ("search.adapter.rnk={choice: [1]}", ["search.adapter.rnk", "unknown key", "adapter.rank"]),
         ("search.adapter.rank={choice: [0]}", ["adapter.rank", "0"]),
         ("search.adapter.rank={choice: []}", ["adapter.rank", "empty"]),
         ("search.adapter.rank={choice: [1], uniform: [0, 1]}", ["exactly one"]),
@@ -141,7 +142,7 @@ def test_what_does_not_fit_is_one_line_that_names_it(space_file, override, words
     ],
 )
 def test_what_the_data_are_is_not_searched(space_file, key, values):
-    with pytest.raises(UserError, match=f"search: {key}: all trials use the same data"):
+    with pytest.raises(UserError, match=f"search.{key}: all trials use the same data"):
         load(space_file, [f"search.{key}={json.dumps({'choice': values})}"])
 
 
@@ -268,6 +269,35 @@ def test_every_field_says_what_it_is_for_or_is_a_section():
         for name, field in section.model_fields.items():
             is_section = isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
             assert is_section or field.description, f"{section.__name__}.{name}"
+
+
+def numbers_in(annotation: object) -> bool:
+    """Whether a type has numbers in it."""
+    return annotation in (int, float) or any(map(numbers_in, typing.get_args(annotation)))
+
+
+def test_every_number_has_a_unit_and_nothing_else_has():
+    keys = {key.name: key for key in explain.every_key()}
+    for name, field in config.every_field(SearchSpace):
+        units = [one for one in field.metadata if isinstance(one, config.Unit)]
+        assert len(units) == numbers_in(field.annotation), f"{name}: {units}"
+        assert bool(keys[name].unit) == numbers_in(field.annotation)
+
+
+@pytest.mark.parametrize(
+    ("name", "summary"),
+    [
+        ("experiment.audio.min_seconds", "number above 0 and at most 30, in s; default 0.3"),
+        ("experiment.augment.noise_snr_db", "list of number | null, in dB; default null"),
+        ("experiment.optimizer.warmup", "number at least 0 and below 1, share of the steps; default 0.1"),
+        ("experiment.seed", "integer at least 0, no unit; default 0"),
+        ("tune.gpu_hours", "number | null above 0, in GPU-h; default null"),
+        ("storage.results", "text; default results"),
+    ],
+)
+def test_a_key_is_summarised_with_its_unit(name, summary):
+    (key,) = [key for key in explain.every_key() if key.name == name]
+    assert key.summary == summary
 
 
 def test_the_space_is_frozen():

@@ -5,7 +5,7 @@ does not fit, and where.
 """
 
 from ser_ray.config.changes import MAY_CHANGE, differences, refused
-from ser_ray.config.experiment import Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol, Section
+from ser_ray.config.experiment import Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol
 from ser_ray.config.reader import (
     UNSPECIFIED,
     built_in_spaces,
@@ -16,11 +16,14 @@ from ser_ray.config.reader import (
     load_experiment,
     read_yaml,
 )
-from ser_ray.config.space import THE_SAME_FOR_ALL, Distribution, Resources, SearchSpace, Storage, Tune
+from ser_ray.config.search import THE_SAME_FOR_ALL, Distribution
+from ser_ray.config.section import NO_UNIT, Section, Unit, every_field
+from ser_ray.config.space import Resources, SearchSpace, Storage, Tune
 from ser_ray.config.validation import fingerprint, to_dict
 
 __all__ = [
     "MAY_CHANGE",
+    "NO_UNIT",
     "THE_SAME_FOR_ALL",
     "UNSPECIFIED",
     "Adapter",
@@ -36,10 +39,12 @@ __all__ = [
     "Section",
     "Storage",
     "Tune",
+    "Unit",
     "built_in_spaces",
     "default_space",
     "differences",
     "dump",
+    "every_field",
     "fingerprint",
     "line_numbers",
     "load",

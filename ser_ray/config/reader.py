@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,11 +33,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a YAML search space, such as search_spaces/demo.yaml")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, lines = read_yaml(text), line_numbers(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    content, lines = _read(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with the key experiment")
     for override in overrides:
@@ -47,10 +44,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
         if key.startswith("experiment.") and isinstance(content.get("search"), dict):
             _fix_searched_key(content, key.removeprefix("experiment."), value)
         content = with_values(content, {key: value}, known=False)
-        at = tuple(key_parts(key))
-        # Points of tune.first may have gone, so that the others have moved.
-        moved = (at, ("tune", "first")) if at[0] == "experiment" else (at,)
-        lines = {place: n for place, n in lines.items() if not any(place[: len(old)] == old for old in moved)} | {at: 0}
+        lines = _lines_left(lines, tuple(key_parts(key)))
     if not needs_backbone and isinstance(content.get("experiment"), dict):
         content["experiment"].setdefault("backbone", UNSPECIFIED)
     return validated(SearchSpace, content, path, lines)
@@ -66,7 +60,8 @@ def load_experiment(path: str | Path) -> Experiment:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
-    return validated(Experiment, read_yaml(path.read_text(encoding="utf-8")), path)
+    content, lines = _read(path)
+    return validated(Experiment, content, path, lines)
 
 
 def built_in_spaces() -> dict[str, Path]:
@@ -85,30 +80,12 @@ def default_space() -> Path:
 
 def line_numbers(text: str) -> dict[Place, int]:
     """The line of every key and list item of a YAML text, from 1."""
-    lines: dict[Place, int] = {}
-    seen: set[int] = set()
-
-    def visit(node: yaml.Node | None, place: Place) -> None:
-        if id(node) in seen:  # an alias of what was visited; following it could have no end
-            return
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = (*place, key.value if isinstance(key, yaml.ScalarNode) else "")
-                lines[inner] = key.start_mark.line + 1
-                visit(value, inner)
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                lines[*place, number] = value.start_mark.line + 1
-                visit(value, (*place, number))
-
-    visit(yaml.compose(text, Loader=_Loader), ())
-    return lines
+    return _parse(text)[1]
 
 
 def read_yaml(text: str) -> Any:
     """The content of a YAML text: 1e-5 is a number, 03 and no are text."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    return _parse(text)[0]
 
 
 # -- below: how it is done
@@ -139,6 +116,64 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+_MOST_VALUES: Final = 100_000
+"""Of a file, with what its aliases stand for: a few lines of aliases of aliases can stand for more than fits into
+memory. A search space has some hundred."""
+
+
+def _read(path: Path) -> tuple[Any, dict[Place, int]]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse(text: str) -> tuple[Any, dict[Place, int]]:
+    """The content of a YAML text, and the line of every place in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[Place, int] = {}
+        if node is None:
+            return None, lines
+        if _number(node, (), lines, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for themselves, or for more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node), lines
+    finally:
+        loader.dispose()
+
+
+def _number(node: yaml.Node, place: Place, lines: dict[Place, int], sizes: dict[int, float]) -> float:
+    """Enter the lines below a node into ``lines``; returns its number of values, with those that aliases stand for.
+    ``sizes`` has that of every node that was visited, since none is visited twice."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf  # of a node that holds itself it stays so
+    size = 1.0
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, key.value if isinstance(key, yaml.ScalarNode) else "")
+            lines[inner] = key.start_mark.line + 1
+            size += _number(value, inner, lines, sizes)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            lines[*place, number] = value.start_mark.line + 1
+            size += _number(value, (*place, number), lines, sizes)
+    sizes[id(node)] = size
+    return size
+
+
+def _lines_left(lines: dict[Place, int], at: Place) -> dict[Place, int]:
+    """The lines of a file after an override at a place: what is there now is in no line. An override of the experiment
+    may have removed points of tune.first, so that the others have moved."""
+    first = ("tune", "first")
+
+    def is_gone(place: Place) -> bool:
+        return place[: len(at)] == at or (at[0] == "experiment" and place[:2] == first and place != first)
+
+    return {place: line for place, line in lines.items() if not is_gone(place)} | {at: 0}
 
 
 def _parse_value(override: str, text: str) -> Any:

@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from ser_ray.config.experiment import Experiment, Section, Words, as_tuple
-from ser_ray.config.validation import to_dict, validated, with_values
-from ser_ray.schema import UserError
-
-THE_SAME_FOR_ALL = frozenset(
-    {"name", "corpora", "labels", "label", "emotions", "merge", "audio", "protocol"},
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
 )
-"""Fields of `Experiment` that define the data and their split: they cannot be searched."""
+from pydantic_core import to_jsonable_python
 
-
-class Distribution(Section):
-    """The values of one searched key: exactly one of choice, uniform, loguniform, randint."""
-
-    choice: Annotated[tuple[Any, ...] | None, BeforeValidator(as_tuple)] = None
-    uniform: Annotated[tuple[float, float] | None, BeforeValidator(as_tuple)] = None
-    loguniform: Annotated[tuple[float, float] | None, BeforeValidator(as_tuple)] = None
-    randint: Annotated[tuple[int, int] | None, BeforeValidator(as_tuple)] = None
-    """Both ends included."""
-    when: dict[str, Annotated[tuple[Any, ...], BeforeValidator(as_tuple)]] = Field(default_factory=dict)
-    """Conditions: the key is searched only in trials where every key listed here has one of the given values, such as
-    ``when: {adapter.method: [lora, qlora]}``."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Distribution:
-        kinds = [k for k in ("choice", "uniform", "loguniform", "randint") if getattr(self, k) is not None]
-        if len(kinds) != 1:
-            raise ValueError("give exactly one of choice, uniform, loguniform, randint")
-        if self.choice is not None and not self.choice:
-            raise ValueError("choice is empty")
-        for low, high in (r for r in (self.uniform, self.loguniform, self.randint) if r is not None):
-            if low >= high:
-                raise ValueError(f"the lower bound {low} is not below the upper bound {high}")
-            if self.loguniform is not None and low <= 0:
-                raise ValueError("loguniform needs a lower bound above 0")
-        return self
-
-    def examples(self) -> tuple[Any, ...]:
-        """The values that are validated: all choices, or both ends of a range."""
-        ends = self.uniform or self.loguniform or self.randint
-        return self.choice if self.choice is not None else tuple(ends or ())
+from ser_ray.config.experiment import Experiment
+from ser_ray.config.search import Distribution, search_problems
+from ser_ray.config.section import NO_UNIT, Section, Unit, Words, as_tuple
+from ser_ray.config.validation import ProblemsError, problems_of, refuse, to_dict, validated, with_values
 
 
 class Tune(Section):
     """How the space is searched."""
 
-    trials: int = Field(12, ge=1)
+    trials: Annotated[int, Unit("trials")] = Field(12, ge=1)
     """Total number of trials; ``tune.trials=+20`` on the command line adds to a finished search."""
-    hours: float | None = Field(None, gt=0)
+    hours: Annotated[float | None, Unit("h")] = Field(None, gt=0)
     """No trial starts after this many hours of searching in total (continuations included); null: no limit."""
-    gpu_hours: float | None = Field(None, gt=0)
+    gpu_hours: Annotated[float | None, Unit("GPU-h")] = Field(None, gt=0)
     """No trial starts after trials have held GPUs for this many GPU-hours in total; null: no limit."""
     metric: Literal["dev_uar", "dev_accuracy", "dev_macro_f1", "dev_kappa"] = "dev_uar"
     """The metric on dev by which trials are compared and stopped."""
@@ -68,24 +41,24 @@ class Tune(Section):
     metric alone decides which trial wins."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """tpe: a model of the trials so far (multivariate; arXiv 2304.11127). random and grid are for comparison."""
-    grid_points: int = Field(3, ge=2)
+    grid_points: Annotated[int, Unit("values")] = Field(3, ge=2)
     """Number of values that a grid takes from each range."""
     warm_start: Words = ()
     """Results folders of earlier searches, whose trials the sampler learns from; they do not count towards `trials`."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops the worse half of the trials early."""
-    grace: int = Field(2, ge=1)
+    grace: Annotated[int, Unit("epochs")] = Field(2, ge=1)
     """Epochs before a trial may be stopped."""
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, NO_UNIT] = Field(0, ge=0)
     """Seed of the sampler, and of the order of a grid."""
-    concurrency: int | None = Field(None, ge=1)
+    concurrency: Annotated[int | None, Unit("trials")] = Field(None, ge=1)
     """Number of trials that run at once; null: as many as fit on the cluster."""
-    finalists: int = Field(3, ge=1)
+    finalists: Annotated[int, Unit("trials")] = Field(3, ge=1)
     """How many of the best trials are finalists. Evaluation actors score their checkpoints in full, on dev."""
-    final_folds: Annotated[tuple[int, ...] | Literal["all"] | None, BeforeValidator(as_tuple)] = None
+    final_folds: Annotated[tuple[int, ...] | Literal["all"] | None, BeforeValidator(as_tuple), NO_UNIT] = None
     """Folds on which the finalists are trained again. The mean over the folds selects the winner on dev and is reported
     on test. null: only the experiment's own fold, with the checkpoint from the search."""
-    final_seeds: int = Field(1, ge=1)
+    final_seeds: Annotated[int, Unit("seeds")] = Field(1, ge=1)
     """Number of seeds with which each finalist is trained: the experiment's seed and those that follow. On test, the
     ensemble that averages their probabilities is scored as well."""
     rotate_dev: bool = False
@@ -96,42 +69,49 @@ class Tune(Section):
     log: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(as_tuple)] = ()
     """Where the epochs are logged as well: results/NAME/tensorboard, results/NAME/mlflow.db."""
 
-    @model_validator(mode="after")
-    def _rotates_over_seeds(self) -> Tune:
-        if self.rotate_dev and self.final_seeds == 1:
-            raise ValueError("rotate_dev changes dev with each further seed; set final_seeds to 2 or more")
-        return self
+    @field_validator("rotate_dev")
+    @classmethod
+    def _rotates_over_seeds(cls, rotate_dev: bool, info: ValidationInfo) -> bool:
+        if rotate_dev and info.data.get("final_seeds") == 1:
+            raise ValueError("dev changes with each further seed: set tune.final_seeds to 2 or more")
+        return rotate_dev
 
-    @model_validator(mode="after")
-    def _grid_is_complete(self) -> Tune:
-        if self.sampler == "grid" and self.first:
-            raise ValueError("first: a grid defines all points itself; remove tune.first, or use sampler: tpe")
-        return self
+    @field_validator("first")
+    @classmethod
+    def _grid_is_complete(cls, first: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
+        if first and info.data.get("sampler") == "grid":
+            raise ValueError("a grid defines all points itself; remove tune.first, or use sampler: tpe")
+        return first
 
 
 class Resources(Section):
     """The resources of one trial."""
 
-    workers: int = Field(1, ge=0)
+    workers: Annotated[int, Unit("processes")] = Field(1, ge=0)
     """Data-parallel processes per trial. In a search, 1 trains in Tune's own process; several add twenty seconds to a
     trial. 0 trains in this process, without Ray, for a debugger (train only)."""
-    cpus_per_worker: float | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float | Literal["auto"], Unit("CPUs")] = "auto"
     """auto: 1 without a GPU (many small trials beat one trial on many threads); with GPUs an even share of the node's
     cores for each, at most 4."""
-    gpus_per_worker: float | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float | Literal["auto"], Unit("GPUs")] = "auto"
     """auto: 1 if the cluster has a GPU, else 0. 0.25 puts four trials on one GPU."""
     data: Literal["auto", "resident", "streamed"] = "auto"
     """resident: a trial's data stay in Ray's object store between epochs. streamed: every epoch reads them from the
     files. auto: resident if they take at most 30 % of the store; else dev alone is, if it takes no more than that."""
 
-    @model_validator(mode="after")
-    def _can_be_given(self) -> Resources:
-        if self.cpus_per_worker != "auto" and self.cpus_per_worker <= 0:
-            raise ValueError(f"cpus_per_worker is {self.cpus_per_worker:g}; give more than 0, or auto")
-        gpus = 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
-        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-            raise ValueError(f"gpus_per_worker is {gpus:g}; give a fraction of one GPU, or a whole number of GPUs")
-        return self
+    @field_validator("cpus_per_worker")
+    @classmethod
+    def _some_cpus(cls, cpus: float | str) -> float | str:
+        if not isinstance(cpus, str) and not cpus > 0:
+            raise ValueError(f"give more than 0, or auto, not {cpus:g}")
+        return cpus
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _a_share_or_whole_gpus(cls, gpus: float | str) -> float | str:
+        if not isinstance(gpus, str) and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+            raise ValueError(f"give a fraction of one GPU, or a whole number of GPUs, not {gpus:g}")
+        return gpus
 
 
 class Storage(Section):
@@ -141,7 +121,7 @@ class Storage(Section):
     """Directory of the results folders."""
     cache: str = "~/.cache/ser_ray"
     """Directory of prepared data and cached features; on a cluster, a path that every node can reach."""
-    prefix_gb: float = Field(50.0, ge=0)
+    prefix_gb: Annotated[float, Unit("GB")] = Field(50.0, ge=0)
     """Maximum size of the feature cache below `cache`, in GB, also when several searches fill it at once. It holds what
     the frozen part of a model computes, which trials read in place of the waveforms; 0: no cache. An hour of speech
     takes 0.14 GB per layer of whisper-tiny and 0.46 GB per layer of whisper-large."""
@@ -158,35 +138,18 @@ class SearchSpace(Section):
     resources: Resources = Resources()
     storage: Storage = Storage()
 
-    @model_validator(mode="after")
-    def _search_fits(self) -> SearchSpace:
-        problems = [problem for key in self.search for problem in self._problems_of(key)]
-        for point in self.tune.first:
-            if unknown := [key for key in point if key not in self.search]:
-                problems.append(f"tune.first: {unknown[0]!r} is not a searched key")
-            elif not problems:
-                self.trial(point)
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    def _problems_of(self, key: str) -> Iterator[str]:
-        """What is wrong with a searched key."""
-        distribution, order = self.search[key], list(self.search)
-        if key.split(".")[0] in THE_SAME_FOR_ALL:
-            yield f"search: {key}: all trials use the same data, to be comparable; remove this key"
-            return
-        for condition in distribution.when:
-            if condition not in order:
-                yield f"search: {key}: when names {condition!r}, which is not searched"
-            elif order.index(condition) > order.index(key):
-                yield f"search: {key} depends on {condition!r}: list {condition!r} first"
-        for value in distribution.examples():
-            try:
-                self.trial({key: value})
-            except UserError as error:
-                yield f"search: {error}"
-                return
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fits_together(cls, content: Any, handler: ModelWrapValidatorHandler[SearchSpace]) -> SearchSpace:
+        """Each section by itself, and whether what is searched fits the experiment: all problems at once."""
+        plain = to_jsonable_python(content, fallback=str)
+        across = list(search_problems(plain)) if isinstance(plain, dict) else []
+        try:
+            space = handler(content)
+        except ValidationError as error:
+            raise ProblemsError([*problems_of(error, cls, content), *across]) from None
+        refuse(across)
+        return space
 
     def trial(self, values: Mapping[str, Any]) -> Experiment:
         """The experiment of one trial: the base experiment with dotted keys replaced.

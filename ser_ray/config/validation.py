@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import typing
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ser_ray.schema import UserError
 
@@ -59,6 +61,24 @@ def key_parts(dotted: str) -> list[str]:
 Place = tuple[str | int, ...]
 """Where something is in nested content: keys, and numbers of list items."""
 
+Problem = tuple[Place, str]
+"""Where something does not fit, and what to do."""
+
+
+class ProblemsError(ValueError):
+    """Several problems in one field or section, each with its place in it. A validator raises it: of another error
+    pydantic knows only the place of the field."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(map(_in_words, self.problems)))
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise `ProblemsError` if there are any."""
+    if found := list(problems):
+        raise ProblemsError(found)
+
 
 def validated(
     model: type[M], content: object, where: object = "", lines: Mapping[Place, int] = MappingProxyType({})
@@ -71,34 +91,26 @@ def validated(
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = _problems(error, model, content, lines)
+        problems = problems_of(error, model, content)
     if not where:  # not of a file: in one line, as the error of a trial travels
-        raise UserError("; ".join(text for _, text in problems))
-    if len(problems) > 1:
-        listed = (f"  {f'line {line}: ' if line else ''}{text}" for line, text in problems)
-        raise UserError("\n".join([f"{where}: {len(problems)} problems", *listed]))
-    line, text = problems[0]
+        raise UserError("; ".join(map(_in_words, problems)))
+    numbered = sorted(((_line(problem[0], lines), _in_words(problem)) for problem in problems), key=lambda one: one[0])
+    if len(numbered) > 1:
+        listed = (f"  {f'line {line}: ' if line else ''}{text}" for line, text in numbered)
+        raise UserError("\n".join([f"{where}: {len(numbered)} problems", *listed]))
+    line, text = numbered[0]
     raise UserError(f"{where}:{line}: {text}" if line else f"{where}: {text}")
 
 
-def _problems(
-    error: ValidationError, model: type[BaseModel], content: object, lines: Mapping[Place, int]
-) -> list[tuple[int, str]]:
-    """Every place that does not fit, once, with its line if it is in a file: of a union's types the first complains."""
-    by_place: dict[Place, tuple[int, str]] = {}
+def problems_of(error: ValidationError, model: type[BaseModel], content: object) -> list[Problem]:
+    """What does not fit, place by place: of a union's types the first complains."""
+    found: dict[Place, list[Problem]] = {}
     for one in error.errors():
-        place = existing(one["loc"], content)
-        if one["type"] == "missing":
-            place, message = one["loc"], "this key is required"
-        elif one["type"] == "extra_forbidden":
-            message = "unknown key" + hint(str(one["loc"][-1]), _fields_at(model, one["loc"][:-1]))
-        elif one["type"] == "value_error":
-            message = one["msg"].removeprefix("Value error, ")
-        else:
-            message = f"{one['msg'][0].lower()}{one['msg'][1:]}, not {one['input']!r}"
-        location = ".".join(map(str, place))
-        by_place.setdefault(place, (_line(place, lines), f"{location}: {message}" if location else message))
-    return sorted(by_place.values(), key=lambda problem: problem[0])
+        place = one["loc"] if one["type"] == "missing" else existing(one["loc"], content)
+        cause = one.get("ctx", {}).get("error")
+        several = cause.problems if isinstance(cause, ProblemsError) else [((), _message(one, model))]
+        found.setdefault(place, [((*place, *inner), text) for inner, text in several])
+    return [problem for problems in found.values() for problem in problems]
 
 
 def existing(place: Place, content: object) -> Place:
@@ -111,24 +123,46 @@ def existing(place: Place, content: object) -> Place:
     return place
 
 
+def _in_words(problem: Problem) -> str:
+    place, text = problem
+    return f"{'.'.join(map(str, place))}: {text}" if place else text
+
+
 def _line(place: Place, lines: Mapping[Place, int]) -> int:
     """The line of a place; of one that is missing, that of what should hold it; 0 if it is in no file."""
     inside = (place[:length] for length in range(len(place), 0, -1))
     return next((lines[outer] for outer in inside if outer in lines), 0)
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> Iterable[str]:
-    fields: Any = model
+def _message(one: ErrorDetails, model: type[BaseModel]) -> str:
+    if one["type"] == "missing":
+        return "this key is required"
+    if one["type"] == "extra_forbidden":
+        return "unknown key" + hint(str(one["loc"][-1]), _fields_at(model, one["loc"][:-1]))
+    if one["type"] == "value_error":
+        return one["msg"].removeprefix("Value error, ")
+    return f"{one['msg'][0].lower()}{one['msg'][1:]}, not {one['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], path: Place) -> Iterable[str]:
+    """The keys that may be at a place; none where any may."""
+    known: Any = model
     for part in path:
-        info = getattr(fields, "model_fields", {}).get(part)
-        fields = info.annotation if info is not None else None
-    return getattr(fields, "model_fields", {})
+        if typing.get_origin(known) is dict:
+            known = typing.get_args(known)[1]
+        else:
+            field = getattr(known, "model_fields", {}).get(part)
+            known = None if field is None else field.annotation
+    return getattr(known, "model_fields", {})
 
 
-def hint(word: str, known: Iterable[str]) -> str:
-    """What may have been meant by a word that is not known."""
+def hint(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """What may have been meant by a word that is not known; all that is known, or ``otherwise``, if nothing is close.
+
+    >>> hint("ranc", ["rank", "alpha"]), hint("x", ["rank", "alpha"]), hint("x", ["rank"], "; see the manual")
+    ('; did you mean rank?', '; known: alpha, rank', '; see the manual')
+    """
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
+    if close := difflib.get_close_matches(word, known, n=1):
         return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
+    return otherwise if otherwise is not None else f"; known: {', '.join(sorted(known))}" if known else ""

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
+
+COLUMNS: Final = ("utterance_id", "corpus", "speaker", "split", "emotion", "predicted")
+"""Of a table with a row for each utterance of a corpus; the probabilities follow."""
+PROBABILITY: Final = "p_"
+"""In every table of predictions, the column of an emotion's probability is named this and the emotion."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,14 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """(N,) int64: the most probable label of each utterance."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def columns(self, split: str) -> dict[str, Any]:
+        """As the columns of a table with a row for each utterance: those of `COLUMNS`, and the K probabilities."""
+        names = np.asarray(self.emotions)
+        emotion, predicted = names[self.labels], names[self.predicted]
+        text = (self.utterance_ids, self.corpora, self.speakers, [split] * len(self), emotion, predicted)
+        probabilities = zip(self.emotions, self.probabilities.T, strict=True)
+        return dict(zip(COLUMNS, text, strict=True)) | {PROBABILITY + name: column for name, column in probabilities}
 
     def over(self, emotions: tuple[str, ...]) -> Predictions:
         """The predictions restricted to ``emotions``: their probabilities, normalised to sum to 1. All labels must be

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,8 @@ import pyarrow.parquet as pq
 from ser_ray.disk import replacing
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import accuracy, confusion, ece, headline, per_emotion, uar
-from ser_ray.evaluation.predictions import Predictions
+from ser_ray.evaluation.predictions import COLUMNS, PROBABILITY, Predictions
 from ser_ray.schema import UserError
-
-_COLUMNS: Final = ("utterance_id", "corpus", "speaker", "split", "emotion", "predicted")
-_PROBABILITY: Final = "p_"
 
 
 def summarise(predictions: Predictions, protocol: dict[str, Any], leaky: bool, seed: int = 0) -> dict[str, Any]:
@@ -77,18 +74,9 @@ def write_predictions(predictions: Predictions, split: str, path: Path) -> None:
 
     Raises UserError if the file holds predictions of other emotions.
     """
-    names = np.asarray(predictions.emotions)
-    columns = (
-        predictions.utterance_ids,
-        predictions.corpora,
-        predictions.speakers,
-        [split] * len(predictions),
-        names[predictions.labels],
-        names[predictions.predicted],
-    )
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in zip(_COLUMNS, columns, strict=True)})
-    for k, emotion in enumerate(predictions.emotions):
-        table = table.append_column(_PROBABILITY + emotion, pa.array(predictions.probabilities[:, k], pa.float64()))
+    columns = predictions.columns(split)
+    types = {name: pa.string() if name in COLUMNS else pa.float64() for name in columns}
+    table = pa.table(columns, pa.schema(types))
     if path.exists():
         before = pq.read_table(path)
         if before.column_names != table.column_names:
@@ -119,15 +107,15 @@ def read_predictions(path: Path) -> dict[str, Predictions]:
             corpora=tuple(rows["corpus"].to_pylist()),
             speakers=tuple(rows["speaker"].to_pylist()),
             labels=np.array([index[emotion] for emotion in rows["emotion"].to_pylist()], dtype=np.int64),
-            probabilities=np.stack([rows[_PROBABILITY + emotion].to_numpy() for emotion in emotions], axis=1),
+            probabilities=np.stack([rows[PROBABILITY + emotion].to_numpy() for emotion in emotions], axis=1),
         )
     return read
 
 
 def _emotions_of(table: pa.Table, path: Path) -> tuple[str, ...]:
-    if tuple(table.column_names[: len(_COLUMNS)]) != _COLUMNS:
-        raise UserError(f"{path}: has columns {table.column_names}, not {list(_COLUMNS)} and p_<emotion>")
-    return tuple(name.removeprefix(_PROBABILITY) for name in table.column_names[len(_COLUMNS) :])
+    if tuple(table.column_names[: len(COLUMNS)]) != COLUMNS:
+        raise UserError(f"{path}: has columns {table.column_names}, not {list(COLUMNS)} and {PROBABILITY}<emotion>")
+    return tuple(name.removeprefix(PROBABILITY) for name in table.column_names[len(COLUMNS) :])
 
 
 def _by_group(

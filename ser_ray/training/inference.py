@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.speech import stream
@@ -40,6 +41,17 @@ class Answer:
     def emotion(self) -> str:
         """The most probable emotion; empty if the recording could not be used."""
         return max(self.probabilities, key=self.probabilities.__getitem__, default="")
+
+    def row(self, emotions: Sequence[str]) -> dict[str, str | float | None]:
+        """As a row of a table that has `answer_columns`; None where there is nothing."""
+        probabilities = [self.probabilities.get(emotion) for emotion in emotions]
+        values = (self.path or None, self.emotion or None, *probabilities, self.reason or None)
+        return dict(zip(answer_columns(emotions), values, strict=True))
+
+
+def answer_columns(emotions: Sequence[str]) -> list[str]:
+    """The columns of a table with a row for each recording: text, but for the probabilities."""
+    return ["path", "emotion", *(PROBABILITY + emotion for emotion in emotions), "reason"]
 
 
 def predict(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Answer]:
