@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ser_ray.config.choices import HEADS, POOLINGS, NameIn
 from ser_ray.schema import EMOTIONS
 
 
@@ -108,10 +109,12 @@ class Adapter(Section):
 class Head(Section):
     """From hidden states to emotions: layer mix -> masked pooling -> classifier."""
 
+    kind: Annotated[str, NameIn(HEADS)] = "pooled"
+    """pooled: layer mix, pooling and classifier, as the other keys of this section say; no other kind is built in."""
     layer_mix: Literal["weighted", "concat", "last"] = "weighted"
     """weighted: a trainable weighted sum of all layers (SUPERB, arXiv 2105.01051): the middle ones carry most about
     emotion. concat: all layers are pooled and concatenated, so that the classifier can use each. last: the last one."""
-    pooling: Literal["mean", "statistics", "attentive"] = "attentive"
+    pooling: Annotated[str, NameIn(POOLINGS)] = "attentive"
     """Over real frames only, without padding. statistics: mean and standard deviation. attentive: the same with
     trainable frame weights (Okabe et al. 2018, arXiv 1803.10963), which are uniform at the start."""
     hidden: int = Field(0, ge=0, le=8192)
