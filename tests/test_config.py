@@ -96,6 +96,8 @@ def test_yaml_reads_as_people_mean_it(text, value):
         ("experiment.adapter.method=qlorra", ["experiment.adapter.method", "'qlorra'"]),
         ("experiment.head.pooling=atentive", ["experiment.head.pooling: unknown value", "did you mean attentive?"]),
         ("experiment.head.kind=xyz", ["experiment.head.kind: unknown value 'xyz'; known: pooled"]),
+        ("experiment.loss=3", ["experiment.loss: input should be a valid string, not 3"]),
+        ("search.loss={choice: [focal, facal]}", ["search: loss: unknown value 'facal'; did you mean focal?"]),
         ("experiment.emotions=[angry, joyful]", ["joyful"]),
         ("experiment.emotions=[angry]", ["at least two"]),
         ("experiment.merge={calm: fine}", ["fine"]),
@@ -159,7 +161,7 @@ def test_a_file_without_the_newest_keys_has_their_defaults(space_file, tmp_path)
     """Those of version 0.1.0 and before: a search that was started with it can be continued."""
     space, older = load(space_file), tmp_path / "older.yaml"
     content = config.read_yaml(config.dump(space))
-    del content["experiment"]["head"]["kind"]
+    del content["experiment"]["loss"], content["experiment"]["head"]["kind"]
     older.write_text(yaml.safe_dump(content))
     assert config.differences(load(older), space) == []
 

@@ -1,4 +1,4 @@
-"""What an experiment chooses by name: a pooling, a head. One is added in a file of its own and a line here.
+"""What an experiment chooses by name: a pooling, a head, a loss. One is added in a file of its own and a line here.
 
 A table has ``module:attribute`` for every name. These are strings, so that reading a configuration imports no torch.
 """
@@ -24,6 +24,12 @@ HEADS: Final = {
     "pooled": "ser_ray.models.heads.pooled:PooledHead",
 }
 """Each a `ser_ray.models.heads.Head`."""
+LOSSES: Final = {
+    "cross_entropy": "ser_ray.training.losses.cross_entropy:cross_entropy",
+    "focal": "ser_ray.training.losses.focal:focal",
+}
+"""Each a `ser_ray.training.losses.Loss`."""
+
 
 @dataclass(frozen=True)
 class NameIn:

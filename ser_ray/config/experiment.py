@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ser_ray.config.choices import HEADS, POOLINGS, NameIn
+from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
 from ser_ray.schema import EMOTIONS
 
 
@@ -219,6 +219,10 @@ class Experiment(Section):
     """Early stopping: training ends after this many epochs without a better `Tune.metric`."""
     class_weights: Literal["balanced", "none"] = "balanced"
     """balanced: loss weights inverse to an emotion's frequency in train, since UAR weighs emotions equally."""
+    loss: Annotated[str, NameIn(LOSSES)] = "cross_entropy"
+    """The loss of an utterance in training, before its class weight. cross_entropy: the usual one. focal: smaller for
+    utterances that are classified well already (Lin et al. 2017, arXiv 1708.02002). ``dev_loss`` is cross-entropy for
+    both, so that trials with different losses can be compared."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False
