@@ -110,8 +110,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    for table in (one.table for one in field.metadata if isinstance(one, NameIn)):
-        return " | ".join(table)
+    if tables := [one.table for one in field.metadata if isinstance(one, NameIn)]:
+        return " | ".join(tables[0])
     bounds = [
         f"{words} {getattr(limit, name):g}"
         for limit in field.metadata

@@ -221,8 +221,8 @@ class Experiment(Section):
     """balanced: loss weights inverse to an emotion's frequency in train, since UAR weighs emotions equally."""
     loss: Annotated[str, NameIn(LOSSES)] = "cross_entropy"
     """The loss of an utterance in training, before its class weight. cross_entropy: the usual one. focal: smaller for
-    utterances that are classified well already (Lin et al. 2017, arXiv 1708.02002). ``dev_loss`` is cross-entropy for
-    both, so that trials with different losses can be compared."""
+    utterances that are classified well already (Lin et al. 2017, arXiv 1708.02002). ``dev_loss`` is cross-entropy
+    whatever is trained, so that trials with different losses can be compared."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False
