@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ser_ray import config
+from ser_ray.config.choices import NameIn
 from ser_ray.config.validation import existing, hint, with_values
 from ser_ray.schema import UserError
 
@@ -110,6 +111,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    if tables := [one.table for one in field.metadata if isinstance(one, NameIn)]:
+        return " | ".join(tables[0])
     bounds = [
         f"{words} {getattr(limit, name):g}"
         for limit in field.metadata

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.config import Experiment, to_dict
+from ser_ray.models import prefix
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.precision import autocast
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
@@ -160,6 +163,20 @@ def logits(model: EmotionClassifier, batch: Batch) -> torch.Tensor:
     model.eval()
     with torch.inference_mode():
         return model(batch.inputs, batch.lengths_B)
+
+
+def cached(model: EmotionClassifier, batch: Batch, precision: str = "fp32") -> Batch:
+    """The batch as a cache holds it, through bytes, and padded as the stream pads; sets the model's prefix."""
+    form = prefix.of(model.experiment, precision)
+    with autocast(precision, "cpu"):
+        arrays = prefix.compute(form, model.backbone.eval(), batch)
+    rows = [form.read(pa.py_buffer(array.tobytes())) for array in arrays]
+    inputs = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+    for number, row in enumerate(rows):
+        inputs[number, : len(row)] = row
+    model.prefix = form
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return Batch(batch.utterance_ids, torch.from_numpy(inputs), lengths_B, batch.labels_B)
 
 
 def with_sections(base: Experiment, **sections: object) -> Experiment:

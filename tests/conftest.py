@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,22 @@ def backbones_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for variant in VARIANTS:
         write_backbone(variant, directory / variant)
     return directory
+
+
+@pytest.fixture
+def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str], str, str], None]]:
+    """Adds a pooling, head or loss: writes its one file, where it is called ``Added``, and names it in the table."""
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = []
+
+    def added(table: dict[str, str], name: str, source: str) -> None:
+        modules.append(f"added_{name}")
+        (tmp_path / f"{modules[-1]}.py").write_text(source)
+        monkeypatch.setitem(table, name, f"{modules[-1]}:Added")
+
+    yield added
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,10 @@ def test_a_key_is_shown_with_its_value_and_where_that_is_from(tmp_path, capsys):
     line = next(n for n, text in enumerate(demo.read_text().splitlines(), 1) if "adapter:" in text)
     assert said[1] == f"  here: 8 ({demo}, line {line})"
     assert said[2].strip()
+    assert main(["config", "pooling"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "experiment.head.pooling: mean | statistics | attentive; default attentive"
+    )
     assert main(["config", "epochs", str(demo), "experiment.epochs=3"]) == 0
     assert "here: 3 (given on the command line)" in capsys.readouterr().out
     assert main(["config", "tune.seed", str(demo)]) == 0

@@ -95,6 +95,10 @@ def test_yaml_reads_as_people_mean_it(text, value):
         ("experiment.epochs=2.5", ["experiment.epochs", "2.5"]),
         ("experiment.epochs=0", ["experiment.epochs", "0"]),
         ("experiment.adapter.method=qlorra", ["experiment.adapter.method", "'qlorra'"]),
+        ("experiment.head.pooling=atentive", ["experiment.head.pooling: unknown value", "did you mean attentive?"]),
+        ("experiment.head.kind=xyz", ["experiment.head.kind: unknown value 'xyz'; known: pooled"]),
+        ("experiment.loss=3", ["experiment.loss: input should be a valid string, not 3"]),
+        ("search.loss={choice: [focal, facal]}", ["search: loss: unknown value 'facal'; did you mean focal?"]),
         ("experiment.emotions=[angry, joyful]", ["joyful"]),
         ("experiment.emotions=[angry]", ["at least two"]),
         ("experiment.merge={calm: fine}", ["fine"]),
@@ -152,6 +156,15 @@ def test_what_the_data_are_is_not_searched(space_file, key, values):
 )
 def test_the_longest_trial_has_the_most_epochs(space_file, search, most):
     assert load(space_file, [f"search={json.dumps(search)}", "tune.first=[]"]).most_epochs() == most
+
+
+def test_a_file_without_the_newest_keys_has_their_defaults(space_file, tmp_path):
+    """Those of version 0.1.0 and before: a search that was started with it can be continued."""
+    space, older = load(space_file), tmp_path / "older.yaml"
+    content = config.read_yaml(config.dump(space))
+    del content["experiment"]["loss"], content["experiment"]["head"]["kind"]
+    older.write_text(yaml.safe_dump(content))
+    assert config.differences(load(older), space) == []
 
 
 def test_epochs_may_grow_and_not_shrink(space_file):

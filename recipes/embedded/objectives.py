@@ -14,7 +14,7 @@ from torch import nn
 from recipes.embedded.material import CONTOUR, NUMBERS, Batch
 from recipes.embedded.speech import LANGUAGES, PHONES
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.pooling import masked_statistics
+from ser_ray.models.pooling.statistics import masked_statistics
 
 WEIGHTS: Final = {
     "phones": 1.0,  # the sounds: alone it transferred best to real emotional speech (results/LOG.md)

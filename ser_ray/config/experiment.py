@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
 from ser_ray.config.section import NO_UNIT, Section, Unit, Words, as_tuple
 from ser_ray.config.validation import Problem, hint, refuse
 from ser_ray.schema import EMOTIONS
@@ -114,10 +115,12 @@ class Adapter(Section):
 class Head(Section):
     """From hidden states to emotions: layer mix -> masked pooling -> classifier."""
 
+    kind: Annotated[str, NameIn(HEADS)] = "pooled"
+    """pooled: layer mix, pooling and classifier, as the other keys of this section say; no other kind is built in."""
     layer_mix: Literal["weighted", "concat", "last"] = "weighted"
     """weighted: a trainable weighted sum of all layers (SUPERB, arXiv 2105.01051): the middle ones carry most about
     emotion. concat: all layers are pooled and concatenated, so that the classifier can use each. last: the last one."""
-    pooling: Literal["mean", "statistics", "attentive"] = "attentive"
+    pooling: Annotated[str, NameIn(POOLINGS)] = "attentive"
     """Over real frames only, without padding. statistics: mean and standard deviation. attentive: the same with
     trainable frame weights (Okabe et al. 2018, arXiv 1803.10963), which are uniform at the start."""
     hidden: Annotated[int, Unit("features")] = Field(0, ge=0, le=8192)
@@ -225,6 +228,10 @@ class Experiment(Section):
     """Early stopping: training ends after this many epochs without a better `Tune.metric`."""
     class_weights: Literal["balanced", "none"] = "balanced"
     """balanced: loss weights inverse to an emotion's frequency in train, since UAR weighs emotions equally."""
+    loss: Annotated[str, NameIn(LOSSES)] = "cross_entropy"
+    """The loss of an utterance in training, before its class weight. cross_entropy: the usual one. focal: smaller for
+    utterances that are classified well already (Lin et al. 2017, arXiv 1708.02002). ``dev_loss`` is cross-entropy
+    whatever is trained, so that trials with different losses can be compared."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False

@@ -91,7 +91,7 @@ def plot_learning_curves(histories: Mapping[str, Sequence[Epoch]], winner: str |
         _line(left, won, metric, color=ACCENT, linewidth=2, markersize=4)
         left.set(title=f"{plain(metric)} of all trials" + (f", {winner} in blue" if won else ""), xlabel="epoch")
         _line(right, won, "train_loss", color=MUTED, label="train")
-        _line(right, won, "dev_loss", color=ACCENT, label="dev")
+        _line(right, won, "dev_loss", color=ACCENT, label="dev (cross-entropy)")
         right.set(title=f"loss of {winner}" if won else "loss", xlabel="epoch")
         if right.lines:
             right.legend(frameon=False)

@@ -79,6 +79,8 @@ def check_gradients(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             module = name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+            if name.startswith("head."):
+                raise UserError(f"{module} got no gradient in the first step: the head or its pooling does not use it")
             raise UserError(
                 f"adapter: {module} got no gradient in the first step: the backbone bypasses it and it would never be "
                 "trained; remove it from adapter.targets"

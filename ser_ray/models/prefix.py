@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ser_ray.config import Experiment
-from ser_ray.models import backbones
+from ser_ray.models import backbones, heads
 from ser_ray.models.backbones import Backbone, frame_mask
-from ser_ray.models.pooling import moments
+from ser_ray.models.moments import moments
 from ser_ray.schema import UserError
 from ser_ray.speech.cached_features import Prefix
 from ser_ray.speech.stream import Batch
@@ -22,12 +22,11 @@ from ser_ray.speech.stream import Batch
 def of(experiment: Experiment, precision: str) -> Prefix:
     """The frozen part of an experiment's model, computed in ``precision`` (such as "fp32").
 
-    Raises UserError if the backbone cannot be found.
+    Raises UserError if the backbone cannot be found, or the head does not fit (`heads.of`).
     """
     config, _ = backbones.describe(experiment.backbone)
     frozen = experiment.adapter.method == "frozen"
     first = config.num_hidden_layers if frozen else experiment.adapter.first_layer
-    plain = frozen and experiment.head.pooling in ("mean", "statistics")
     return Prefix(
         experiment.backbone,
         backbones.identity(experiment.backbone),
@@ -36,7 +35,7 @@ def of(experiment: Experiment, precision: str) -> Prefix:
         first,
         1 if experiment.head.layer_mix == "last" else first + 1,
         config.hidden_size,
-        experiment.head.pooling if plain else None,
+        heads.of(experiment.head).moments(experiment.head) if frozen else None,
     )
 
 
@@ -49,7 +48,7 @@ def compute(prefix: Prefix, backbone: Backbone, batch: Batch) -> list[np.ndarray
     hiddens, mask_BF = backbone(batch.inputs, batch.lengths_B, stop=prefix.first_layer)
     needed = hiddens[-prefix.num_states :]
     if prefix.moments is not None:
-        moments_BMD = moments(needed, mask_BF, covariances=prefix.moments == "statistics").cpu()
+        moments_BMD = moments(needed, mask_BF, covariances=prefix.covariances).cpu()
         if not bool(torch.isfinite(moments_BMD).all()):
             raise UserError(f"backbone {prefix.backbone}: its hidden states overflow; set precision to bf16 or fp32")
         arrays = list(moments_BMD.numpy())

@@ -27,6 +27,7 @@ CACHE_KEY_FIELDS: Final = (
     "backbone",
     "adapter.method",
     "adapter.first_layer",
+    "head.kind",
     "head.layer_mix",
     "head.pooling",
     "precision",
@@ -197,11 +198,13 @@ def prefix_of(experiment: Experiment, allocation: Allocation, prefix_gb: float) 
 
 
 def check(space: SearchSpace) -> None:
-    """Check every combination of backbone and adapter that a trial can have, before anything is prepared.
+    """Check every combination of backbone and adapter, and every head, that a trial can have, before anything is
+    prepared.
 
-    Raises UserError where a backbone cannot be found, or `adapter.first_layer` is beyond its last block.
+    Raises UserError where a backbone cannot be found, `adapter.first_layer` is beyond its last block, or a head is to
+    start from a probe and cannot.
     """
-    from ser_ray.models import backbones
+    from ser_ray.models import backbones, heads
 
     for experiment in variants(space, ("backbone", "adapter.method", "adapter.first_layer")):
         blocks = backbones.describe(experiment.backbone)[0].num_hidden_layers
@@ -210,6 +213,8 @@ def check(space: SearchSpace) -> None:
                 f"adapter.first_layer: {experiment.adapter.first_layer}, but {experiment.backbone} has blocks 0 to "
                 f"{blocks - 1}; to adapt nothing set adapter.method to frozen"
             )
+    for experiment in variants(space, ("head.kind", "head.init")):
+        heads.of(experiment.head)
 
 
 def variants(space: SearchSpace, keys: Iterable[str]) -> list[Experiment]:

@@ -1,7 +1,7 @@
 """The format of cached features: the output of a model's frozen part, which is the same in every epoch and trial.
 
     states   (F, S, D) fp16: the input of block k, and the states below it unless `head.layer_mix` is last
-    moments  (M, D) fp32: no frames are needed if the backbone is frozen and pooling is mean or statistics
+    moments  (M, D) fp32: no frames are needed if the backbone is frozen and the head can do without them
 
 Moments: a head that mixes S states with weights w and pools mean and deviation over frames needs sum_l w_l mean_l and
 sum_lm w_l w_m cov_lm. So the means of all states and their covariances (one row per pair) are all that it needs: the
@@ -14,7 +14,7 @@ starts quickly.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ SCHEMA: Final = pa.schema([("utterance_id", pa.string()), ("num_samples", pa.int
 """num_samples is that of the speech: batches are packed by it, so they are the same as from speech."""
 FRAMES_PER_SECOND: Final = 50
 """Of all four families: one frame per 20 ms."""
+Moments = Literal["mean", "statistics"]
+"""mean: the means of the states. statistics: their covariances as well."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,19 @@ class Prefix:
     """S."""
     width: int
     """D."""
-    moments: str | None
-    """None for frames; else the pooling that the moments are for, mean or statistics."""
+    moments: Moments | None
+    """None for frames."""
+
+    @property
+    def covariances(self) -> bool:
+        """Whether the moments have them."""
+        return self.moments == "statistics"
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of one frame, (S, D); or of the moments, (M, D)."""
         pairs = self.num_states * (self.num_states + 1) // 2
-        return self.num_states + (pairs if self.moments == "statistics" else 0), self.width
+        return self.num_states + (pairs if self.covariances else 0), self.width
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -73,7 +73,7 @@ def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
     """The pooled vector of every recording that the classifier sees: (N, P) float32; NaN for one that is not usable."""
     model.eval()
     device = next(model.head.parameters()).device
-    embedding_NP = np.full((len(sources), model.head.center_P.numel()), np.nan, np.float32)
+    embedding_NP = np.full((len(sources), model.head.embedding_width), np.nan, np.float32)
     for start in range(0, len(sources), GROUP):
         table, _ = _read(model, sources[start : start + GROUP])
         for batch in stream.short_to_long(table, model.experiment.batch_seconds):

@@ -36,6 +36,7 @@ from ser_ray.schema import UserError
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
 from ser_ray.training import step
+from ser_ray.training.losses.cross_entropy import cross_entropy
 from ser_ray.training.probe import start_from_probe
 
 Record = dict[str, Any]
@@ -198,12 +199,13 @@ def evaluate(
 ) -> Record:
     """Dev metrics over all processes: each predicts its own batches, and all compute the same metrics.
 
-    The loss is that of training, over all of dev at once. ``trained_K`` (bool) marks the emotions that occur in train.
+    The loss is cross-entropy with the class weights of training, over all of dev at once; it is not `Experiment.loss`,
+    so that trials whose losses differ can be compared. ``trained_K`` (bool) marks the emotions that occur in train.
     The others (those that the corpora of `cross_corpus` do not share) are never predicted and not scored, as on test.
     """
     losses, labels, predicted = [], [], []
     for batch, logits_BK in predict_batches(model, batches):  # read after the loop, so as not to wait for the GPU
-        losses.append(step.weighted_loss(logits_BK, batch.labels_B, weights_K))
+        losses.append(step.weighted_loss(logits_BK, batch.labels_B, weights_K, cross_entropy))
         labels.append(batch.labels_B)
         predicted.append(logits_BK.masked_fill(~trained_K, -torch.inf).argmax(-1))
     own = [torch.cat(parts).cpu().numpy() if parts else np.empty(0, np.int64) for parts in (labels, predicted)]

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from torch import nn
 
 from ser_ray.evaluation import metrics
-from ser_ray.models.classifier import EmotionClassifier, Head
+from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.speech.stream import Batch
 
@@ -38,12 +37,12 @@ def start_from_probe(
     """Fit the probe on train, write it into ``model.head``, return its layer (0: the first block's input, or all).
 
     The layer is the one whose probe has the best UAR on dev; with ``head.layer_mix: concat`` one probe sees all layers.
-    Uniform attention equals plain statistics, so all three poolings start as exactly the probe. Of a large corpus the
+    It sees what the head's own pooling makes of a layer, so the head starts as exactly the probe. Of a large corpus the
     probe sees a random part (`most_utterances`), the same whatever the order and the number of processes.
     """
     features_NLP, labels_N = _features(model, train, gather)
     dev_features_MLP, dev_labels_M = _features(model, dev, gather)
-    if model.head.layer_mix == "concat":
+    if model.experiment.head.layer_mix == "concat":
         features_NLP, dev_features_MLP = (f.reshape(len(f), 1, -1) for f in (features_NLP, dev_features_MLP))
     center_LP, scale_LP = features_NLP.mean(0), features_NLP.std(0) + 1e-5
     for features in (features_NLP, dev_features_MLP):  # in place: they may be large
@@ -54,7 +53,8 @@ def start_from_probe(
     num_emotions = len(model.experiment.emotions)
     scores = [metrics.uar(metrics.confusion(dev_labels_M, guess, num_emotions)) for guess in guesses]
     best = int(np.argmax(scores))
-    _write(model.head, best, center_LP[best], scale_LP[best], probes[best])
+    standardisation = torch.from_numpy(center_LP[best]), torch.from_numpy(scale_LP[best])
+    model.head.start_from_probe(best, *standardisation, *_classifier(probes[best], num_emotions))
     return best
 
 
@@ -113,21 +113,16 @@ def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
     return LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
 
 
-def _write(head: Head, layer: int, center_P: np.ndarray, scale_P: np.ndarray, probe: LogisticRegression) -> None:
-    linear = head.classifier[-1]
-    assert isinstance(linear, nn.Linear)
-    with torch.no_grad():
-        if head.layer_mix == "weighted":
-            head.mix_L.zero_()[layer] = 1.0
-        head.center_P.copy_(torch.from_numpy(center_P))
-        head.scale_P.copy_(torch.from_numpy(scale_P))
-        # An emotion that does not occur in train keeps a zero row and a bias far below the others.
-        linear.weight.zero_()
-        linear.bias.fill_(-10.0)
-        coefficients, intercepts = probe.coef_, probe.intercept_
-        if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
-            coefficients = np.vstack([-coefficients, coefficients]) / 2
-            intercepts = np.concatenate([-intercepts, intercepts]) / 2
-        for row, bias, label in zip(coefficients, intercepts, probe.classes_, strict=True):
-            linear.weight[label] = torch.from_numpy(row)
-            linear.bias[label] = float(bias)
+def _classifier(probe: LogisticRegression, num_emotions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probe as a linear layer: weight_KP and bias_K.
+
+    An emotion that does not occur in train has a row of zeros and a bias far below the others.
+    """
+    coefficients, intercepts = probe.coef_, probe.intercept_
+    if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
+        coefficients = np.vstack([-coefficients, coefficients]) / 2
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    weight_KP, bias_K = torch.zeros(num_emotions, coefficients.shape[1]), torch.full((num_emotions,), -10.0)
+    weight_KP[probe.classes_] = torch.from_numpy(coefficients).float()
+    bias_K[probe.classes_] = torch.from_numpy(intercepts).float()
+    return weight_KP, bias_K

@@ -1,11 +1,11 @@
 """One optimiser step, of one or several batches on each of one or several processes; only this file defines its loss.
 
-The loss of a step is the sum of class weight times cross-entropy over the utterances of all its batches and all
-processes, divided by the average sum of class weights of a step: that of train over the number of steps. So an
-utterance has the weight of its class, whatever its length, its neighbours, and how train is divided into batches and
-steps. Divided by the sum of the step's own class weights, an utterance would weigh more in a step with fewer of them:
-batches are packed by seconds, so long utterances would count more than short ones, and in steps of one utterance class
-weights would cancel. If an epoch is one step, both are the weighted mean over train.
+The loss of a step is the sum of class weight times loss (`ser_ray.training.losses`) over the utterances of all its
+batches and all processes, divided by the average sum of class weights of a step: that of train over the number of
+steps. So an utterance has the weight of its class, whatever its length, its neighbours, and how train is divided into
+batches and steps. Divided by the sum of the step's own class weights, an utterance would weigh more in a step with
+fewer of them: batches are packed by seconds, so long utterances would count more than short ones, and in steps of one
+utterance class weights would cancel. If an epoch is one step, both are the weighted mean over train.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ser_ray.config import Experiment
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.speech.stream import Batch
+from ser_ray.training import losses
 
 
 def distribute(model: EmotionClassifier) -> nn.Module:
@@ -35,9 +36,11 @@ def distribute(model: EmotionClassifier) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def weighted_loss(logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
-    """The sum of class weight times cross-entropy over a batch, in fp32."""
-    return nn.functional.cross_entropy(logits_BK.float(), labels_B, weight=weights_K, reduction="sum")
+def weighted_loss(
+    logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_K: torch.Tensor, loss: losses.Loss
+) -> torch.Tensor:
+    """The sum of class weight times loss over a batch, in fp32."""
+    return (weights_K[labels_B] * loss(logits_BK.float(), labels_B)).sum()
 
 
 def add_gradients(
@@ -60,7 +63,7 @@ def add_gradients(
     with alone:
         with autocast(experiment.precision, batch.inputs.device):
             logits_BK = model(batch.inputs, batch.lengths_B)
-        loss = weighted_loss(logits_BK, batch.labels_B, weights_K)
+        loss = weighted_loss(logits_BK, batch.labels_B, weights_K, losses.of(experiment.loss))
         # Gradients must be summed over processes, but DistributedDataParallel averages them.
         scaler.scale(loss * (share * processes)).backward()
     return loss.detach()

@@ -35,7 +35,7 @@ from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import confusion, uar
 from ser_ray.models import backbones, checkpoint
 from ser_ray.models.classifier import build
-from ser_ray.models.pooling import masked_statistics
+from ser_ray.models.pooling.statistics import masked_statistics
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import feed
 from ser_ray.speech import stream

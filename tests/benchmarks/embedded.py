@@ -28,7 +28,7 @@ from ser_ray.evaluation.metrics import confusion, uar
 from ser_ray.models import backbones
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.pooling import masked_statistics
+from ser_ray.models.pooling.statistics import masked_statistics
 from ser_ray.protocols.folds import EMOBOX_RAVDESS
 from ser_ray.speech.audio import load_waveform
 

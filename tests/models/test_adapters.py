@@ -155,6 +155,14 @@ def test_a_bypassed_adapter_is_named_after_the_first_step(backbones_dir: Path) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_weight_that_the_head_does_not_use_is_named(backbones_dir: Path) -> None:
+    model = _model(backbones_dir, "whisper", method="lora")
+    model.head.register_module("spare", nn.Linear(2, 2))
+    _backward(model)
+    with pytest.raises(UserError, match=r"^head\.spare got no gradient in the first step: the head or its pooling"):
+        check_gradients(model)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_default_targets_all_learn(backbones_dir: Path, variant: str) -> None:
     model = _model(backbones_dir, variant, method="lora")

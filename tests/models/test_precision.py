@@ -11,16 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from backbone_fixtures import LAYERS, VARIANTS, WIDTH, experiment, noise, noise_batch
+from backbone_fixtures import LAYERS, VARIANTS, WIDTH, cached, experiment, noise, noise_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import ser_ray
 from ser_ray.models import backbones, precision, prefix
-from ser_ray.models.classifier import EmotionClassifier, Head, build
+from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.models.heads.pooled import PooledHead
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.pooling import masked_statistics, moments, normalise, pool_moments, weighted_statistics
+from ser_ray.models.moments import mixed_mean, mixed_statistics, moments
+from ser_ray.models.pooling import normalise
+from ser_ray.models.pooling.mean import masked_mean
+from ser_ray.models.pooling.statistics import masked_statistics, weighted_statistics
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 
@@ -79,21 +83,19 @@ MIX = torch.tensor([0.7, -0.4, 1.3])
 def _head(hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     settings = experiment("none", head={"hidden": 16, "pooling": "attentive"})
-    head = Head(settings, num_layers=2, width=8).to(mask_BF.device).eval()
-    nn.init.normal_(head.score[2].get_parameter("weight"))
+    head = PooledHead(settings, num_layers=2, width=8).to(mask_BF.device).eval()
+    nn.init.normal_(head.pooling.score[2].get_parameter("weight"))
     return head(hiddens, mask_BF)
 
 
 EXACT: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
     "normalise": (normalise, (HIDDENS[0],)),
-    "mean": (lambda hidden, mask: masked_statistics(hidden, mask, deviation=False), (HIDDENS[0], MASK)),
+    "mean": (masked_mean, (HIDDENS[0], MASK)),
     "statistics": (masked_statistics, (HIDDENS[0], MASK)),
     "weighted statistics": (weighted_statistics, (HIDDENS[0], MASK / LENGTHS[:, None])),
     "moments": (lambda hiddens, mask: moments(hiddens, mask, covariances=True), (HIDDENS, MASK)),
-    "mixed moments": (
-        lambda kept, mix: pool_moments(kept, mix, deviation=True),
-        (moments(HIDDENS, MASK, covariances=True), MIX),
-    ),
+    "mixed mean": (mixed_mean, (moments(HIDDENS, MASK, covariances=True), MIX)),
+    "mixed statistics": (mixed_statistics, (moments(HIDDENS, MASK, covariances=True), MIX)),
     "log-mel": (lambda waveform, lengths: LogMel(80).to(waveform.device)(waveform, lengths)[0], (SPEECH, SAMPLES)),
     "standardised speech": (backbones._standardise, (SPEECH, SAMPLES)),
     "norm over time": (
@@ -142,21 +144,6 @@ def _logits(model: EmotionClassifier, batch: Batch, setting: str) -> torch.Tenso
     return logits_BK
 
 
-def _cached(model: EmotionClassifier, batch: Batch, setting: str) -> Batch:
-    """The batch as a cache holds it, through bytes, padded as the stream pads; sets the model's prefix."""
-    form = prefix.of(model.experiment, setting)
-    model.prefix = None
-    with precision.autocast(setting, "cpu"):
-        arrays = prefix.compute(form, model.backbone, batch)
-    rows = [form.read(pa.py_buffer(array.tobytes())) for array in arrays]
-    inputs = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for number, row in enumerate(rows):
-        inputs[number, : len(row)] = row
-    model.prefix = form
-    lengths_B = torch.tensor([len(row) for row in rows])
-    return Batch(batch.utterance_ids, torch.from_numpy(inputs), lengths_B, batch.labels_B)
-
-
 def _excite(module: nn.Module, scale: float) -> None:
     """Weights that begin at zero or even would hide a difference."""
     with torch.no_grad():
@@ -197,7 +184,7 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
             model.experiment = experiment(
                 backbones_dir / variant, adapter=dict(model.experiment.adapter), head=head, precision=setting
             )
-            model.head, model.prefix = Head(model.experiment, LAYERS, WIDTH).eval(), None
+            model.head, model.prefix = PooledHead(model.experiment, LAYERS, WIDTH).eval(), None
             _excite(model.head, 0.1)
             expected_BK = _logits(model, batch, "fp32")
             found_BK = _logits(model, batch, setting)
@@ -206,7 +193,7 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
             atol = TOLERANCE[setting] * max(1.0, largest)
             torch.testing.assert_close(found_BK, expected_BK, rtol=0, atol=atol)
             torch.testing.assert_close(_logits(model, alone, setting), found_BK[:1], rtol=0, atol=atol / 2)
-            of_cache_BK = _logits(model, _cached(model, batch, setting), setting)
+            of_cache_BK = _logits(model, cached(model, batch, setting), setting)
             torch.testing.assert_close(of_cache_BK, found_BK, rtol=0, atol=atol / 2)
 
 

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from backbone_fixtures import LAYERS, VARIANTS, WIDTH, data_of, experiment, noise_batch, tone_batches, write_backbone
+from backbone_fixtures import (
+    LAYERS,
+    VARIANTS,
+    WIDTH,
+    cached,
+    data_of,
+    experiment,
+    noise_batch,
+    tone_batches,
+    write_backbone,
+)
 from torch import nn
 
 from ser_ray.models import prefix
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.models.pooling import masked_statistics, moments, normalise, pool_moments
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop
-
-
-def keep(model: EmotionClassifier, batch: Batch) -> Batch:
-    """The batch as the model's prefix keeps it, through bytes, and padded as the stream pads."""
-    kept = prefix.of(model.experiment, "fp32")
-    model.prefix = None
-    rows = [kept.read(pa.py_buffer(row.tobytes())) for row in prefix.compute(kept, model.backbone.eval(), batch)]
-    inputs = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for number, row in enumerate(rows):
-        inputs[number, : len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])
-    model.prefix = kept
-    return Batch(batch.utterance_ids, torch.from_numpy(inputs), lengths, batch.labels_B)
 
 
 def excite(model: EmotionClassifier) -> None:
@@ -71,7 +65,7 @@ def test_logits_and_gradients_are_those_of_the_whole_model(backbones_dir, varian
     model.eval()
     batch = noise_batch((0.5, 0.83, 0.61))
     expected_BK, expected = logits_and_gradients(model, batch)
-    logits_BK, gradients = logits_and_gradients(model, keep(model, batch))
+    logits_BK, gradients = logits_and_gradients(model, cached(model, batch))
     torch.testing.assert_close(logits_BK, expected_BK, rtol=5e-3, atol=5e-3)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -94,23 +88,11 @@ def test_a_probe_sees_the_same(backbones_dir, pooling):
     batch = noise_batch((0.5, 0.83, 0.61))
     with torch.inference_mode():
         expected = model.pooled_layers(batch.inputs, batch.lengths_B)
-        kept = keep(model, batch)
+        kept = cached(model, batch)
         found = model.pooled_layers(kept.inputs, kept.lengths_B)
     assert len(found) == LAYERS + 1
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3)
-
-
-def test_moments_pool_as_the_mixed_frames_do():
-    rng = np.random.default_rng(0)
-    hiddens = [torch.from_numpy(rng.standard_normal((2, 7, 5)).astype(np.float32)) for _ in range(3)]
-    mask_BF = torch.arange(7) < torch.tensor([7, 4])[:, None]
-    mix_S = torch.tensor([0.7, -0.4, 1.3])
-    mixed_BFD = sum(normalise(hidden) * weight for hidden, weight in zip(hiddens, mix_S, strict=True))
-    for deviation in (False, True):
-        expected_BP = masked_statistics(mixed_BFD, mask_BF, deviation)
-        kept_BMD = moments(hiddens, mask_BF, covariances=deviation)
-        torch.testing.assert_close(pool_moments(kept_BMD, mix_S, deviation), expected_BP, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "pooling"), [("lora", "attentive"), ("frozen", "statistics")])
@@ -125,13 +107,13 @@ def test_after_an_epoch_the_weights_are_those_of_training_on_waveforms(backbones
     )
     train, dev = tone_batches(36, 3), tone_batches(12, 3, seed=1)
     weights, records = [], []
-    for cached in (False, True):
+    for of_cache in (False, True):
         model = build(settings)
         model.backbone.model.config.hidden_dropout = 0.0
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        given = [[keep(model, batch) for batch in part] if cached else part for part in (train, dev)]
+        given = [[cached(model, batch) for batch in part] if of_cache else part for part in (train, dev)]
         data = data_of(lambda epoch, part=given[0]: part, given[1])
         loop.fit(model, data, lambda record, save: records.append(record))
         weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})

@@ -7,17 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from backbone_fixtures import data_of, experiment, tone_batches, with_sections
+from backbone_fixtures import cached, data_of, experiment, tone_batches, with_sections
 from torch import nn
 
 from ser_ray.config import Experiment
-from ser_ray.models import prefix
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.models.precision import autocast
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop
 from ser_ray.training.probe import start_from_probe
@@ -37,31 +33,18 @@ def _described(backbones_dir: Path, method: str = "lora", **sections: Any) -> Ex
 
 
 def _cached(model: EmotionClassifier, batches: list[Batch]) -> list[Batch]:
-    """The batches as a cache holds them; sets the model's prefix."""
-    setting, found = model.experiment.precision, []
-    form = prefix.of(model.experiment, setting)
-    for batch in batches:
-        with autocast(setting, "cpu"):
-            arrays = prefix.compute(form, model.backbone.eval(), batch)
-        rows = [form.read(pa.py_buffer(array.tobytes())) for array in arrays]
-        inputs = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-        for number, row in enumerate(rows):
-            inputs[number, : len(row)] = row
-        lengths_B = torch.tensor([len(row) for row in rows])
-        found.append(Batch(batch.utterance_ids, torch.from_numpy(inputs), lengths_B, batch.labels_B))
-    model.prefix = form
-    return found
+    return [cached(model, batch, model.experiment.precision) for batch in batches]
 
 
 def _fit(
-    described: Experiment, cached: bool = False, keep: Path | None = None, resume_from: Path | None = None
+    described: Experiment, of_cache: bool = False, keep: Path | None = None, resume_from: Path | None = None
 ) -> tuple[EmotionClassifier, list[dict[str, Any]]]:
     model, records = build(described), []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.backbone.model.dropout = 0.0
-    every = _cached(model, [*TRAIN, *DEV]) if cached else [*TRAIN, *DEV]
+    every = _cached(model, [*TRAIN, *DEV]) if of_cache else [*TRAIN, *DEV]
     train, dev = every[: len(TRAIN)], every[len(TRAIN) :]
 
     def on_epoch(record: loop.Record, save: loop.Save) -> None:
@@ -79,11 +62,11 @@ def test_losses_are_those_of_fp32(backbones_dir: Path, method: str, pooling: str
     described = _described(backbones_dir, method, head={"pooling": pooling})
     _, exact = _fit(described)
     for setting, tolerance in LOSS.items():
-        for cached in (False, True):
-            _, records = _fit(with_sections(described, precision=setting), cached)
+        for of_cache in (False, True):
+            _, records = _fit(with_sections(described, precision=setting), of_cache)
             for record, expected in zip(records, exact, strict=True):
                 for loss in ("train_loss", "dev_loss"):
-                    assert record[loss] == pytest.approx(expected[loss], rel=tolerance), (setting, cached, record)
+                    assert record[loss] == pytest.approx(expected[loss], rel=tolerance), (setting, of_cache, record)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
@@ -96,9 +79,9 @@ def test_the_head_starts_as_the_probe_of_what_it_will_be_given(
     head = {"pooling": pooling, "layer_mix": mix, "init": "probe"}
     described = _described(backbones_dir, "frozen", head=head, precision=setting)
     found = []
-    for cached in (False, True):
+    for of_cache in (False, True):
         model = build(described)
-        every = _cached(model, [*TRAIN, *DEV]) if cached else [*TRAIN, *DEV]
+        every = _cached(model, [*TRAIN, *DEV]) if of_cache else [*TRAIN, *DEV]
         start_from_probe(model, every[: len(TRAIN)], every[len(TRAIN) :], lambda value: [value])
         found.append(torch.cat([logits_BK for _, logits_BK in loop.predict_batches(model, every)]))
     assert float(found[0].std()) > 0.3

@@ -31,7 +31,7 @@ def _features(model: EmotionClassifier, batches: Iterable[Batch], layer: int) ->
             hidden_FD = hiddens[layer][0].numpy().astype(np.float64)
             hidden_FD = (hidden_FD - hidden_FD.mean(1, keepdims=True)) / np.sqrt(hidden_FD.var(1, keepdims=True) + 1e-5)
             pooled = [hidden_FD.mean(0)]
-            if model.head.pooling != "mean":
+            if model.experiment.head.pooling != "mean":
                 pooled.append(np.sqrt(hidden_FD.var(0) + 1e-6))
             rows.append(np.concatenate(pooled))
             labels.append(int(batch.labels_B[row]))

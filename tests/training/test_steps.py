@@ -17,6 +17,7 @@ from ser_ray.config import Experiment
 from ser_ray.models.classifier import build
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop, step
+from ser_ray.training.losses.cross_entropy import cross_entropy
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_balanced_weights_make_the_share_of_every_emotion_equal(tiny: Experiment
     held = float(weights_K[label_N].sum())
     for rows in (range(10), range(10, 11), range(11, 76)):  # batches of one step
         own = slice(rows.start, rows.stop)
-        (step.weighted_loss(logits_NK[own], label_N[own], weights_K) / held).backward()
+        (step.weighted_loss(logits_NK[own], label_N[own], weights_K, cross_entropy) / held).backward()
     weight_N = logits_NK.grad.abs().sum(1)
     shares = np.array([float(weight_N[label_N == label].sum() / weight_N.sum()) for label in range(3)])
     expected = np.full(3, 1 / 3) if balanced else np.array(counts) / 76
