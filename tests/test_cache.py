@@ -113,7 +113,8 @@ def test_rows_are_where_they_are_in_the_speech(load):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_on_ray_caches_the_same(load):
+def test_a_pool_on_ray_caches_the_same(load, monkeypatch):
+    monkeypatch.setattr(feature_cache, "ACTOR_S", 10.0)  # several, for little speech
     here, _ = keep(load(LORA))
     there, said = keep(load(LORA, "storage.cache=" + str(Path(load().storage.cache) / "other")), pool=True)
     assert here is not None
@@ -123,6 +124,24 @@ def test_a_pool_on_ray_caches_the_same(load):
     assert one.keys() == other.keys()
     for utterance_id, array in one.items():
         np.testing.assert_array_equal(array, other[utterance_id])
+
+
+@pytest.mark.parametrize(("seconds", "actors"), [(0.5, 1), (120, 1), (121, 2), (1e5, 2)])
+def test_little_speech_takes_few_actors(load, monkeypatch, seconds, actors):
+    class Made(Exception):  # noqa: N818 (no failure)
+        pass
+
+    def pool(actor, arguments, size, worker, console):
+        raise Made(size)
+
+    monkeypatch.setattr(feature_cache, "Pool", pool)
+    monkeypatch.setattr(feature_cache, "_size", lambda sources: (seconds, 1000))
+    space = load(LORA)
+    found = planned(space, ON_RAY)
+    shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
+    work = [(path, path) for directory in shard_dirs for path in shards.shard_paths(directory)]
+    with pytest.raises(Made, match=f"^{actors}$"):
+        list(feature_cache.by_pool(found)(found.prefix(space.experiment), work * 9, Console(file=io.StringIO())))
 
 
 def test_it_is_made_once_and_a_missing_part_alone_again(load):

@@ -307,6 +307,7 @@ def test_a_finished_search_is_extended(tuned, space, capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_finished_search_takes_more_epochs(tuned, space, capsys):
     results = results_of(space, "epochs")
     shutil.copytree(tuned, results)

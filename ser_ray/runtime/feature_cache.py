@@ -15,6 +15,7 @@ stays.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -48,6 +49,8 @@ BATCH_SECONDS: Final = 60.0
 """Padded seconds per batch: without gradients this takes less memory than training."""
 LINE_S: Final = 10.0
 """Seconds between lines of progress in a log."""
+ACTOR_S: Final = 120.0
+"""Seconds of speech for each actor of a pool: for less, an actor's start, eight seconds of a core, is not worth it."""
 
 Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], Console], Iterable[object]]
 """Writes the cached features: pairs of a shard and the file to write -> an item for each file that is done."""
@@ -120,7 +123,8 @@ def by_pool(planned: RunPlan) -> Extract:
     """Extraction by Ray actors, each with the resources of a training worker."""
 
     def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
-        worker, size = planned.allocation.worker, min(planned.allocation.pool, len(work))
+        worker, (seconds, _) = planned.allocation.worker, _size(source for source, _ in work)
+        size = min(planned.allocation.pool, len(work), math.ceil(seconds / ACTOR_S))
         arguments = (wanted, max(1, int(worker.cpus)), worker.gpus)
         with Pool(_RemoteExtractor, arguments, size, worker, console) as pool:
             jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(*pair)) for pair in work}
