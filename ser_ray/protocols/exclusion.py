@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ser_ray.config import EXCLUDABLE
 from ser_ray.schema import UserError
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -24,7 +24,7 @@ from ser_ray.protocols.folds import unheard
 from ser_ray.protocols.task import Task
 from ser_ray.protocols.voices import Voice, confounded, one_voice, shared_voices
 from ser_ray.schema import SPLITS, Fold
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
 NO_NOTES: Final[Mapping[str, str]] = {}
@@ -71,7 +71,7 @@ def audit(
         index: the labelled index that the folds were made from.
         folds: name, such as ``fold 0`` -> fold; the experiment's own first.
         emotions: of the experiment.
-        pairs: from `fingerprint.same_recordings_in`; pairs that are not in the index are ignored.
+        pairs: from `matching.same_recordings_in`; pairs that are not in the index are ignored.
         overlaps: a line for every backbone that was pre-trained on speech that is tested here.
         notes: further notes, what -> detail.
         remedy: what to set if dev has few speakers.

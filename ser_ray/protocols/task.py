@@ -25,7 +25,7 @@ from ser_ray.protocols import exclusion
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.schema import Fold
 from ser_ray.speech import shards
-from ser_ray.speech.fingerprint import same_recordings_in
+from ser_ray.speech.matching import same_recordings_in
 
 COLUMNS: Final = (
     *("utterance_id", "corpus", "speaker", "emotion", "label", "split", "duration", "num_samples"),

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ser_ray.protocols.exclusion import recordings
 from ser_ray.protocols.findings import Finding, finding, some
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
 

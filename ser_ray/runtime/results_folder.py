@@ -18,12 +18,12 @@ from ser_ray.runtime import plan, provenance
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.schema import UserError
 from ser_ray.speech import shards
-from ser_ray.speech.fingerprint import same_recordings_in
+from ser_ray.speech.matching import same_recordings_in
 
 
 def audited(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
     """The audit of every fold that the space trains, with what only the audio and the backbones' training tell."""
-    with console.status("audit: fingerprints of the audio"):
+    with console.status("audit: comparing the recordings"):
         known = pretraining_overlap(space.backbones(), space.experiment.corpora)
         return audit_search(space, task, same_recordings_in(shard_dirs), known)
 

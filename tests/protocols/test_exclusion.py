@@ -9,7 +9,7 @@ import pytest
 
 from ser_ray.protocols.exclusion import flawed, read_list, recordings, without
 from ser_ray.schema import UserError
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 ROWS = [
     {"utterance_id": i, "speaker": i[0], "emotion": emotion, "audio_sha256": sha, "label": 0}

@@ -12,7 +12,7 @@ import pytest
 from ser_ray.protocols.findings import COLUMNS, csv_text
 from ser_ray.protocols.leakage import audit
 from ser_ray.schema import Fold
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Row = tuple[str, str, str, str, str]
 """Utterance, speaker, emotion, digest of the audio, split."""
