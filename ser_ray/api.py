@@ -198,7 +198,7 @@ def prepare_data(space: str | Path, **overrides: Any) -> list[Path]:
 
 def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
     """Audit the splits of a space as ``ser-ray audit`` does; returns the content of audit.json: ``leaky``, ``findings``
-    (level, what, detail), ``splits``.
+    (level, what, detail, groups), ``splits``, ``advice``, what to set, ``to_exclude`` and ``excluded``.
 
     Arguments and errors: as `search`; the space may leave out its backbone.
     """

@@ -2,7 +2,8 @@
 
 Prepares missing corpora, splits them by the protocol and reports leakage between splits and problems with the data:
 shared speakers, identical recordings, versions of one recording, absent emotions. The same audit runs before every
-training. Writes ``audit.json`` to the results folder, unless a search is there, which has its own.
+training. Writes ``audit.json`` and, as a table, ``audit.csv`` to the results folder, unless a search is there, which
+has its own.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from ser_ray import config, disk, prepare
+from ser_ray import config, prepare
 from ser_ray.config import SearchSpace
+from ser_ray.protocols.findings import counted
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import paths
-from ser_ray.runtime.results_folder import audited
+from ser_ray.runtime.results_folder import audited, write_audit
 from ser_ray.schema import UserError
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
@@ -44,9 +46,13 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     for finding in result["findings"]:
         line = f"{finding['level']:5}  {finding['what']}: {finding['detail']}"
         console.print(line, style=STYLES[finding["level"]], markup=False)
+    if result["excluded"]:
+        console.print(f"excluded: {counted(result['excluded'])}", markup=False)
+    for line in result["advice"]:
+        console.print(f"to mend it: {line}", markup=False)
     console.print("LEAKY: metrics of this split are too high" if result["leaky"] else "no leak found")
     if target := _write(space, result):
-        console.print(f"written to {target}", markup=False)
+        console.print(f"written to {target}, and all findings as a table to {target.with_suffix('.csv')}", markup=False)
     return result
 
 
@@ -67,7 +73,7 @@ def _write(space: SearchSpace, result: dict[str, Any]) -> Path | None:
     if (target.parent / "search.yaml").is_file():
         return None
     try:
-        disk.write_json(target, result)
+        write_audit(target.parent, result)
     except OSError as error:
         raise UserError(f"storage.results: cannot write {target}: {error.strerror}") from None
     return target

@@ -37,6 +37,7 @@ from ser_ray.runtime import cluster, feature_cache, plan
 from ser_ray.runtime.allocation import Allocation
 from ser_ray.runtime.feature_cache import CachedFeatures
 from ser_ray.runtime.pool import Pool
+from ser_ray.runtime.results_folder import check_excluded
 from ser_ray.runtime.scorer import Scorer
 from ser_ray.schema import UserError
 from ser_ray.training.probe import most_utterances
@@ -64,6 +65,7 @@ def evaluate(
     provenance = disk.read_json(directory / "provenance.json")
     shard_dirs = [data["directory"] for data in provenance["data"]]
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
+    check_excluded(directory, [] if task.excluded is None else task.excluded["utterance_id"].to_pylist())
     runs = {finalist.trial_id: trained(directory, runs_of(space, task, finalist)) for finalist in finalists}
     everything = [run for own in runs.values() for run in own]
     allocation = allocation or cluster.allocate(space, len(everything), console)

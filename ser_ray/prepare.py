@@ -3,11 +3,11 @@
 Every corpus gets one directory of shards under ``storage.cache``, named by a fingerprint of everything it is made from:
 files, labels, audio settings. A second run finds it and does nothing; a changed input makes another directory.
 
-Recordings are decoded in chunks. A chunk writes its own shard and then a note of what it rejected and flagged, so that
-an interrupted run continues where it stopped, a retried task overwrites its earlier output, and two runs at once write
-the same bytes. A shard's name is the fingerprint of its chunk: after a change, the shards of unchanged chunks are
-linked from the older directory, and only the others are made. The manifest is written last: only with it is the
-directory complete.
+Recordings are decoded in chunks. A chunk writes its own shard, its fingerprints, which the audit compares, and then a
+note of what it rejected and flagged, so that an interrupted run continues where it stopped, a retried task overwrites
+its earlier output, and two runs at once write the same bytes. A shard's name is the fingerprint of its chunk: after a
+change, the shards of unchanged chunks are linked from the older directory, and only the others are made. The manifest
+is written last: only with it is the directory complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,7 @@ from ser_ray.runtime import cluster, paths
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
+from ser_ray.speech.fingerprint import path_of, write_fingerprints
 
 CHUNK: Final = 64
 """Approximate utterances per task and shard: 6 MB at 3 s each; seconds of work, which is the cost of a retry."""
@@ -117,7 +118,8 @@ def chunk_size(utterances: int) -> int:
 
 
 def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, audio: config.Audio) -> pa.Table:
-    """Decode the utterances of one chunk and write them as one shard, then a note of what was rejected and flagged.
+    """Decode the utterances of one chunk and write them as one shard and their fingerprints, then a note of what was
+    rejected and flagged.
 
     ``chunk`` has the columns of `CHUNK_SCHEMA` and one shard name throughout. Returns that name, as one row.
     """
@@ -144,8 +146,15 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
                 rows.append(_row(utterance | {"utterance_id": utterance["utterance_id"] + suffix}, to_int16(window)))
     path = Path(shard_directory) / name
     shards.write_shard(pa.Table.from_pylist(rows, schema=shards.SCHEMA), path)
+    write_fingerprints(path)
     write_json(path.with_suffix(".json"), {"utterances": len(rows), "rejected": rejected, "flagged": flagged})
     return pa.table({"shard": [name]})
+
+
+def fingerprint_shard(chunk: pa.Table, shard_directory: str) -> pa.Table:
+    """Write the fingerprints of the one shard that ``chunk`` names; returns that name, as one row."""
+    write_fingerprints(Path(shard_directory) / chunk["shard"][0].as_py())
+    return chunk
 
 
 # -- below: how it is done
@@ -191,7 +200,7 @@ def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: b
         target.mkdir(parents=True, exist_ok=True)
         work = {"corpus_directory": str(directory), "shard_directory": str(target), "audio": audio}
         missing = [chunk for shard, chunk in chunks.items() if not _found(target, shard)]
-        _write_chunks(missing, work, use_ray, f"{name}: decoding", console)
+        _in_tasks(write_chunk, missing, work, use_ray, f"{name}: decoding", console)
         notes = _notes(target, chunks)
         unusable, flagged = (
             [Rejected(**entry) for note in notes for entry in note[k]] for k in ("rejected", "flagged")
@@ -200,6 +209,7 @@ def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: b
             example = f"{unusable[0].path}: {unusable[0].reason}"
             raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording; for example {example}")
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged)
+    _add_fingerprints(target, use_ray, f"{name}: fingerprints", console)
     console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
 
@@ -242,6 +252,16 @@ def _digest(utterance: Utterance) -> bytes:
     return hashlib.sha256(utterance.utterance_id.encode()).digest()
 
 
+def _add_fingerprints(target: Path, use_ray: bool, title: str, console: Console) -> None:
+    """Those that are missing, as in a directory that an older version prepared. Without them in a directory that is not
+    ours to write to, the audit makes them itself."""
+    there = {path.name for path in target.iterdir()}
+    missing = [path.name for path in shards.shard_paths(target) if path_of(path).name not in there]
+    if missing and os.access(target, os.W_OK):
+        chunks = [pa.table({"shard": [name]}) for name in missing]
+        _in_tasks(fingerprint_shard, chunks, {"shard_directory": str(target)}, use_ray, title, console)
+
+
 def _found(target: Path, shard: str) -> bool:
     """Whether a shard and its note exist; if only an older directory has them, they are linked from there."""
     note = Path(shard).with_suffix(".json").name
@@ -250,7 +270,10 @@ def _found(target: Path, shard: str) -> bool:
     corpus = target.name.rpartition("-")[0]
     for older in sorted(target.parent.glob(f"{corpus}-*/{note}")):
         if (older.parent / shard).is_file():
-            for name in (shard, note):  # the note last, as it marks the shard as complete
+            names = (shard, path_of(Path(shard)).name, note)  # the note last, as it marks the shard as complete
+            for name in names:
+                if not (older.parent / name).is_file():  # an older version made no fingerprints
+                    continue
                 with replacing(target / name) as aside:
                     try:
                         aside.hardlink_to(older.parent / name)
@@ -260,22 +283,28 @@ def _found(target: Path, shard: str) -> bool:
     return False
 
 
-def _write_chunks(
-    chunks: Sequence[pa.Table], work: dict[str, Any], use_ray: bool, title: str, console: Console
+def _in_tasks(
+    task: Callable[..., pa.Table],
+    chunks: Sequence[pa.Table],
+    work: dict[str, Any],
+    use_ray: bool,
+    title: str,
+    console: Console,
 ) -> None:
+    """Run ``task`` on each chunk, as tasks of Ray on all nodes or here, with a progress bar."""
     if not chunks:
         return
-    written = _with_ray(chunks, work) if use_ray else (write_chunk(chunk, **work) for chunk in chunks)
+    done = _with_ray(task, chunks, work) if use_ray else (task(chunk, **work) for chunk in chunks)
     with _progress(console, title) as progress:
-        for _ in progress.track(written, total=len(chunks), description=title):
+        for _ in progress.track(done, total=len(chunks), description=title):
             pass
 
 
-def _with_ray(chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[object]:
+def _with_ray(task: Callable[..., pa.Table], chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[object]:
     """One block per chunk and one task per block."""
     cluster.connect()
     dataset = ray.data.from_arrow(list(chunks)).map_batches(
-        write_chunk, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
+        task, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
     )
     return iter(dataset.iter_rows())
 

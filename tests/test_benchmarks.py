@@ -29,7 +29,8 @@ from ser_ray.models.classifier import build
 from ser_ray.models.logmel import LogMel
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.speech.audio import is_silent, load_recording
-from ser_ray.speech.fingerprint import fingerprint, same_recordings
+from ser_ray.speech.fingerprint import fingerprint
+from ser_ray.speech.matching import same_recordings
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

@@ -18,8 +18,9 @@ from ser_ray.config import Audio, SearchSpace
 from ser_ray.prepare import main, prepare
 from ser_ray.protocols.folds import labelled
 from ser_ray.schema import UserError, Utterance
-from ser_ray.speech import shards
+from ser_ray.speech import fingerprint, shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
+from ser_ray.speech.fingerprint import path_of, read_fingerprints
 
 UTTERANCES = 96
 """In the tiny corpus: more than one shard."""
@@ -93,7 +94,7 @@ def test_ray_continues_and_repeats_what_has_no_note(tiny_corpus, tmp_path):
     shard.write_bytes(b"half a shard")
     assert prepare(space(tmp_path, tiny_corpus)) == [target]
     changed = {name for name, time in times(target).items() if time != whole[name]}
-    assert changed == {"manifest.json", shard.with_suffix(".json").name, shard.name}
+    assert changed == {"manifest.json", shard.with_suffix(".json").name, shard.name, path_of(shard).name}
     assert shards.read_manifest(target) == manifest
     assert sum(table.num_rows for table in shards.read_tables([target])) == UTTERANCES
 
@@ -172,6 +173,55 @@ def test_a_changed_file_redoes_its_chunk_and_nothing_else(corpus, tmp_path, deco
         assert old.read_bytes() == new.read_bytes()
     shutil.rmtree(first)
     assert sum(sizes(second)) == UTTERANCES
+
+
+@pytest.fixture
+def printed(monkeypatch) -> list[Path]:
+    """The shards whose fingerprints are made."""
+    calls: list[Path] = []
+    make = fingerprint.write_fingerprints
+    for module in (verb, fingerprint):
+        monkeypatch.setattr(module, "write_fingerprints", lambda shard: (calls.append(shard), make(shard))[1])
+    return calls
+
+
+def test_fingerprints_are_made_with_the_shards_and_follow_them(corpus, tmp_path, printed):
+    first = prepare_here(tmp_path, corpus)
+    assert printed == shards.shard_paths(first)
+    assert len(read_fingerprints(first)) == UTTERANCES
+    assert printed == shards.shard_paths(first), "read, not made"
+    printed.clear()
+    soundfile.write(corpus / "Actor_01" / "03-01-01-01-01-01-01.wav", 0.5 * np.sin(np.arange(16_000)), 16_000)
+    second = prepare_here(tmp_path, corpus)
+    assert printed == shards.shard_paths(second)[:1], "those of unchanged chunks are linked"
+    assert len(read_fingerprints(second)) == UTTERANCES
+
+
+def test_fingerprints_that_an_older_version_did_not_make_are_added(corpus, tmp_path, printed):
+    target = prepare_here(tmp_path, corpus)
+    made = read_fingerprints(target)
+    printed.clear()
+    paths = shards.shard_paths(target)
+    path_of(paths[1]).unlink()
+    out = io.StringIO()
+    prepare(space(tmp_path, corpus), use_ray=False, console=Console(file=out))
+    assert printed == paths[1:2]
+    assert "ravdess: fingerprints ..." in out.getvalue()
+    again = read_fingerprints(target)
+    assert all(np.array_equal(again[i], made[i]) for i in made)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_missing_fingerprints_are_made_by_tasks_of_ray(tiny_corpus, tmp_path):
+    (target,) = prepare(space(tmp_path, tiny_corpus))
+    made = read_fingerprints(target)
+    for shard in shards.shard_paths(target):
+        path_of(shard).unlink()
+    assert prepare(space(tmp_path, tiny_corpus)) == [target]
+    assert all(path_of(shard).is_file() for shard in shards.shard_paths(target))
+    again = read_fingerprints(target)
+    assert all(np.array_equal(again[i], made[i]) for i in made)
 
 
 @pytest.mark.parametrize("where", ["first", "last"])

@@ -5,7 +5,7 @@ does not fit, and where.
 """
 
 from ser_ray.config.changes import MAY_CHANGE, differences, refused
-from ser_ray.config.experiment import Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol
+from ser_ray.config.experiment import EXCLUDABLE, Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol
 from ser_ray.config.reader import (
     UNSPECIFIED,
     built_in_spaces,
@@ -22,6 +22,7 @@ from ser_ray.config.space import Resources, SearchSpace, Storage, Tune
 from ser_ray.config.validation import fingerprint, to_dict
 
 __all__ = [
+    "EXCLUDABLE",
     "MAY_CHANGE",
     "NO_UNIT",
     "THE_SAME_FOR_ALL",

@@ -4,7 +4,7 @@ default; ``ser-ray config KEY`` shows it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -12,6 +12,14 @@ from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
 from ser_ray.config.section import NO_UNIT, Section, Unit, Words, as_tuple
 from ser_ray.config.validation import Problem, hint, refuse
 from ser_ray.schema import EMOTIONS
+
+EXCLUDABLE: Final = ("duplicates", "mislabelled")
+"""What `Experiment.exclude` can name beside a file."""
+
+
+def _listed(value: object) -> object:
+    """One word as a list of one."""
+    return (value,) if isinstance(value, str) else as_tuple(value)
 
 
 class Audio(Section):
@@ -207,6 +215,12 @@ class Experiment(Section):
     """The classes, in order; utterances of other emotions are dropped, unless merged."""
     merge: dict[str, str] = Field(default_factory=dict)
     """Emotion -> the one that it is relabelled to: ``{calm: neutral}``."""
+    exclude: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Utterances that are left out of train, dev and test; the audit and the report count them. ``duplicates``: of
+    utterances that are one recording all but the first by id. ``mislabelled``: all that are one recording under several
+    emotions. A CSV file: those in its column utterance_id, as ``audit.csv`` lists them; if it has a column exclude,
+    only rows that say ``yes`` there. Nothing by default: a corpus is used as it was published, and its metrics are
+    then comparable with published ones."""
     audio: Audio = Audio()
     protocol: Protocol = Protocol()
     backbone: str
@@ -263,6 +277,19 @@ class Experiment(Section):
     def _merge_fits(cls, merge: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         refuse(_problems_of_merge(merge, info.data.get("emotions")))
         return merge
+
+    @field_validator("exclude")
+    @classmethod
+    def _exclude_is_known(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
+        refuse(
+            (
+                (number,),
+                f"{what!r} is neither a .csv file nor one of {', '.join(EXCLUDABLE)}{hint(what, EXCLUDABLE, '')}",
+            )
+            for number, what in enumerate(exclude)
+            if what not in EXCLUDABLE and not what.endswith(".csv")
+        )
+        return exclude
 
     def halved(self) -> Experiment:
         """The same with half of `batch_seconds` and twice `accumulate`: less memory, and a step has the same

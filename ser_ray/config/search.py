@@ -13,7 +13,7 @@ from ser_ray.config.validation import Problem, hint, problems_of, with_values
 from ser_ray.schema import UserError
 
 THE_SAME_FOR_ALL: Final = frozenset(
-    {"name", "corpora", "labels", "label", "emotions", "merge", "audio", "protocol"},
+    {"name", "corpora", "labels", "label", "emotions", "merge", "exclude", "audio", "protocol"},
 )
 """Fields of `Experiment` that define the data and their split: they cannot be searched."""
 

@@ -24,6 +24,7 @@ FILES: Final[Mapping[str, str]] = {
     "plan.json": "what was decided before the first trial: resources, fold, cached features, steps",
     "provenance.json": "what made it: code version, command, packages, hardware, data fingerprints, times",
     "audit.json": "the audit of every fold that is trained: leaky or not, findings, sizes of the splits",
+    "audit.csv": "all findings of the audit as a table, with the utterances that experiment.exclude can leave out",
     "sessions.json": "when the search worked on it, for the budgets in hours",
     "folds/*.parquet": "the utterances of each trained fold by split, and where their waveforms are",
     "trials.csv": "a row per trial: status, epochs, searched keys, dev metrics, costs, checkpoint; made from trials/",

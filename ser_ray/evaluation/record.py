@@ -92,8 +92,13 @@ class Record:
         answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
         answer |= self._seen_by_the_choice(whole)
         experiment = self.space.experiment
-        answer["published"] = published.matching(
-            experiment.corpora, config.to_dict(experiment.protocol), whole.emotions, answer["leaky"]
+        # What was published is of all utterances.
+        answer["published"] = (
+            []
+            if experiment.exclude
+            else published.matching(
+                experiment.corpora, config.to_dict(experiment.protocol), whole.emotions, answer["leaky"]
+            )
         )
         write_predictions(whole, "test", self.directory / "evaluation" / "predictions.parquet")
         return answer

@@ -7,6 +7,7 @@ Levels: ``error``: the experiment is meaningless; ``leak``: its metrics are too 
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import combinations
@@ -15,16 +16,17 @@ from typing import Any, Final
 import pyarrow as pa
 
 from ser_ray.config import SearchSpace
+from ser_ray.protocols import advice
+from ser_ray.protocols.exclusion import flawed
 from ser_ray.protocols.finals import more_dev, trained_folds
+from ser_ray.protocols.findings import Finding, Group, finding, named, some
 from ser_ray.protocols.folds import unheard
 from ser_ray.protocols.task import Task
+from ser_ray.protocols.voices import Voice, confounded, one_voice, shared_voices
 from ser_ray.schema import SPLITS, Fold
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
-Finding = dict[str, Any]
-"""level, what, detail; with several folds also folds."""
-
 NO_NOTES: Final[Mapping[str, str]] = {}
 TOLD: Final = 3
 """Maximum number of folds, or of details, in a human-readable line."""
@@ -49,7 +51,8 @@ def audit_search(
         detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
         notes["no listener ratings"] = f"{detail}: the intended emotion is used"
     folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
-    return audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy)
+    result = audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy, task.excluded)
+    return result | {"advice": [*advice.to_exclude(result), *advice.other_folds(space, task.unsplit, folds)]}
 
 
 def audit(
@@ -60,6 +63,7 @@ def audit(
     overlaps: Iterable[str] = (),
     notes: Mapping[str, str] = NO_NOTES,
     remedy: str = "tune.final_folds: all",
+    excluded: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Audit the data of the folds that are trained; returns JSON types only.
 
@@ -67,51 +71,70 @@ def audit(
         index: the labelled index that the folds were made from.
         folds: name, such as ``fold 0`` -> fold; the experiment's own first.
         emotions: of the experiment.
-        pairs: from `fingerprint.same_recordings_in`; pairs that are not in the index are ignored.
+        pairs: from `matching.same_recordings_in`; pairs that are not in the index are ignored.
         overlaps: a line for every backbone that was pre-trained on speech that is tested here.
         notes: further notes, what -> detail.
         remedy: what to set if dev has few speakers.
+        excluded: utterances that the experiment leaves out, from `exclusion.without`. What they share with others
+            still shows that two speakers are one voice.
 
     Returns:
-        ``leaky`` (whether any fold leaks); ``findings`` (level, what, detail), the most severe first; ``splits``
-        (utterances, speakers, minutes and a count per emotion) of the first fold. With several folds also ``folds``
-        (name -> description), and each finding that is not about the data as a whole has ``folds`` (name -> detail),
-        the folds in which it holds.
+        ``leaky`` (whether any fold leaks); ``findings`` (level, what, detail, groups), the most severe first;
+        ``splits`` (utterances, speakers, minutes and a count per emotion) of the first fold; ``excluded``, and
+        ``to_exclude``, what ``exclude: [duplicates, mislabelled]`` would leave out, each with the reason. With several
+        folds also ``folds`` (name -> description), and each finding that is not about the data as a whole has ``folds``
+        (name -> detail), the folds in which it holds.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "duration", "audio_sha256"]
     rows, pairs = index.select(columns).to_pylist(), list(pairs)
+    out = excluded.select([*columns, "by", "reason"]).to_pylist() if excluded is not None else []
+    voices = shared_voices([*rows, *out], pairs)
     by_fold: dict[str, list[Finding]] = {}
     own_splits: dict[str, Any] = {}
     speakers: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, fold in folds.items():  # one at a time: there may be a fold for every speaker
         split_rows = [row | {"split": fold.splits[row["utterance_id"]]} for row in rows]
         splits = _splits(split_rows, emotions)
-        by_fold[name] = _audit_fold(split_rows, splits, fold, pairs)
+        by_fold[name] = _audit_fold(split_rows, splits, fold, pairs, voices)
         own_splits = own_splits or splits
         for row in split_rows:
             speakers[row["split"]].add(row["speaker"])
     findings = [
-        *(_finding("leak", "a backbone was pre-trained on this", line) for line in overlaps),
+        *(finding("leak", "a backbone was pre-trained on this", line) for line in overlaps),
         *_merged(by_fold),
         *_few_speakers(speakers, remedy),
-        *_few_voices(rows),
-        *_one_length(rows),
-        *(_finding("note", what, detail) for what, detail in notes.items()),
+        *_of_all_data(rows),
+        *(finding("note", what, detail) for what, detail in notes.items()),
     ]
-    findings.sort(key=lambda finding: ("error", "leak", "note").index(finding["level"]))
+    findings.sort(key=lambda one: ("error", "leak", "note").index(one["level"]))
     several = {"folds": {name: fold.description for name, fold in folds.items()}} if len(folds) > 1 else {}
     return {
-        "leaky": any(finding["level"] == "leak" for finding in findings),
+        "leaky": any(one["level"] == "leak" for one in findings),
         "findings": findings,
         "splits": own_splits,
+        "to_exclude": _to_exclude(rows, pairs),
+        "excluded": [named(row) | {"by": row["by"], "reason": row["reason"]} for row in out],
     } | several
 
 
 # -- below: how it is done
 
 
+def _of_all_data(rows: Rows) -> list[Finding]:
+    return [*_few_voices(rows), *confounded(rows), *_one_length(rows)]
+
+
+def _to_exclude(rows: Rows, pairs: Sequence[SameRecording]) -> list[dict[str, str]]:
+    flaws = flawed(rows, pairs)
+    return [named(row) | flaws[i]._asdict() for row in rows if (i := row["utterance_id"]) in flaws]
+
+
 def _audit_fold(
-    rows: Rows, splits: Mapping[str, Mapping[str, Any]], fold: Fold, pairs: Sequence[SameRecording]
+    rows: Rows,
+    splits: Mapping[str, Mapping[str, Any]],
+    fold: Fold,
+    pairs: Sequence[SameRecording],
+    voices: Sequence[Voice],
 ) -> list[Finding]:
     return [
         *_absent_emotions(splits, fold.common_emotions),
@@ -119,6 +142,7 @@ def _audit_fold(
         *_shared_speakers(rows),
         *_same_audio(_identical(rows), "identical audio", " = "),
         *_same_audio(_alike(rows, pairs), "versions of one recording", " ~ "),
+        *one_voice(rows, voices),
         *_shifted_emotions(splits),
         *_untrained_corpora(rows),
         *_one_voice_tested(rows),
@@ -127,13 +151,24 @@ def _audit_fold(
 
 def _merged(by_fold: Mapping[str, Sequence[Finding]]) -> Iterable[Finding]:
     """The findings of all folds, each once, with the folds that it holds in."""
-    details: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[str, Finding]] = defaultdict(dict)
     for name, findings in by_fold.items():
-        for finding in findings:
-            details[finding["level"], finding["what"]][name] = finding["detail"]
-    for (level, what), held in details.items():
-        several = {"folds": held} if len(by_fold) > 1 else {}
-        yield _finding(level, what, _in_folds(held, len(by_fold))) | several
+        for one in findings:
+            found[one["level"], one["what"]][name] = one
+    for (level, what), held in found.items():
+        details = {name: one["detail"] for name, one in held.items()}
+        several = {"folds": details} if len(by_fold) > 1 else {}
+        groups = _groups({name: one.get("groups", ()) for name, one in held.items()}, len(by_fold) > 1)
+        yield finding(level, what, _in_folds(details, len(by_fold)), groups) | several
+
+
+def _groups(by_fold: Mapping[str, Iterable[Group]], is_told: bool) -> list[Group]:
+    """The groups of all folds, each once; with ``is_told`` also the folds that have it."""
+    folds: dict[str, list[str]] = defaultdict(list)
+    for name, groups in by_fold.items():
+        for group in groups:
+            folds[json.dumps(group)].append(name)
+    return [json.loads(group) | ({"folds": names} if is_told else {}) for group, names in folds.items()]
 
 
 def _in_folds(held: Mapping[str, str], folds: int) -> str:
@@ -167,28 +202,29 @@ def _describe(rows: Rows, emotions: Sequence[str]) -> dict[str, Any]:
 
 
 def _scheme(fold: Fold) -> list[Finding]:
-    return [_finding("leak", "the protocol shares speakers by design", fold.description)] if fold.leaky else []
+    return [finding("leak", "the protocol shares speakers by design", fold.description)] if fold.leaky else []
 
 
 def _absent_emotions(splits: Mapping[str, Mapping[str, Any]], by_design: bool) -> Iterable[Finding]:
     emotions = splits["train"]["emotions"] if by_design else ()
     nowhere = [emotion for emotion in emotions if not any(part["emotions"][emotion] for part in splits.values())]
     if nowhere:
-        yield _finding(
+        yield finding(
             "note", "emotion not common to train and test", f"{', '.join(nowhere)}: neither trained nor scored"
         )
     for split, description in splits.items():
         if absent := [emotion for emotion, n in description["emotions"].items() if n == 0 and emotion not in nowhere]:
             consequence = "cannot be learned" if split == "train" else f"is not counted in the UAR of {split}"
             level = "error" if split == "train" else "note"
-            yield _finding(level, f"emotion absent from {split}", f"{', '.join(absent)} {consequence}")
+            yield finding(level, f"emotion absent from {split}", f"{', '.join(absent)} {consequence}")
 
 
 def _shared_speakers(rows: Rows) -> Iterable[Finding]:
     speakers = {split: {row["speaker"] for row in rows if row["split"] == split} for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         if shared := sorted(speakers[one] & speakers[other]):
-            yield _finding("leak", f"speakers shared by {one} and {other}", _some(shared))
+            groups = [{"speakers": [speaker]} for speaker in shared]
+            yield finding("leak", f"speakers shared by {one} and {other}", some(shared), groups)
 
 
 def _identical(rows: Rows) -> list[Rows]:
@@ -216,8 +252,10 @@ def _same_audio(groups: Sequence[Rows], what: str, sign: str) -> Iterable[Findin
     for level, where, key, differs in kinds:
         chosen = [group for group in groups if (len({row[key] for row in group}) > 1) == differs]
         if chosen:
-            names = sorted(sign.join(sorted(row["utterance_id"] for row in group)) for group in chosen)
-            yield _finding(level, f"{what} {where}", _some(names))
+            ordered = [sorted(group, key=lambda row: str(row["utterance_id"])) for group in chosen]
+            joined = {sign.join(row["utterance_id"] for row in group): group for group in ordered}
+            members = [{"utterances": [named(row) for row in joined[name]]} for name in sorted(joined)]
+            yield finding(level, f"{what} {where}", some(sorted(joined)), members)
 
 
 def _few_speakers(speakers: Mapping[str, Set[str]], remedy: str) -> Iterable[Finding]:
@@ -228,7 +266,7 @@ def _few_speakers(speakers: Mapping[str, Set[str]], remedy: str) -> Iterable[Fin
             what = f"{'one speaker' if number == 1 else 'few speakers'} in {split}"
             detail = wide.get(number, f"{number} speakers: intervals over speakers are wide")
             chooses = f"; few speakers decide between the trials: use {remedy}"
-            yield _finding("note", what, detail + (chooses if split == "dev" else ""))
+            yield finding("note", what, detail + (chooses if split == "dev" else ""))
 
 
 def _few_voices(rows: Rows) -> Iterable[Finding]:
@@ -238,7 +276,7 @@ def _few_voices(rows: Rows) -> Iterable[Finding]:
     for corpus, speakers in sorted(voices.items()):
         if len(speakers) < len(SPLITS):
             detail = f"{len(speakers)}: too few for train, dev and test; its metrics say nothing about other speakers"
-            yield _finding("note", f"too few speakers in {corpus}", detail)
+            yield finding("note", f"too few speakers in {corpus}", detail)
 
 
 def _untrained_corpora(rows: Rows) -> Iterable[Finding]:
@@ -248,7 +286,7 @@ def _untrained_corpora(rows: Rows) -> Iterable[Finding]:
         detail = (
             f"{', '.join(missing)}: in dev, but no trial is trained on it; another protocol.fold may have it in train"
         )
-        yield _finding("note", "corpus absent from train", detail)
+        yield finding("note", "corpus absent from train", detail)
 
 
 def _one_voice_tested(rows: Rows) -> Iterable[Finding]:
@@ -259,7 +297,7 @@ def _one_voice_tested(rows: Rows) -> Iterable[Finding]:
         detail = (
             f"{speaker}: {most} of {total} utterances; pooled metrics are mostly that speaker's; see those by corpus"
         )
-        yield _finding("note", "one speaker is most of test", detail)
+        yield finding("note", "one speaker is most of test", detail)
 
 
 def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[Finding]:
@@ -270,7 +308,7 @@ def _shifted_emotions(splits: Mapping[str, Mapping[str, Any]]) -> Iterable[Findi
         if sum(abs(shares[emotion] - train[emotion]) for emotion in train) / 2 > SHIFT:
             most = max(train, key=lambda emotion: shares[emotion] - train[emotion])
             detail = f"most of all, {most}: {train[most]:.0%} of train, {shares[most]:.0%} of {split}"
-            yield _finding("note", f"emotions are distributed differently in {split} than in train", detail)
+            yield finding("note", f"emotions are distributed differently in {split} than in train", detail)
 
 
 def _shares(split: Mapping[str, Any]) -> dict[str, float]:
@@ -285,13 +323,4 @@ def _one_length(rows: Rows) -> Iterable[Finding]:
         commonest, n = Counter(seconds).most_common(1)[0]
         if len(seconds) >= MANY and n >= ONE_LENGTH * len(seconds):
             detail = f"{n} of {len(seconds)} last exactly {commonest:g} s: speech was cut off, or silence added"
-            yield _finding("note", f"{corpus} looks cut or padded to one length", detail)
-
-
-def _finding(level: str, what: str, detail: str) -> Finding:
-    return {"level": level, "what": what, "detail": detail}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)}: {', '.join(names[:5])}{more}"
+            yield finding("note", f"{corpus} looks cut or padded to one length", detail)

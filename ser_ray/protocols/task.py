@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 from ser_ray import config
 from ser_ray.config import Experiment
 from ser_ray.disk import replacing
+from ser_ray.protocols import exclusion
 from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.schema import Fold
 from ser_ray.speech import shards
+from ser_ray.speech.matching import same_recordings_in
 
 COLUMNS: Final = (
     *("utterance_id", "corpus", "speaker", "emotion", "label", "split", "duration", "num_samples"),
@@ -47,6 +49,9 @@ class Task:
     """Whether the protocol shares speakers between splits."""
     common_emotions: bool
     """Whether emotions that train or test lack are left out by design."""
+    excluded: pa.Table | None = None
+    """The utterances that `Experiment.exclude` leaves out, from `exclusion.without`; only in a task that was made from
+    the shards."""
 
     @property
     def unsplit(self) -> pa.Table:
@@ -105,10 +110,15 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     """
     everything = shards.read_index(list(shard_dirs))
     index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
+    excluded = None
+    if experiment.exclude:
+        known = everything["utterance_id"].to_pylist()
+        index, excluded = exclusion.without(index, experiment.exclude, known, lambda: same_recordings_in(shard_dirs))
     fold = make_fold(index, experiment.protocol)
     splits = pa.array([fold.splits.get(i) for i in index["utterance_id"].to_pylist()], pa.string())
     index = index.rename_columns({"split": "own_split"}).append_column("split", splits).filter(splits.is_valid())
-    return Task(experiment.emotions, index.combine_chunks(), fold.description, fold.leaky, fold.common_emotions)
+    words = f"{fold.description}{f'; excluded utterances: {excluded.num_rows}' if excluded is not None else ''}"
+    return Task(experiment.emotions, index.combine_chunks(), words, fold.leaky, fold.common_emotions, excluded)
 
 
 def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
@@ -116,7 +126,9 @@ def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -
     on."""
     given = experiment.protocol.given
     table = Path(given).read_text(encoding="utf-8") if isinstance(given, str) and given.endswith(".csv") else ""
-    deciding = (experiment.protocol, table, experiment.emotions, experiment.merge, experiment.label)
+    listed = [sorted(exclusion.read_list(what)) for what in experiment.exclude if what not in config.EXCLUDABLE]
+    excluded = (experiment.exclude, listed) if experiment.exclude else ()
+    deciding = (experiment.protocol, table, experiment.emotions, experiment.merge, experiment.label, *excluded)
     return folds / f"{config.fingerprint(*deciding, [str(directory) for directory in shard_dirs])}.parquet"
 
 

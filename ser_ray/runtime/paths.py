@@ -24,6 +24,8 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
             _refuse_relative(f"experiment.corpora.{corpus}", directory)
         if _is_file(given := space.experiment.protocol.given):
             _refuse_relative("experiment.protocol.given", str(given))
+        for name in filter(_is_file, space.experiment.exclude):
+            _refuse_relative("experiment.exclude", name)
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
@@ -56,8 +58,11 @@ def _resolve_experiment(experiment: Experiment) -> Experiment:
     protocol = experiment.protocol
     if _is_file(protocol.given):
         protocol = protocol.model_copy(update={"given": _absolute(str(protocol.given))})
+    exclude = tuple(_absolute(name) if _is_file(name) else name for name in experiment.exclude)
     backbone = _absolute_backbone(experiment.backbone)
-    return experiment.model_copy(update={"corpora": corpora, "protocol": protocol, "backbone": backbone})
+    return experiment.model_copy(
+        update={"corpora": corpora, "exclude": exclude, "protocol": protocol, "backbone": backbone}
+    )
 
 
 def _resolve_conditions(distribution: Distribution) -> Distribution:
@@ -70,7 +75,7 @@ def _resolve_conditions(distribution: Distribution) -> Distribution:
 
 
 def _is_file(given: object) -> bool:
-    """Whether ``protocol.given`` is a table of folds."""
+    """Whether ``protocol.given``, or an entry of ``exclude``, is a table."""
     return isinstance(given, str) and given.endswith(".csv")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ from rich.console import Console
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
 from ser_ray.models.pretraining import pretraining_overlap
+from ser_ray.protocols import findings as audit_findings
 from ser_ray.protocols.leakage import audit_search
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import plan, provenance
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.schema import UserError
 from ser_ray.speech import shards
-from ser_ray.speech.fingerprint import same_recordings_in
+from ser_ray.speech.matching import same_recordings_in
 
 
 def audited(space: SearchSpace, task: Task, console: Console, shard_dirs: Iterable[Path]) -> dict[str, Any]:
     """The audit of every fold that the space trains, with what only the audio and the backbones' training tell."""
-    with console.status("audit: fingerprints of the audio"):
+    with console.status("audit: comparing the recordings"):
         known = pretraining_overlap(space.backbones(), space.experiment.corpora)
         return audit_search(space, task, same_recordings_in(shard_dirs), known)
 
@@ -42,14 +43,25 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     for finding in findings["findings"]:
         style = "dim" if finding["level"] == "note" else "bold red"
         console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
+    if findings["excluded"]:
+        console.print(f"audit: excluded: {audit_findings.counted(findings['excluded'])}", markup=False)
+    for line in findings["advice"]:
+        console.print(f"audit: to mend it: {line}", markup=False)
+    for finding in findings["findings"]:
         if finding["level"] == "error":
             raise UserError(f"audit: {finding['what']}: {finding['detail']}")
     return findings
 
 
+def write_audit(directory: Path, audit: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` and ``audit.csv`` to a results folder."""
+    disk.write_json(directory / "audit.json", audit)
+    disk.write_text(directory / "audit.csv", audit_findings.csv_text(audit))
+
+
 def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any], argv: list[str]) -> Path:
-    """Create the results folder with search.yaml, plan.json, provenance.json and audit.json; an existing one is
-    continued with the current plan.
+    """Create the results folder with search.yaml, plan.json, provenance.json, audit.json and audit.csv; an existing one
+    is continued with the current plan.
 
     Raises UserError where the folder belongs to another configuration or other data, or cannot be written.
     """
@@ -65,19 +77,31 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
                     "set experiment.name, or remove the folder"
                 )
             _check_data(directory, shard_dirs)
+            check_excluded(directory, [utterance["utterance_id"] for utterance in findings["excluded"]])
             if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             disk.write_json(directory / plan.FILE, planned.to_dict())
-            disk.write_json(directory / "audit.json", findings)
+            write_audit(directory, findings)
             return directory
         directory.mkdir(parents=True, exist_ok=True)
-        disk.write_json(directory / "audit.json", findings)
+        write_audit(directory, findings)
         disk.write_json(directory / plan.FILE, planned.to_dict())
         disk.write_json(directory / "provenance.json", provenance.provenance(space, shard_dirs, argv))
         disk.write_text(existing, config.dump(space))
     except OSError as error:
         raise UserError(f"storage.results: cannot write to {directory}: {error.strerror}") from None
     return directory
+
+
+def check_excluded(directory: Path, excluded: Iterable[str]) -> None:
+    """Raises UserError if other utterances are excluded than when the search began, as where a file that
+    `Experiment.exclude` names was edited since: its trials could not be compared, and test would be another set."""
+    before = disk.read_json(directory / "audit.json").get("excluded", ())
+    if changed := sorted({utterance["utterance_id"] for utterance in before} ^ set(excluded)):
+        raise UserError(
+            f"{directory}: experiment.exclude leaves out other utterances than when this search began, such as "
+            f"{changed[0]}; set experiment.name to search without them, or restore the file that lists them"
+        )
 
 
 # -- below: how it is done

@@ -4,18 +4,18 @@ After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (ISMIR 2
 whether the contrast of two neighbouring bands rises or falls in time. Short speech has quiet parts, where noise decides
 the bit. So a second bit says whether the first is sure, and only bits that are sure on both sides are compared. Two
 recordings of one sentence by one actor disagree in a tenth of them or more, two versions of one recording in hardly
-any: ``results/benchmarks/audit.md`` has the measurements, and the reason for `THRESHOLD`.
+any: ``results/benchmarks/audit.md`` has the measurements, and the reason for `matching.THRESHOLD`.
 
-Candidate pairs share landmarks (the bands whose contrast changes most, at three moments), and are found by sorting, not
-by comparing all pairs. A second of speech takes 750 bytes; fingerprints are cached beside the shards in
-``fingerprints.parquet``.
+A second of speech takes 750 bytes. The fingerprints of a shard are in a file beside it, which is written with the
+shard; `ser_ray.speech.matching` compares them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
 
 from ser_ray.disk import replacing
 from ser_ray.schema import SAMPLING_RATE
@@ -31,7 +32,8 @@ from ser_ray.speech.audio import from_int16
 
 VERSION: Final = 1
 """Raised when fingerprints change, so that cached ones are computed again."""
-FILE: Final = "fingerprints.parquet"
+MADE_FROM: Final = b"made_from"
+"""The key of a file's metadata that says what its fingerprints were made from."""
 
 WINDOW: Final = 2048
 """Samples, 128 ms: long against `HOP`, so that versions of one recording match even if their frames are not aligned."""
@@ -50,31 +52,10 @@ STEP: Final = 8
 """Frames between the three moments of a landmark."""
 NONE: Final = np.uint32(0xFFFFFFFF)
 """In place of a landmark where too little changes."""
-NEIGHBOURS: Final = 8
-"""Utterances with the same landmark that each is paired with: a bound on the work, however repetitive the speech."""
-VOTES: Final = 2
-"""Landmarks that must agree on the offset of two utterances before their bits are compared."""
-PART: Final = 20_000
-"""Utterances whose candidates are in memory at once: about 0.5 GB."""
 MIN_OVERLAP: Final = 0.5
 """As a share of the shorter utterance."""
 MIN_CELLS: Final = 300
 """Bits that are sure on both sides; fewer are no evidence."""
-THRESHOLD: Final = 0.03
-"""Share of sure bits that disagree, up to which two utterances are one recording. Versions of one RAVDESS recording
-differ by 0.03 at worst and mostly by nothing, its two closest recordings by 0.09."""
-REPEATS: Final = 0.15
-"""A sound that differs from itself at another time by no more than this (a tone, a beat) matches others of its kind:
-no evidence. Speech stays above 0.28."""
-
-
-@dataclass(frozen=True)
-class SameRecording:
-    """Two utterances that are one recording, and the share of sure bits in which they disagree."""
-
-    one: str
-    other: str
-    difference: float
 
 
 def fingerprint(waveform: np.ndarray) -> np.ndarray:
@@ -110,45 +91,41 @@ def difference(one: np.ndarray, other: np.ndarray, offset: int) -> float:
     return float(np.bitwise_count((one[:, 0] ^ other[:, 0]) & sure).sum()) / cells if cells >= MIN_CELLS else 1.0
 
 
-def same_recordings(prints: Mapping[str, np.ndarray]) -> list[SameRecording]:
-    """All pairs of utterances that are versions of one recording, by id; of many versions, pairs that link them.
-
-    ``prints`` maps an utterance's id to its `fingerprint`. Recordings of less than half a second have no landmark and
-    are not detected.
-    """
-    ids = sorted(prints)
-    least: dict[tuple[int, int], float] = {}
-    for one, other, offset in _candidates([prints[i] for i in ids]):
-        share = min(difference(prints[ids[one]], prints[ids[other]], offset + d) for d in (-1, 0, 1))
-        if share <= THRESHOLD:
-            least[one, other] = min(share, least.get((one, other), 1.0))
-    alike = [(ids[one], ids[other], share) for (one, other), share in sorted(least.items())]
-    return [SameRecording(*pair) for pair in alike if not _repeats(prints[pair[0]])]
+def path_of(shard: Path) -> Path:
+    """The file of a shard's fingerprints."""
+    return shard.with_name(f"fingerprints-{VERSION}-{shard.name}")
 
 
-def same_recordings_in(directories: Iterable[Path]) -> list[SameRecording]:
-    """`same_recordings` over all utterances of some directories of shards."""
-    return same_recordings({i: p for directory in directories for i, p in read_fingerprints(directory).items()})
+def write_fingerprints(shard: Path) -> pa.Table:
+    """Make the fingerprints of a shard, in one thread, and write them beside it if its directory is writable."""
+    with pq.ParquetFile(shard) as file:
+        content = file.read(columns=["utterance_id", "audio_sha256", "audio"])
+    with threadpool_limits(1):  # one process per core makes them: threads of its own would only wait for each other
+        prints = [fingerprint(from_int16(audio.as_buffer())).astype("<u4").tobytes() for audio in content["audio"]]
+    columns = [content["utterance_id"].combine_chunks(), pa.array(prints, pa.large_binary())]
+    table = pa.table(columns, ["utterance_id", "fingerprint"]).replace_schema_metadata({MADE_FROM: _digest(content)})
+    if os.access(shard.parent, os.W_OK):
+        with replacing(path_of(shard)) as aside:
+            pq.write_table(table, aside, compression="zstd")
+    return table
+
+
+def stored_fingerprints(directory: Path) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Utterance ids and fingerprints of a directory of shards, one shard at a time; those that are missing, or were
+    made from other audio, are made first."""
+    for shard in shards.shard_paths(directory):
+        with pq.ParquetFile(shard) as file:
+            made_from = _digest(file.read(columns=["utterance_id", "audio_sha256"]))
+        path = path_of(shard)
+        is_current = path.is_file() and (pq.read_schema(path).metadata or {}).get(MADE_FROM) == made_from
+        table = pq.read_table(path) if is_current else write_fingerprints(shard)
+        prints = [np.frombuffer(content.as_buffer(), "<u4").reshape(-1, 3) for content in table["fingerprint"]]
+        yield table["utterance_id"].to_pylist(), prints
 
 
 def read_fingerprints(directory: Path) -> dict[str, np.ndarray]:
-    """The fingerprint of every utterance of a directory of shards; computed once, and cached there if it is writable.
-
-    One shard is in memory at a time.
-    """
-    path = directory / FILE
-    made_from = {b"made_from": f"{VERSION} {shards.read_manifest(directory)['content_sha256']}".encode()}
-    if path.is_file() and (pq.read_schema(path).metadata or {}).items() >= made_from.items():
-        table = pq.read_table(path)
-    else:
-        rows = [row for shard in shards.read_tables([directory]) for row in _rows(shard)]
-        schema = pa.schema([("utterance_id", pa.string()), ("fingerprint", pa.large_binary())], metadata=made_from)
-        table = pa.Table.from_pylist(rows, schema=schema)
-        if os.access(directory, os.W_OK):
-            with replacing(path) as aside:
-                pq.write_table(table, aside, compression="zstd")
-    ids, prints = table["utterance_id"].to_pylist(), table["fingerprint"].to_pylist()
-    return {i: np.frombuffer(content, "<u4").reshape(-1, 3) for i, content in zip(ids, prints, strict=True)}
+    """The fingerprint of every utterance of a directory of shards, by id."""
+    return {i: p for ids, prints in stored_fingerprints(directory) for i, p in zip(ids, prints, strict=True)}
 
 
 # -- below: how it is done
@@ -180,36 +157,7 @@ def _pack(bits_FB: np.ndarray) -> np.ndarray:
     return np.packbits(bits_FB, axis=1, bitorder="little").view("<u4")[:, 0].astype(np.uint32)
 
 
-def _repeats(print_F3: np.ndarray) -> bool:
-    return any(difference(print_F3, print_F3, offset) <= REPEATS for offset in range(STEP, len(print_F3) // 2 + 1))
-
-
-def _rows(shard: pa.Table) -> Iterable[dict[str, object]]:
-    """The cached row of every utterance of a shard."""
-    for i, audio in zip(shard["utterance_id"].to_pylist(), shard["audio"], strict=True):
-        yield {"utterance_id": i, "fingerprint": fingerprint(from_int16(audio.as_buffer())).astype("<u4").tobytes()}
-
-
-def _candidates(prints: list[np.ndarray]) -> Iterable[tuple[int, int, int]]:
-    """Pairs of positions, the smaller first, and an offset in frames that at least `VOTES` landmarks agree on."""
-    if not prints:
-        return
-    assert len(prints) < 2**23, "positions are packed into 24 bits below"
-    marked = [np.flatnonzero(p[:, 2] != NONE).astype(np.int32) for p in prints]
-    word = np.concatenate([p[frames, 2] for p, frames in zip(prints, marked, strict=True)])
-    owner = np.repeat(np.arange(len(prints), dtype=np.int32), [len(frames) for frames in marked])
-    frame = np.concatenate(marked)
-    order = np.argsort(word, kind="stable")  # utterances in their order within a word, frames within an utterance
-    word, owner, frame = word[order], owner[order], frame[order]
-    is_first = np.r_[True, (word[1:] != word[:-1]) | (owner[1:] != owner[:-1])][: len(word)]
-    word, owner, frame = word[is_first], owner[is_first], frame[is_first]
-    for part in range(parts := 1 + len(prints) // PART):  # so that memory stays bounded
-        hits = []
-        for step in range(1, NEIGHBOURS + 1):
-            same = np.flatnonzero((word[:-step] == word[step:]) & (owner[:-step] % parts == part))
-            apart = frame[same] - frame[same + step] + 2**15
-            one, other = (owner[rows].astype(np.int64) for rows in (same, same + step))
-            hits.append(one << 40 | other << 16 | apart)  # as one number, which sorts ten times as fast
-        pairs, votes = np.unique(np.concatenate(hits), return_counts=True)
-        for pair in pairs[votes >= VOTES].tolist():
-            yield pair >> 40, pair >> 16 & 2**24 - 1, (pair & 2**16 - 1) - 2**15
+def _digest(rows: pa.Table) -> bytes:
+    """Of the utterances of a shard and their audio."""
+    content = [rows[name].to_pylist() for name in ("utterance_id", "audio_sha256")]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode()

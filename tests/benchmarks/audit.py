@@ -29,6 +29,7 @@ from ser_ray import audit, config
 from ser_ray.config import Audio
 from ser_ray.corpora import synthetic
 from ser_ray.speech import fingerprint as fp
+from ser_ray.speech import matching
 from ser_ray.speech.audio import from_int16, load_waveform, to_int16
 
 RATE = 16_000
@@ -107,12 +108,12 @@ def print_audit(space: Path, overrides: list[str], scratch: Path) -> None:
     print(f"```\nser-ray audit {space} {shown}\n" + "\n".join(line for line in lines if line) + "\n```\n")
 
 
-def nearest(prints: dict[str, np.ndarray]) -> list[fp.SameRecording]:
+def nearest(prints: dict[str, np.ndarray]) -> list[matching.SameRecording]:
     """Pairs up to a difference of 0.3, with one agreeing landmark being enough: nearest first."""
-    kept = fp.THRESHOLD, fp.VOTES
-    fp.THRESHOLD, fp.VOTES = 0.3, 1
-    found = sorted(fp.same_recordings(prints), key=lambda take: take.difference)
-    fp.THRESHOLD, fp.VOTES = kept
+    kept = matching.THRESHOLD, matching.VOTES
+    matching.THRESHOLD, matching.VOTES = 0.3, 1
+    found = sorted(matching.same_recordings(prints), key=lambda take: take.difference)
+    matching.THRESHOLD, matching.VOTES = kept
     return found
 
 
@@ -120,7 +121,7 @@ def alarm_row(name: str, prints: dict[str, np.ndarray], said: Callable[[str], ob
     """What is found among takes that are all different, but for ``known`` pairs. ``said`` gives the speaker and the
     sentence of a recording's name."""
     hard = sum(n * (n - 1) // 2 for n in Counter(map(said, prints)).values())
-    alarms = len(fp.same_recordings(prints)) - known
+    alarms = len(matching.same_recordings(prints)) - known
     closest = ", ".join(f"{take.difference:.3f}" for take in nearest(prints)[known : known + 3])
     pairs = len(prints) * (len(prints) - 1) // 2
     return f"| {name} | {len(prints)} | {pairs:,} | {hard:,} | {alarms} | {closest or 'none below 0.3'} |"
@@ -133,7 +134,7 @@ def detection_row(name: str, raw: Waveforms, prints: dict[str, np.ndarray], scra
         path = scratch / f"{i}.wav"
         soundfile.write(path, WAYS[name](waveform), RATE, subtype="PCM_16")
         altered[f"{i} altered"] = from_int16(to_int16(load_waveform(path, Audio())))
-    takes = fp.same_recordings(prints | prints_of(altered))
+    takes = matching.same_recordings(prints | prints_of(altered))
     own = [take.difference for take in takes if take.other == f"{take.one} altered"]
     doubles = {"03-01-03-01-02-01-07", "03-01-03-01-02-02-07"}
     wrong = [t for t in takes if t.other != f"{t.one} altered" and not doubles >= {t.one[:20], t.other[:20]}]
@@ -151,15 +152,14 @@ def cost(waveforms: Waveforms) -> str:
     made = time.process_time() - started
     prints = dict(list(prints.items())[:MANY])
     started = time.process_time()
-    candidates = sum(1 for _ in fp._candidates([prints[i] for i in sorted(prints)]))
-    fp.same_recordings(prints)
+    matching.same_recordings(prints)
     matched = time.process_time() - started
     hours = sum(len(p) for p in prints.values()) * fp.HOP / RATE / 3600
     size = sum(p.nbytes for p in prints.values()) / 1e6
     return (
         f"{len(prints)} utterances, {hours:.1f} h: {made * len(prints) / (7 * len(waveforms)):.0f} s to make the "
         f"fingerprints (kept beside the shards; with the resampling that makes this set), {matched:.1f} s to compare "
-        f"them ({candidates} candidates), {size:.0f} MB."
+        f"them, {size:.0f} MB."
     )
 
 
@@ -191,7 +191,7 @@ def main() -> None:
                 "synthetic", prints_of(read(scratch / "synthetic")), lambda i: (i.split("_")[0], i.split("_")[2]), 0
             )
         )
-        print(f"\nA pair is a version of one take up to a difference of {fp.THRESHOLD}.\n\n## Detection\n")
+        print(f"\nA pair is a version of one take up to a difference of {matching.THRESHOLD}.\n\n## Detection\n")
         picked = sorted((data / "ravdess").rglob("*.flac"))[::EVERY]
         raw = {path.stem: soundfile.read(path, dtype="float32")[0] for path in picked}
         print(f"{len(raw)} utterances of RAVDESS, altered, among all {len(prints)}.\n")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pyarrow as pa
 import pytest
 
+from ser_ray.protocols.findings import COLUMNS, csv_text
 from ser_ray.protocols.leakage import audit
 from ser_ray.schema import Fold
-from ser_ray.speech.fingerprint import SameRecording
+from ser_ray.speech.matching import SameRecording
 
 Row = tuple[str, str, str, str, str]
 """Utterance, speaker, emotion, digest of the audio, split."""
@@ -175,6 +178,7 @@ def test_a_leak_in_any_fold_that_is_trained_stamps_all_and_says_where():
         "level": "leak",
         "what": "speakers shared by train and dev",
         "detail": "fold 2: 1: 1",
+        "groups": [{"speakers": ["1"], "folds": ["fold 2"]}],
         "folds": {"fold 2": "1: 1"},
     }
     # Of the first fold alone nothing would be known of it; six speakers are in dev and test of all folds together.
@@ -263,3 +267,78 @@ def test_a_speaker_who_is_most_of_test_is_noted():
     assert ("note", "one speaker is most of test") not in [finding[:2] for finding in found([*CLEAN, *more[:4]])]
     (detail,) = [detail for _, what, detail in found([*CLEAN, *more]) if what == "one speaker is most of test"]
     assert detail.startswith("3: 14 of 22 utterances")
+
+
+def shared(rows: list[Row], pairs: list[tuple[str, str]], **how) -> list[tuple[str, str, str]]:
+    takes = [SameRecording(one, other, 0.0) for one, other in pairs]
+    return [one for one in found(rows, takes=takes, **how) if "one voice" in one[1]]
+
+
+MORE: list[Row] = [
+    (f"{speaker}{n}", speaker, ("sad", "happy")[n % 2], f"{speaker}{n}", split)
+    for speaker, split in (("1", "train"), ("3", "test"), ("4", "test"))
+    for n in range(6)
+]
+
+
+def test_two_speakers_that_share_many_recordings_are_one_voice():
+    rows = [*CLEAN, *MORE]
+    assert shared(rows, [(f"1{n}", f"3{n}") for n in range(2)]) == []
+    ((level, what, detail),) = shared(rows, [(f"1{n}", f"3{n}") for n in range(3)])
+    assert (level, what) == ("leak", "two speakers are one voice across splits")
+    assert detail == "1: 1 = 3 (3 recordings shared); give both one name in the table, or exclude one"
+    ((level, what, _),) = shared(rows, [(f"3{n}", f"4{n}") for n in range(3)])
+    assert (level, what) == ("note", "two speakers are one voice within a split")
+
+
+def test_excluded_duplicates_still_say_that_two_speakers_are_one_voice():
+    """Their copies are gone from what is trained; the voice is not."""
+    takes = [SameRecording(f"1{n}", f"3{n}", 0.0) for n in range(3)]
+    gone = {f"3{n}" for n in range(3)}
+    rows = [row for row in [*CLEAN, *MORE] if row[0] not in gone]
+    out = index_of([row for row in MORE if row[0] in gone])
+    for column in ("by", "reason"):
+        out = out.append_column(column, pa.array(["duplicates"] * 3))
+    fold = Fold({row[0]: row[4] for row in rows}, False, "", False)
+    result = audit(index_of(rows), {"fold 0": fold}, ("sad", "happy"), takes, excluded=out)
+    assert [one["what"] for one in result["findings"] if one["level"] == "leak"] == [
+        "two speakers are one voice across splits"
+    ]
+    assert [one["utterance_id"] for one in result["excluded"]] == sorted(gone)
+    assert result["to_exclude"] == []
+
+
+def test_speakers_of_one_emotion_each_are_confounded_with_it():
+    one_each = [
+        (f"x{s}{n}", f"x{s}", ("sad", "happy")[s % 2], f"x{s}{n}", "train") for s in range(30) for n in range(2)
+    ]
+    told = [one for one in found([*CLEAN, *one_each]) if "confounded" in one[1]]
+    assert told == [
+        (
+            "note",
+            "emotion and speaker are confounded in c",
+            "30 of 41 speakers have one emotion only: a model can learn voices in place of emotions",
+        )
+    ]
+    assert [one for one in found([*CLEAN, *one_each[:20]]) if "confounded" in one[1]] == []
+
+
+def test_all_of_a_finding_are_in_the_record_and_in_the_table():
+    """Of nine pairs the line names five; audit.json and audit.csv have all, and say which to leave out."""
+    rows = [(f"{s}{n}", s, "sad" if n else "happy", f"{n}", split) for n in range(9) for s, split in TWO]
+    result = audited(rows)
+    (across,) = [one for one in result["findings"] if one["what"] == "identical audio across splits"]
+    assert across["detail"].endswith("and 4 more")
+    assert [[u["utterance_id"] for u in group["utterances"]] for group in across["groups"]] == [
+        [f"a{n}", f"b{n}"] for n in range(9)
+    ]
+    table = list(csv.DictReader(io.StringIO(csv_text(result))))
+    assert list(table[0]) == list(COLUMNS)
+    mine = [row for row in table if row["finding"] == across["what"]]
+    assert [row["utterance_id"] for row in mine] == [f"{s}{n}" for n in range(9) for s in "ab"]
+    assert [row["exclude"] for row in mine] == ["", "yes"] * 9
+    assert {row["reason"] for row in mine if row["exclude"]} == {f"the recording is that of a{n}" for n in range(9)}
+    assert {row["finding"] for row in table} == {one["what"] for one in result["findings"]}
+
+
+TWO = (("a", "train"), ("b", "test"))

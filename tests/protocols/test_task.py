@@ -138,3 +138,25 @@ def test_the_file_of_a_fold_goes_by_what_a_table_of_folds_says(tmp_path):
     assert before == fold_path(found, [tmp_path], tmp_path)
     table.write_text("speaker,fold\nravdess/1,1\n")
     assert before != fold_path(found, [tmp_path], tmp_path)
+
+
+def test_what_is_excluded_is_in_no_split_and_counted(shard_dirs, tmp_path):
+    table = tmp_path / "bad.csv"
+    table.write_text("utterance_id,reason\nravdess/1-sad,laughter\nemodb/0-boredom,not used here\n")
+    whole, less = (experiment({"folds": 3}, exclude=exclude) for exclude in ([], str(table)))
+    task = load_task(less, shard_dirs)
+    assert set(load_task(whole, shard_dirs).fold.splits) - set(task.fold.splits) == {"ravdess/1-sad"}
+    assert [row["reason"] for row in task.excluded.to_pylist()] == ["laughter"]
+    assert task.description.endswith("; excluded utterances: 1")
+    assert fold_path(whole, shard_dirs, tmp_path) != fold_path(less, shard_dirs, tmp_path)
+
+
+def test_the_file_of_a_fold_goes_by_what_is_excluded_not_by_how_the_file_says_it(tmp_path):
+    table = tmp_path / "bad.csv"
+    table.write_text("utterance_id\nravdess/1-sad\n")
+    found = experiment({"folds": 3}, exclude=str(table))
+    before = fold_path(found, [tmp_path], tmp_path)
+    table.write_text("reason,utterance_id\nlaughter,ravdess/1-sad\n")
+    assert before == fold_path(found, [tmp_path], tmp_path)
+    table.write_text("utterance_id\nravdess/2-sad\n")
+    assert before != fold_path(found, [tmp_path], tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from ser_ray.config import Audio
 from ser_ray.speech import fingerprint as fp
-from ser_ray.speech import shards
+from ser_ray.speech import matching, shards
 from ser_ray.speech.audio import load_waveform, to_int16
 
 RATE = 16_000
@@ -74,7 +75,10 @@ VERSIONS = {
 
 
 def found(waveforms: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    return [(take.one, take.other) for take in fp.same_recordings({i: fp.fingerprint(w) for i, w in waveforms.items()})]
+    return [
+        (take.one, take.other)
+        for take in matching.same_recordings({i: fp.fingerprint(w) for i, w in waveforms.items()})
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_tones_and_silence_are_no_evidence():
 
 def test_many_equal_utterances_are_linked_without_comparing_all_pairs():
     pairs = found({f"{n:03d}": voice(5) for n in range(60)})
-    assert len(pairs) <= 60 * fp.NEIGHBOURS
+    assert len(pairs) <= 60 * matching.NEIGHBOURS
     linked = {"000"}
     for one, other in pairs:
         assert one < other
@@ -137,7 +141,7 @@ def test_a_fingerprint_has_a_row_every_16_ms_of_whatever_length_and_level(length
     rows = fp.fingerprint(waveform)
     assert rows.dtype == np.uint32
     assert len(rows) == max(0, length - fp.WINDOW - fp.LAG * fp.HOP) // fp.HOP + 1
-    assert fp.same_recordings({"a": rows}) == []
+    assert matching.same_recordings({"a": rows}) == []
 
 
 def test_bits_say_what_the_bands_do():
@@ -190,9 +194,57 @@ def test_fingerprints_of_shards_are_made_once_and_follow_their_content(tmp_path,
 def test_takes_are_found_across_directories(tmp_path, voices):
     write(tmp_path / "one", {i: voices[i] for i in ("v0", "v1", "v2")})
     write(tmp_path / "two", {"w0": voices["v7"], "w1": voices["v8"], "w2": VERSIONS["Vorbis"](voices["v1"])})
-    (take,) = fp.same_recordings_in([tmp_path / "one", tmp_path / "two"])
+    (take,) = matching.same_recordings_in([tmp_path / "one", tmp_path / "two"])
     assert (take.one, take.other) == ("v1", "w2")
-    assert 0 <= take.difference <= fp.THRESHOLD
+    assert 0 <= take.difference <= matching.THRESHOLD
+
+
+def in_memory(prints: dict[str, np.ndarray]) -> list[tuple[str, str, float]]:
+    """The same pairs by a plain loop over landmarks that holds everything in memory."""
+    ids = sorted(prints)
+    owners: dict[int, dict[int, int]] = {}
+    for position, i in enumerate(ids):
+        for frame, word in enumerate(prints[i][:, 2].tolist()):
+            if word != fp.NONE:
+                owners.setdefault(word, {}).setdefault(position, frame)
+    votes: Counter[tuple[int, int, int]] = Counter()
+    for frame_of in owners.values():
+        positions = list(frame_of)
+        for number, one in enumerate(positions):
+            for other in positions[number + 1 : number + 1 + matching.NEIGHBOURS]:
+                votes[one, other, frame_of[one] - frame_of[other]] += 1
+    least: dict[tuple[str, str], float] = {}
+    for (one, other, offset), count in votes.items():
+        if count >= matching.VOTES:
+            a, b = prints[ids[one]], prints[ids[other]]
+            share = min(fp.difference(a, b, offset + d) for d in (-1, 0, 1))
+            if share <= matching.THRESHOLD:
+                least[ids[one], ids[other]] = min(share, least.get((ids[one], ids[other]), 1.0))
+    return [(*pair, share) for pair, share in sorted(least.items())]
+
+
+@pytest.mark.parametrize(("bucket", "part", "block"), [(2**24, 20_000, 2**20), (500, 7, 300)])
+def test_what_is_sorted_in_files_finds_what_a_plain_loop_finds(voices, monkeypatch, bucket, part, block):
+    for name, value in (("BUCKET", bucket), ("PART", part), ("BLOCK", block)):
+        monkeypatch.setattr(matching, name, value)
+    copies = {f"{n} of {i}": VERSIONS[v](voices[i]) for n, v in enumerate(VERSIONS) for i in ("v0", "v5")}
+    prints = {i: fp.fingerprint(w) for i, w in (copies | voices).items()}
+    found = [(pair.one, pair.other, pair.difference) for pair in matching.same_recordings(prints)]
+    assert found == in_memory(prints)
+    assert len(found) > 30
+
+
+def test_the_same_corpora_are_compared_once(tmp_path, voices, monkeypatch):
+    write(tmp_path / "one", {i: voices[i] for i in ("v0", "v1", "v2")})
+    write(tmp_path / "two", {"w0": voices["v7"], "w1": voices["v8"], "w2": VERSIONS["Vorbis"](voices["v1"])})
+    found = matching.same_recordings_in([tmp_path / "one", tmp_path / "two"])
+    with monkeypatch.context() as patch:
+        patch.setattr(matching, "_same", lambda *given: pytest.fail("compared again"))
+        assert matching.same_recordings_in([tmp_path / "one", tmp_path / "two"]) == found
+    assert matching.same_recordings_in([tmp_path / "one"]) == []
+    write(tmp_path / "two", {"w0": voices["v0"], "w1": voices["v8"], "w2": voices["v9"]})
+    assert [pair.other for pair in matching.same_recordings_in([tmp_path / "one", tmp_path / "two"])] == ["w0"]
+    assert not list(tmp_path.rglob(".matching-*"))
 
 
 @pytest.mark.corpus
