@@ -10,6 +10,7 @@ name it in `MODULES`; from another package, name it in an entry point of the gro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from ser_ray.config.words import emotion_of
 from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
 from ser_ray.schema import Rejected, UserError, Utterance
@@ -75,15 +77,15 @@ def module_of(name: str) -> ModuleType | None:
 def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of a corpus, sorted by id, and the audio files that are not used, with reasons.
 
-    ``path`` is the corpus's directory, or a table (.csv or .parquet) under a name that is no corpus's; ``labels``
-    maps the table's emotion labels to emotions. Paths of utterances are relative to the directory, or to the table's,
+    ``path`` is the corpus's directory, or a table (`table.SUFFIXES`) under a name that is no corpus's; ``labels`` maps
+    the table's emotion labels to emotions. Paths of utterances are relative to the directory, or to the table's,
     with ``/`` between their parts. Recordings are not opened.
 
     Raises UserError for an unknown corpus, a directory or table that does not exist or has no utterance, and labels
     for a corpus that is not a table.
     """
     path = Path(path)
-    if path.suffix in table.SUFFIXES and not path.is_dir():
+    if table.is_table(path) and not path.is_dir():
         if name in MODULES or name in installed():
             raise UserError(
                 f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its directory"
@@ -94,7 +96,8 @@ def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[
     module = module_of(name)
     if module is None:
         known = ", ".join((*NAMES, *installed()))
-        raise UserError(f"experiment.corpora.{name}: not a known corpus; use {known}, or a table (.csv, .parquet)")
+        tables = ", ".join(table.SUFFIXES)
+        raise UserError(f"experiment.corpora.{name}: not a known corpus; use {known}, or a table ({tables})")
     if labels:
         raise UserError(f"experiment.labels.{name}: only for tables; for {name} use experiment.merge")
     if not path.is_dir():
@@ -106,4 +109,6 @@ def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[
             f"{path}: no recording (.wav, .flac) is named like those of {name}{such}; "
             f"set experiment.corpora.{name} to the directory of {name}"
         )
-    return (module.annotate(path, utterances) if hasattr(module, "annotate") else utterances), rejected
+    if hasattr(module, "annotate"):
+        utterances = module.annotate(path, utterances)
+    return [replace(utterance, emotion=emotion_of(utterance.emotion)) for utterance in utterances], rejected

@@ -51,7 +51,7 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
 def _resolve_experiment(experiment: Experiment) -> Experiment:
     corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
     for name, path in corpora.items():
-        if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
+        if path and not Path(path).is_dir() and not (table.is_table(path) and Path(path).is_file()):
             raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus is")
     protocol = experiment.protocol
     if _is_file(protocol.given):
