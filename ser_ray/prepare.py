@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ser_ray import config, corpora
-from ser_ray.corpora import synthetic
+from ser_ray.corpora import inside, synthetic
 from ser_ray.corpora.describe import differences, left_out, raters
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.runtime import cluster, paths
@@ -167,10 +167,15 @@ def _row(utterance: dict[str, Any], samples: np.ndarray) -> dict[str, Any]:
     return utterance | length | {"audio": content, "audio_sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> Path:
-    """The directory or table of a corpus; the synthetic one is made first if no directory is given."""
+def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> str | Path:
+    """The directory or table of a corpus. The synthetic one is made first if no directory is given; one whose
+    recordings are inside of its tables is unpacked first."""
     if given is not None:
-        return Path(given).expanduser().resolve()
+        prefix, path = corpora.parted(given)
+        path = path.expanduser().resolve()
+        if prefix == "hf" or inside.holds_recordings(path):
+            return _unpacked(name, path, cache, console)
+        return f"{prefix}:{path}" if prefix else path
     if name != "synthetic":
         raise UserError(f"experiment.corpora.{name} has no directory; write {name}: path/to/{name}")
     directory = cache / "corpora" / f"synthetic-{synthetic.VERSION}"
@@ -182,13 +187,25 @@ def _corpus_path(name: str, given: str | None, cache: Path, console: Console) ->
     return directory
 
 
-def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
+def _unpacked(name: str, path: Path, cache: Path, console: Console) -> Path:
+    """The table of a corpus whose recordings are inside of it, unpacked below the cache, once for every state."""
+    files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in inside.files_of(path)]
+    directory = cache / "corpora" / f"{name}-{config.fingerprint(inside.VERSION, files)}"
+    title = f"{name}: unpacking recordings"
+    if (directory / inside.TABLE).is_file():
+        return directory / inside.TABLE
+    with _progress(console, title) as progress:
+        task = progress.add_task(title, total=None)
+        return inside.unpack(path, directory, lambda done: progress.update(task, completed=done))
+
+
+def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
     labels = space.experiment.labels.get(name, {})
     utterances, rejected = corpora.read(name, path, labels)
     for line in (raters(name, utterances, rejected), left_out(name, utterances, space.experiment)):
         if line:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    directory = path.parent if path.is_file() else path
+    directory = corpora.folder_of(path)
     audio = space.experiment.audio
     chunks = _chunks(utterances, directory, audio)
     fingerprint = config.fingerprint(shards.FORMAT, list(chunks), [asdict(r) for r in rejected], labels)
