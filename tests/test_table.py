@@ -176,6 +176,19 @@ def test_parquet_with_the_recordings_inside(rows, tmp_path, audit):
     assert {"t/s0_angry_0", "t/wav/s0_angry_0"} <= ids
 
 
+def test_bytes_alone_with_names_that_are_no_files(rows, tmp_path, audit):
+    """Names twice, none, hidden, or leading elsewhere: every recording has a file of its own, inside of the cache."""
+    names = ["a.wav", "b/a.wav", "", "../../x.wav", ".hidden", "/etc/y.wav", *(f"{n}.wav" for n in range(30))]
+    columns = {"speaker": [speaker for _, speaker, _ in rows], "emotion": [emotion for _, _, emotion in rows]}
+    audio = [(tmp_path / path).read_bytes() for path, _, _ in rows]
+    pq.write_table(pa.table({"path": names, "audio": audio, **columns}), tmp_path / "t.parquet")
+    code, said = audit(f"experiment.corpora={{t: {tmp_path}/t.parquet}}")
+    assert (code, "36 utterances, 6 speakers" in said) == (0, True)
+    (unpacked,) = (tmp_path / "cache" / "corpora").iterdir()
+    assert {"a.wav", "a-2.wav", "3.wav", "x.wav", "5.wav", "y.wav"} <= {path.name for path in unpacked.iterdir()}
+    assert len(list(unpacked.rglob("*"))) == 37
+
+
 @pytest.mark.parametrize("kind", ["stream", "file", "parquet"])
 def test_a_saved_folder_of_datasets(rows, tmp_path, audit, kind):
     """The split is in the names; the emotion is a number with its name in the metadata; speakers are there or not."""
@@ -338,6 +351,22 @@ def test_what_a_table_cannot_know_it_says(tmp_path, table, capsys):
     (tmp_path / "none").mkdir()
     assert main(["table", str(tmp_path / "none")]) == 2
     assert "no recordings in it" in capsys.readouterr().err
+
+
+def test_a_model_has_the_emotions_that_the_data_have(rows, tmp_path, capsys):
+    write_rows(tmp_path / "rows.csv", rows)
+    command = ["train", str(tmp_path / "space.yaml"), "experiment.backbone=embedded/tiny-whisper"]
+    command += ["experiment.adapter.method=frozen", "experiment.epochs=1", "storage.prefix_gb=0"]
+    assert main(command) == 0
+    assert "left out, as no utterance is one: disgust, fear, neutral, surprised" in capsys.readouterr().out
+    home = tmp_path / "results" / "t"
+    (checkpoint,) = {path.parent for path in home.rglob("labels.json")}
+    assert list(json.loads((checkpoint / "labels.json").read_text()).values()) == list(EMOTIONS)
+    assert config.load_experiment(checkpoint / "experiment.yaml").emotions == EMOTIONS
+    assert config.load(home / "search.yaml").experiment.emotions == EMOTIONS
+    assert main(command) == 0, "the same command continues"
+    assert main([*command, "experiment.emotions=[angry, sad]"]) == 2
+    assert "experiment.emotions: ['angry', 'happy', 'sad'] -> ['angry', 'sad']" in capsys.readouterr().err
 
 
 def test_trials_have_the_emotions_that_the_data_have(tmp_path):

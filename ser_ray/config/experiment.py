@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
 from ser_ray.config.section import NO_UNIT, Section, Unit, Word, Words, as_tuple, with_word_keys
 from ser_ray.config.validation import Problem, hint, refuse
-from ser_ray.config.words import kept_apart, named
+from ser_ray.config.words import named, own_words
 from ser_ray.schema import EMOTIONS
 
 
@@ -255,13 +255,13 @@ class Experiment(Section):
     @classmethod
     def _labels_fit(cls, labels: dict[str, dict[str, str]], info: ValidationInfo) -> dict[str, dict[str, str]]:
         refuse(_problems_of_labels(labels, info.data.get("corpora")))
-        apart = kept_apart(labels)
+        apart = own_words(labels)
         return {name: {w: named(e, apart) for w, e in meanings.items()} for name, meanings in labels.items()}
 
     @field_validator("emotions")
     @classmethod
     def _emotions_differ(cls, emotions: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        apart = kept_apart(info.data.get("labels", {}))
+        apart = own_words(info.data.get("labels", {}))
         classes = tuple(named(word, apart) for word in emotions)
         refuse(_problems_of_emotions(emotions, classes))
         return classes
@@ -269,7 +269,7 @@ class Experiment(Section):
     @field_validator("merge")
     @classmethod
     def _merge_fits(cls, merge: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        apart = kept_apart(info.data.get("labels", {}))
+        apart = own_words(info.data.get("labels", {}))
         merge = {named(source, apart): named(target, apart) for source, target in merge.items()}
         refuse(_problems_of_merge(merge, info.data.get("emotions")))
         return merge

@@ -67,11 +67,11 @@ def emotion_of(word: str, labels: Mapping[str, str] = NO_LABELS) -> str:
     return by_plain.get(word) or MEANINGS.get(word, word)
 
 
-def kept_apart(labels: Mapping[str, Mapping[str, str]]) -> frozenset[str]:
+def own_words(labels: Mapping[str, Mapping[str, str]]) -> frozenset[str]:
     """Words that ``labels`` (corpus -> word -> emotion) maps to themselves: they are emotions of their own, whatever
     the table says.
 
-    >>> sorted(kept_apart({"mine": {"Joy": "joy", "ang": "angry"}}))
+    >>> sorted(own_words({"mine": {"Joy": "joy", "ang": "angry"}}))
     ['joy']
     """
     pairs = ((plain(word), plain(emotion)) for meanings in labels.values() for word, emotion in meanings.items())
@@ -79,7 +79,7 @@ def kept_apart(labels: Mapping[str, Mapping[str, str]]) -> frozenset[str]:
 
 
 def named(word: str, apart: frozenset[str]) -> str:
-    """The emotion that a word of the configuration names; those that are `kept_apart` are themselves.
+    """The emotion that a word of the configuration names; those that are `own_words` are themselves.
 
     >>> named("Joy", frozenset()), named("Joy", frozenset({"joy"}))
     ('happy', 'joy')

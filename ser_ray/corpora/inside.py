@@ -42,14 +42,20 @@ MAGIC: Final = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp
 
 
 def holds_recordings(path: Path) -> bool:
-    """Whether a Parquet file has its recordings in a column ``audio``, and no column ``path``."""
+    """Whether a Parquet file has its recordings in a column ``audio``, and not in files that a column ``path`` names."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return False
     try:
-        names = pq.read_schema(path).names
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if AUDIO not in schema.names or not _may_be_audio(schema.field(AUDIO).type):
+                return False
+            if "path" not in schema.names:
+                return True
+            first = next(file.iter_batches(batch_size=1, columns=["path"]), None)
     except (pa.ArrowException, OSError):
         return False  # `table.read` says what is wrong
-    return AUDIO in names and "path" not in names
+    return first is None or not (path.parent / str(first.column("path")[0].as_py())).is_file()
 
 
 def files_of(path: Path) -> dict[Path, str]:
@@ -59,7 +65,11 @@ def files_of(path: Path) -> dict[Path, str]:
     """
     if path.is_file():
         return {path: ""}
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in SUFFIXES and not file.name.startswith((".", "cache-"))  # cache-: what the library computed
+    )
     if not files:
         raise UserError(f"{path}: no {' or '.join(SUFFIXES)} file in it; give the folder that save_to_disk wrote")
     return {file: _split_of(file, path) for file in files}
@@ -79,7 +89,7 @@ def unpack(path: Path, directory: Path, on_progress: Callable[[int], None] = lam
     for file, split in files_of(path).items():
         try:
             for batch in _batches(file):
-                audio = _contents(batch.column(AUDIO))
+                audio = _contents(batch)
                 for (content, named), row in zip(audio, text_rows(_wanted(batch)), strict=True):
                     place = "" if content is None else _write(directory, content, named, len(rows) + 1, used)
                     rows.append({"split": split, "speaker": "unknown"} | row | {"path": place})
@@ -157,13 +167,18 @@ def _class_names(schema: pa.Schema) -> Mapping[str, Sequence[str]]:
         return {}
 
 
-def _contents(column: pa.Array) -> Iterator[tuple[bytes | None, str]]:
+def _may_be_audio(kind: pa.DataType) -> bool:
+    """Whether a type is that of bytes, or of a struct with such; not of paths as text."""
+    fields = {kind.field(number).name for number in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
+    return "bytes" in fields or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _contents(batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str]]:
     """The bytes and the name of every recording."""
-    for value in column.to_pylist():
-        if isinstance(value, dict):
-            yield value.get("bytes"), value.get("path") or ""
-        else:
-            yield value if isinstance(value, bytes) else None, ""
+    names = batch.column("path").to_pylist() if "path" in batch.schema.names else [None] * batch.num_rows
+    for value, name in zip(batch.column(AUDIO).to_pylist(), names, strict=True):
+        content, named = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        yield content if isinstance(content, bytes) else None, str(named or name or "")
 
 
 def _write(directory: Path, content: bytes, named: str, number: int, used: set[str]) -> str:

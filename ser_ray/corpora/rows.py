@@ -12,8 +12,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -63,11 +64,12 @@ def utterances_of(
 
     Raises UserError, naming both, for two rows that contradict each other.
     """
+    meaning = cache(lambda word: emotion_of(word, labels))
     known: dict[Recording, list[_Checked]] = {}
     rejected: list[Rejected] = []
     for row, where in rows:
         try:
-            checked = _checked(name, row, where, labels, folder)
+            checked = _checked(name, row, where, meaning, folder)
         except ValueError as reason:
             rejected.append(Rejected(row["path"] or where, f"{where}: {reason}"))
             continue
@@ -112,7 +114,7 @@ class _Checked:
         return self.path, self.start, self.end
 
 
-def _checked(name: str, row: Mapping[str, str], where: str, labels: Mapping[str, str], folder: Path) -> _Checked:
+def _checked(name: str, row: Mapping[str, str], where: str, meaning: Callable[[str], str], folder: Path) -> _Checked:
     for column in ("path", "emotion"):
         if row[column] in NO_VALUE:
             raise ValueError(f"no {column}")
@@ -133,7 +135,7 @@ def _checked(name: str, row: Mapping[str, str], where: str, labels: Mapping[str,
         path=path,
         start=start,
         end=end,
-        emotion=emotion_of(row["emotion"], labels),
+        emotion=meaning(row["emotion"]),
         speaker=f"{name}/{speaker}" if is_known else "",
         split=SPLITS[split] if split else "",
         **{column: given[column] for column in ("text", "language", "gender", "rater")},
