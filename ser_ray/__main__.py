@@ -98,6 +98,20 @@ def config(
     return _call("explain", key, space, overrides or [])
 
 
+@app.command(
+    epilog=_epilog("ser-ray table recordings > mine.csv", "ser-ray table calls --pattern '{speaker}_{emotion}_{}.wav'")
+)
+def table(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of recordings.")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="How they are named: '{speaker}_{emotion}_{text}.wav', with folders: '{emotion}/*.wav'."),
+    ] = None,
+) -> int:
+    """Make a table of a folder: emotion and speaker from folders and names, to check before training."""
+    return _call("table", directory, pattern)
+
+
 @app.command(epilog=_epilog("ser-ray prepare mine.yaml", "ser-ray prepare mine.yaml experiment.audio.trim_db=null"))
 def prepare(
     space: Annotated[

@@ -38,6 +38,8 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     """Audit every fold that a search space trains, print, write and return the result of `results_folder.audited`."""
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
+    if task.absent:
+        console.print(task.absent, markup=False)
     result = audited(space, task, console, shard_dirs)
     console.print(task.fold.description, markup=False)
     console.print(_sizes(result["splits"]))

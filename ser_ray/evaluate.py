@@ -66,6 +66,7 @@ def evaluate(
     shard_dirs = [data["directory"] for data in provenance["data"]]
     task = load_task(space.experiment, [Path(shard_dir) for shard_dir in shard_dirs])
     check_excluded(directory, [] if task.excluded is None else task.excluded["utterance_id"].to_pylist())
+    space = space.over(task.emotions)
     runs = {finalist.trial_id: trained(directory, runs_of(space, task, finalist)) for finalist in finalists}
     everything = [run for own in runs.values() for run in own]
     allocation = allocation or cluster.allocate(space, len(everything), console)

@@ -32,15 +32,16 @@ import pyarrow as pa
 import ray.data
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ser_ray import config, corpora
-from ser_ray.corpora import synthetic
-from ser_ray.corpora.describe import differences
+from ser_ray.corpora import inside, synthetic
+from ser_ray.corpora.describe import differences, left_out, raters
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.runtime import cluster, paths
-from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance
+from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance, is_known
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 from ser_ray.speech.fingerprint import path_of, write_fingerprints
@@ -90,13 +91,15 @@ def summary(index: pa.Table) -> Table:
     table = Table("corpus", "emotion", box=box.SIMPLE_HEAD)
     for header in ("utterances", "speakers", "hours"):
         table.add_column(header, justify="right")
+    named = [speaker if is_known(speaker) else None for speaker in index["speaker"].to_pylist()]
+    index = index.set_column(index.column_names.index("speaker"), "speaker", pa.array(named, pa.string()))
     measures = [("utterance_id", "count"), ("speaker", "count_distinct"), ("duration", "sum")]
     for keys in (["corpus", "emotion"], ["corpus"]):
         counts = index.group_by(keys).aggregate(measures).sort_by([(key, "ascending") for key in keys])
         for row in counts.to_pylist():
             table.add_row(
                 row["corpus"],
-                row.get("emotion", "all"),
+                escape(row.get("emotion", "all")),
                 str(row["utterance_id_count"]),
                 str(row["speaker_count_distinct"]),
                 f"{row['duration_sum'] / 3600:.2f}",
@@ -173,10 +176,15 @@ def _row(utterance: dict[str, Any], samples: np.ndarray) -> dict[str, Any]:
     return utterance | length | {"audio": content, "audio_sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> Path:
-    """The directory or table of a corpus; the synthetic one is made first if no directory is given."""
+def _corpus_path(name: str, given: str | None, cache: Path, console: Console) -> str | Path:
+    """The directory or table of a corpus. The synthetic one is made first if no directory is given; one whose
+    recordings are inside of its tables is unpacked first."""
     if given is not None:
-        return Path(given).expanduser().resolve()
+        prefix, path = corpora.parted(given)
+        path = path.expanduser().resolve()
+        if prefix == "hf" or inside.holds_recordings(path):
+            return _unpacked(name, path, cache, console)
+        return f"{prefix}:{path}" if prefix else path
     if name != "synthetic":
         raise UserError(f"experiment.corpora.{name} has no directory; write {name}: path/to/{name}")
     directory = cache / "corpora" / f"synthetic-{synthetic.VERSION}"
@@ -188,10 +196,25 @@ def _corpus_path(name: str, given: str | None, cache: Path, console: Console) ->
     return directory
 
 
-def _prepare_corpus(name: str, path: Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
+def _unpacked(name: str, path: Path, cache: Path, console: Console) -> Path:
+    """The table of a corpus whose recordings are inside of it, unpacked below the cache, once for every state."""
+    files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in inside.files_of(path)]
+    directory = cache / "corpora" / f"{name}-{config.fingerprint(inside.VERSION, files)}"
+    title = f"{name}: unpacking recordings"
+    if (directory / inside.TABLE).is_file():
+        return directory / inside.TABLE
+    with _progress(console, title) as progress:
+        task = progress.add_task(title, total=None)
+        return inside.unpack(path, directory, lambda done: progress.update(task, completed=done))
+
+
+def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_ray: bool, console: Console) -> Path:
     labels = space.experiment.labels.get(name, {})
     utterances, rejected = corpora.read(name, path, labels)
-    directory = path.parent if path.is_file() else path
+    for line in (raters(name, utterances, rejected), left_out(name, utterances, space.experiment)):
+        if line:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    directory = corpora.folder_of(path)
     audio = space.experiment.audio
     chunks = _chunks(utterances, directory, audio)
     fingerprint = config.fingerprint(shards.FORMAT, list(chunks), [asdict(r) for r in rejected], labels)
@@ -326,8 +349,10 @@ def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 def _line(manifest: Mapping[str, Any], target: Path) -> str:
     differs = differences(manifest["corpus"], manifest)
     ties = manifest.get("ties", 0)  # older manifests lack it; a corpus without listeners has none
+    unknown = manifest.get("unknown_speakers", 0)
+    speakers = f"{manifest['speakers']} speakers" + (f" (not known for {unknown} utterances)" if unknown else "")
     return (
-        f"{manifest['corpus']}: {manifest['utterances']} utterances, {manifest['speakers']} speakers, "
+        f"{manifest['corpus']}: {manifest['utterances']} utterances, {speakers}, "
         f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
         + (f"\n{manifest['corpus']}: listeners tied on {ties} utterances; label: perceived omits them" if ties else "")
         + (f"\n{manifest['corpus']} differs from the published corpus: {', '.join(differs)}" if differs else "")

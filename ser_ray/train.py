@@ -49,7 +49,7 @@ def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     planned, task = make_plan(alone(space), console)
     findings = audit_task(planned.space, task, console, map(Path, planned.shard_dirs))
     with folder.alone(space.results_dir()):
-        directory = open_results(space, planned, findings, argv)
+        directory = open_results(space.over(task.emotions), planned, findings, argv)
         _train_in(directory, planned, task, console, argv)
     return directory
 
@@ -104,6 +104,8 @@ def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[Ru
         console.print("; ".join((f"Ray: {cluster.describe()}", at_once, *allocation.idle)))
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
+    if task.absent:
+        console.print(task.absent, markup=False)
     return plan.make(space, allocation, shard_dirs, task), task
 
 

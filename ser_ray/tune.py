@@ -80,6 +80,7 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     _check_backbones(space, console)
     cluster.connect(space)
     planned, task = make_plan(space, console, space.tune.trials)
+    space = space.over(task.emotions)
     findings = audit_task(space, task, console, map(Path, planned.shard_dirs))
     directory = space.results_dir()
     with folder.alone(directory):

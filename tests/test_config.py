@@ -99,7 +99,7 @@ def test_yaml_reads_as_people_mean_it(text, value):
         ("experiment.head.kind=xyz", ["experiment.head.kind: unknown value 'xyz'; known: pooled"]),
         ("experiment.loss=3", ["experiment.loss: input should be a valid string, not 3"]),
         ("search.loss={choice: [focal, facal]}", ["search.loss", "did you mean focal"]),
-        ("experiment.emotions=[angry, joyful]", ["joyful"]),
+        ("experiment.emotions=[happy, joyful]", ["joyful", "named twice"]),
         ("experiment.emotions=[angry]", ["at least two"]),
         ("experiment.merge={calm: fine}", ["fine"]),
         ("experiment.corpora={}", ["experiment.corpora", "at least one"]),

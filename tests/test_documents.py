@@ -33,6 +33,7 @@ RUN_BY = {
     r"pytest|\.ci/run": ".ci/run",
     r"(ser-ray |python -m ser_ray\.)tune": "tests/test_job.py::test_the_demo_runs_as_a_submitted_job",
     r"(ser-ray |python -m ser_ray\.)train": "tests/test_local.py::test_training_under_a_debugger_stops_in_the_loop",
+    r"ser-ray table": "tests/test_table.py::test_a_folder_becomes_a_table_and_is_trained_on",
     r"ser-ray prepare": "tests/test_prepare.py::test_the_command",
     r"ser-ray audit": "tests/test_audit.py::test_an_emotion_that_cannot_be_learned_is_an_error_in_one_line",
     r"ser-ray evaluate": "tests/test_verbs.py::test_a_second_opening_of_the_test_set_is_counted",

@@ -17,7 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 VERBS = {
     *("prepare", "audit", "train", "evaluate", "tune", "report", "predict", "leakage", "cache", "rerun"),
-    *("spaces", "explain"),
+    *("spaces", "explain", "table"),
     *("fetch", "serve", "export"),
 }
 LEVELS = {

@@ -9,8 +9,9 @@ from typing import Annotated, Final, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
-from ser_ray.config.section import NO_UNIT, Section, Unit, Words, as_tuple
+from ser_ray.config.section import NO_UNIT, Section, Unit, Word, Words, as_tuple, with_word_keys
 from ser_ray.config.validation import Problem, hint, refuse
+from ser_ray.config.words import named, own_words
 from ser_ray.schema import EMOTIONS
 
 EXCLUDABLE: Final = ("duplicates", "mislabelled")
@@ -200,20 +201,24 @@ class Experiment(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the results folder, below `Storage.results`."""
-    corpora: dict[str, str | None]
+    corpora: Annotated[dict[str, str | None], BeforeValidator(with_word_keys)]
     """Corpus -> its directory; ``synthetic`` needs none. A corpus that is not built in needs a name of its own and a
-    .csv or .parquet file that lists its recordings; `ser_ray.corpora.table` describes the columns."""
-    labels: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """For a corpus in a table, the emotions that values of its column emotion stand for: ``{mine: {ang: angry}}``. A
-    value that is not listed must be the name of an emotion."""
+    .csv, .tsv or .parquet file that lists its recordings; `ser_ray.corpora.table` describes the columns."""
+    labels: Annotated[
+        dict[str, Annotated[dict[str, Word], BeforeValidator(with_word_keys)]], BeforeValidator(with_word_keys)
+    ] = Field(default_factory=dict)
+    """For a corpus in a table, the emotions that values of its column emotion stand for: ``{mine: {wut: angry, 0:
+    neutral}}``. Case and common synonyms need none (anger, ANG: angry; `ser_ray.config.words`); any other value is an
+    emotion of its own, and so is a synonym that is mapped to itself (``{joy: joy}``)."""
     label: Literal["intended", "perceived"] = "intended"
     """intended: the emotion that the speaker meant to express. perceived: the one that most listeners heard, where a
     corpus has listener ratings (CREMA-D: by voice alone, this is the intended one for less than half of it). perceived
     leaves out utterances with a tie among listeners. Utterances without ratings keep the intended emotion, and the
     audit counts them."""
-    emotions: Words = EMOTIONS[:7]
-    """The classes, in order; utterances of other emotions are dropped, unless merged."""
-    merge: dict[str, str] = Field(default_factory=dict)
+    emotions: Annotated[tuple[Word, ...], BeforeValidator(as_tuple)] = EMOTIONS[:7]
+    """The classes, in order; any word may be one. Utterances of other emotions are dropped, unless merged. Where this
+    key is not given, those of the default that no utterance has are left out."""
+    merge: Annotated[dict[str, Word], BeforeValidator(with_word_keys)] = Field(default_factory=dict)
     """Emotion -> the one that it is relabelled to: ``{calm: neutral}``."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Utterances that are left out of train, dev and test; the audit and the report count them. ``duplicates``: of
@@ -264,17 +269,22 @@ class Experiment(Section):
     @classmethod
     def _labels_fit(cls, labels: dict[str, dict[str, str]], info: ValidationInfo) -> dict[str, dict[str, str]]:
         refuse(_problems_of_labels(labels, info.data.get("corpora")))
-        return labels
+        apart = own_words(labels)
+        return {name: {w: named(e, apart) for w, e in meanings.items()} for name, meanings in labels.items()}
 
     @field_validator("emotions")
     @classmethod
-    def _emotions_exist(cls, emotions: tuple[str, ...]) -> tuple[str, ...]:
-        refuse(_problems_of_emotions(emotions))
-        return emotions
+    def _emotions_differ(cls, emotions: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        apart = own_words(info.data.get("labels", {}))
+        classes = tuple(named(word, apart) for word in emotions)
+        refuse(_problems_of_emotions(emotions, classes))
+        return classes
 
     @field_validator("merge")
     @classmethod
     def _merge_fits(cls, merge: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        apart = own_words(info.data.get("labels", {}))
+        merge = {named(source, apart): named(target, apart) for source, target in merge.items()}
         refuse(_problems_of_merge(merge, info.data.get("emotions")))
         return merge
 
@@ -290,6 +300,12 @@ class Experiment(Section):
             if what not in EXCLUDABLE and not what.endswith(".csv")
         )
         return exclude
+
+    def over(self, emotions: tuple[str, ...]) -> Experiment:
+        """The same over some of its emotions: those that its data have. What is merged into others has no data either,
+        and is left out of `merge`."""
+        merge = {source: target for source, target in self.merge.items() if target in emotions}
+        return self.model_copy(update={"emotions": emotions, "merge": merge})
 
     def halved(self) -> Experiment:
         """The same with half of `batch_seconds` and twice `accumulate`: less memory, and a step has the same
@@ -307,25 +323,25 @@ def _problems_of_labels(labels: dict[str, dict[str, str]], corpora: dict[str, st
         if corpora is not None and name not in corpora:
             yield (name,), f"{name!r} is not among the corpora{hint(name, corpora)}"
         for label, emotion in meanings.items():
-            if emotion not in EMOTIONS:
-                yield (name, label), f"{emotion!r} is not an emotion{hint(emotion, EMOTIONS)}"
+            if not emotion:
+                yield (name, label), "the emotion is empty; name one"
 
 
-def _problems_of_emotions(emotions: tuple[str, ...]) -> Iterator[Problem]:
+def _problems_of_emotions(words: tuple[str, ...], emotions: tuple[str, ...]) -> Iterator[Problem]:
+    """``emotions``: what the ``words`` stand for."""
     if len(emotions) < 2:
         yield (), "name at least two emotions"
-    for number, emotion in enumerate(emotions):
-        if emotion not in EMOTIONS:
-            yield (number,), f"{emotion!r} is not an emotion{hint(emotion, EMOTIONS)}"
+    for number, (word, emotion) in enumerate(zip(words, emotions, strict=True)):
+        if not emotion:
+            yield (number,), "the emotion is empty; name one"
         elif emotion in emotions[:number]:
-            yield (number,), f"{emotion!r} is named twice"
+            other = words[emotions.index(emotion)]
+            yield (number,), f"{word!r} is named twice" + (f", first as {other!r}" if other != word else "")
 
 
 def _problems_of_merge(merge: dict[str, str], emotions: tuple[str, ...] | None) -> Iterator[Problem]:
     """``emotions``: those of the experiment, or None where they do not fit themselves."""
     for source, target in merge.items():
-        if source not in EMOTIONS:
-            yield (source,), f"{source!r} is not an emotion{hint(source, EMOTIONS)}"
         if emotions is None:
             continue
         if source in emotions:

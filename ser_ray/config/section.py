@@ -9,12 +9,23 @@ from typing import Annotated, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+from ser_ray.config.words import as_word
+
 
 def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+
+
+def with_word_keys(value: object) -> object:
+    """A map whose keys are words, as they were written: in YAML 0 and true are none."""
+    return {as_word(key): inner for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+Word = Annotated[str, BeforeValidator(as_word)]
+"""A word as it was written, also where YAML takes it for a number."""
 
 
 @dataclass(frozen=True)

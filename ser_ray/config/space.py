@@ -158,6 +158,10 @@ class SearchSpace(Section):
         """
         return validated(Experiment, with_values(to_dict(self.experiment), values))
 
+    def over(self, emotions: tuple[str, ...]) -> SearchSpace:
+        """The same space over the emotions of its data; see `Experiment.over`."""
+        return self.model_copy(update={"experiment": self.experiment.over(emotions)})
+
     def most_epochs(self) -> int:
         """The largest number of epochs that a trial can have."""
         searched = self.search["epochs"].examples() if "epochs" in self.search else ()

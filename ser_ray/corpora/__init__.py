@@ -10,6 +10,7 @@ name it in `MODULES`; from another package, name it in an entry point of the gro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from ser_ray.config.words import emotion_of
 from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
 from ser_ray.schema import Rejected, UserError, Utterance
@@ -31,6 +33,10 @@ MODULES: Final = {
     "tess": "ser_ray.corpora.tess",
 }
 NAMES: Final = tuple(MODULES)
+READERS: Final = {"audformat": "ser_ray.corpora.audformat", "emobox": "ser_ray.corpora.emobox"}
+"""Word before a colon and a folder, as in ``emobox:DIR`` -> what reads it."""
+PREFIXES: Final = (*READERS, "hf")
+"""All such words; ``hf:DIR`` is unpacked first (`ser_ray.corpora.inside`)."""
 ENTRY_POINTS: Final = "ser_ray.corpora"
 NO_LABELS: Final[Mapping[str, str]] = {}
 
@@ -72,29 +78,55 @@ def module_of(name: str) -> ModuleType | None:
     return module
 
 
-def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
+def parted(given: str | Path) -> tuple[str, Path]:
+    """The word before the colon of a corpus's place, and the path after it.
+
+    >>> parted("emobox:/data/EmoBox/data/cafe"), parted("/data/ravdess")
+    (('emobox', PosixPath('/data/EmoBox/data/cafe')), ('', PosixPath('/data/ravdess')))
+    """
+    prefix, colon, rest = str(given).partition(":")
+    return (prefix, Path(rest)) if colon and prefix in PREFIXES else ("", Path(given))
+
+
+def folder_of(given: str | Path) -> Path:
+    """The folder that the paths of a corpus's utterances are relative to."""
+    prefix, path = parted(given)
+    if prefix in READERS:
+        folder: Path = import_module(READERS[prefix]).folder_of(path)
+        return folder
+    return path.parent if path.is_file() else path
+
+
+def read(name: str, given: str | Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[list[Utterance], list[Rejected]]:
     """The utterances of a corpus, sorted by id, and the audio files that are not used, with reasons.
 
-    ``path`` is the corpus's directory, or a table (.csv or .parquet) under a name that is no corpus's; ``labels``
-    maps the table's emotion labels to emotions. Paths of utterances are relative to the directory, or to the table's,
-    with ``/`` between their parts. Recordings are not opened.
+    ``given`` is the corpus's directory; or, under a name that is no corpus's, a table (`table.SUFFIXES`) or a folder
+    that one of `READERS` reads, such as ``emobox:DIR``. ``labels`` maps the emotion labels of these to emotions. Paths
+    of utterances are relative to `folder_of` it, with ``/`` between their parts. Recordings are not opened.
 
     Raises UserError for an unknown corpus, a directory or table that does not exist or has no utterance, and labels
     for a corpus that is not a table.
     """
-    path = Path(path)
-    if path.suffix in table.SUFFIXES and not path.is_dir():
+    prefix, path = parted(given)
+    if prefix or (table.is_table(path) and not path.is_dir()):
         if name in MODULES or name in installed():
             raise UserError(
                 f"experiment.corpora.{name}: a table needs a name of its own; {name} is read from its directory"
             )
+        if prefix:
+            found: tuple[list[Utterance], list[Rejected]] = import_module(READERS[prefix]).read(name, path, labels)
+            return found
         if not path.is_file():
             raise UserError(f"{path}: no such table; set experiment.corpora.{name} to its path")
         return table.read(name, path, labels)
     module = module_of(name)
     if module is None:
         known = ", ".join((*NAMES, *installed()))
-        raise UserError(f"experiment.corpora.{name}: not a known corpus; use {known}, or a table (.csv, .parquet)")
+        tables = ", ".join(table.SUFFIXES)
+        raise UserError(
+            f"experiment.corpora.{name}: not a known corpus; use {known}; or give a table ({tables}), or a folder as "
+            f"{', '.join(f'{prefix}:DIR' for prefix in PREFIXES)}; ser-ray table makes a table of a folder"
+        )
     if labels:
         raise UserError(f"experiment.labels.{name}: only for tables; for {name} use experiment.merge")
     if not path.is_dir():
@@ -106,4 +138,6 @@ def read(name: str, path: Path, labels: Mapping[str, str] = NO_LABELS) -> tuple[
             f"{path}: no recording (.wav, .flac) is named like those of {name}{such}; "
             f"set experiment.corpora.{name} to the directory of {name}"
         )
-    return (module.annotate(path, utterances) if hasattr(module, "annotate") else utterances), rejected
+    if hasattr(module, "annotate"):
+        utterances = module.annotate(path, utterances)
+    return [replace(utterance, emotion=emotion_of(utterance.emotion)) for utterance in utterances], rejected

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+from ser_ray.config import Experiment
 from ser_ray.corpora import module_of
-from ser_ray.schema import Utterance
+from ser_ray.corpora.rows import DIVIDED
+from ser_ray.schema import EMOTIONS, TIE, Rejected, Utterance, is_known
+
+MOST_WORDS: Final = 20
+"""Maximum number of words in a line about them: more are free text, not emotions."""
 
 
 def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -18,12 +25,46 @@ def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | N
     """
     counts: dict[str, Any] = {
         "utterances": len(utterances),
-        "speakers": len({utterance.speaker for utterance in utterances}),
+        "speakers": len({utterance.speaker for utterance in utterances if is_known(utterance.speaker)}),
         "emotions": dict(sorted(Counter(utterance.emotion for utterance in utterances).items())),
     }
     if durations is not None:
         counts["hours"] = sum(durations[utterance.utterance_id] for utterance in utterances) / 3600
     return counts
+
+
+def left_out(corpus: str, utterances: Sequence[Utterance], experiment: Experiment) -> str:
+    """A line that counts the utterances of no class of an experiment, by their words, and says how to use them; empty
+    where there are none. Known emotions that an experiment left out when it named its own are left out on purpose."""
+    heard = experiment.label == "perceived"
+    counts = Counter((utterance.perceived if heard else None) or utterance.emotion for utterance in utterances)
+    used = {*experiment.emotions, *experiment.merge, TIE}
+    used |= set(EMOTIONS) if "emotions" in experiment.model_fields_set else set()
+    unused = {word: n for word, n in counts.most_common() if word not in used}
+    if not unused:
+        return ""
+    shown = list(unused)[:MOST_WORDS]
+    more = f" and {len(unused) - len(shown)} other words" if len(unused) > len(shown) else ""
+    asked = ", ".join(f"{_yaml(word)}: EMOTION" for word in shown)
+    key = "merge: " if module_of(corpus) else f"labels: {{{_yaml(corpus)}: "
+    return (
+        f"{corpus}: {sum(unused.values())} of {len(utterances)} utterances are of no class of experiment.emotions: "
+        f"{', '.join(f'{word} {unused[word]}' for word in shown)}{more}; add the word there, or say what it means: "
+        f"{key}{{{asked}}}{'' if module_of(corpus) else '}'}"
+    )
+
+
+def raters(corpus: str, utterances: Sequence[Utterance], rejected: Sequence[Rejected]) -> str:
+    """A line about the recordings of a table that its raters gave different emotions; empty where there are none."""
+    shares = [utterance.agreement for utterance in utterances if utterance.agreement is not None]
+    split = sum(share < 1 for share in shares)
+    divided = sum(DIVIDED in one.reason for one in rejected)
+    if module_of(corpus) or not split + divided:
+        return ""
+    return (
+        f"{corpus}: raters gave different emotions to {split + divided} of {len(shares) + divided} recordings: the "
+        f"emotion with the most votes is used; {divided} without one are left out"
+    )
 
 
 def speech_of(corpus: str) -> str:
@@ -54,3 +95,8 @@ def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
     return lines + [
         f"{n} {emotion} of {expected[emotion]}" for emotion, n in emotions.items() if n != expected[emotion]
     ]
+
+
+def _yaml(word: str) -> str:
+    """A word as YAML has it inside of braces."""
+    return word if re.fullmatch(r"\w(?:[\w .-]*\w)?", word) else json.dumps(word, ensure_ascii=False)

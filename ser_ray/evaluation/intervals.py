@@ -23,6 +23,7 @@ import numpy as np
 from scipy.special import expit, logit, stdtr, stdtrit
 
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
+from ser_ray.schema import is_known
 
 LOWEST: Final = {"kappa": -1.0}
 """The lowest possible value of a metric, where that is not 0."""
@@ -62,9 +63,9 @@ def bootstrap_ci95(
         seed: of the draws; equal seeds give equal intervals.
 
     Returns:
-        Metric -> (low, high), and ``speakers``; or ``utterances`` if there is only one speaker, who says nothing about
-        others. If all speakers have the same metrics, as without any error, there is no spread, and the limits nearly
-        coincide.
+        Metric -> (low, high), and ``speakers``; ``recordings`` if not all speakers are known; or ``utterances`` if
+        there is only one speaker, who says nothing about others. If all speakers have the same metrics, as without any
+        error, there is no spread, and the limits nearly coincide.
 
     Raises:
         ValueError: the lengths differ, there are no utterances, or a label is outside 0..K-1.
@@ -82,7 +83,8 @@ def bootstrap_ci95(
         )
     values = headline(confusion(labels, predicted, num_labels))
     if (units := len(set(speakers))) > 1:
-        drawn, unit = _over_speakers(labels, predicted, speakers, num_labels, draws, seed), "speakers"
+        drawn = _over_speakers(labels, predicted, speakers, num_labels, draws, seed)
+        unit = "speakers" if all(map(is_known, speakers)) else "recordings"
     else:
         # N units of one utterance each.
         units, unit = len(labels), "utterances"

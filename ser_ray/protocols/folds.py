@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from ser_ray.config import Protocol
 from ser_ray.protocols.balance import Rows, balanced_groups
 from ser_ray.protocols.given import read_folds
-from ser_ray.schema import SPLITS, Fold, UserError
+from ser_ray.schema import SPLITS, Fold, UserError, is_known
 
 EMOBOX_RAVDESS: Final = (
     ("01", "11", "20", "21"),
@@ -29,6 +29,11 @@ EMOBOX_RAVDESS: Final = (
     ("06", "13", "17", "22"),
 )
 """Test actors of the six folds of EmoBox (arXiv 2406.07162): the mean over the folds is comparable with its table."""
+
+
+BY_SPEAKER: Final = ("speaker_kfold", "given_folds", "leave_one_speaker_out")
+"""Schemes that keep the speakers of test out of train by their names. Where a speaker is not known they cannot, and the
+fold is stamped leaky. The other schemes have a test set that does not depend on who speaks."""
 
 
 def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str], label: str = "intended") -> pa.Table:
@@ -44,15 +49,21 @@ def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str],
     {'utterance_id': ['a', 'b'], 'emotion': ['neutral', 'sad'], 'label': [0, 1]}
     """
     label_of = {emotion: label for label, emotion in enumerate(emotions)}
-    chosen = pc.coalesce(index["perceived"], index["emotion"]) if label == "perceived" else index["emotion"]
-    merged = [merge.get(emotion, emotion) for emotion in chosen.to_pylist()]
-    labels = pa.array([label_of.get(emotion) for emotion in merged], pa.int64())
+    chosen = merged(index, merge, label)
+    labels = pa.array([label_of.get(emotion) for emotion in chosen.to_pylist()], pa.int64())
     if labels.null_count == len(labels):
         raise UserError(
-            f"experiment.emotions: no utterance is {' or '.join(emotions)}; the corpora have {_names(merged)}"
+            f"experiment.emotions: no utterance is {' or '.join(emotions)}; the corpora have "
+            f"{_names(chosen.to_pylist())}: name some of these there, or say in experiment.labels what they mean"
         )
-    table = index.set_column(index.column_names.index("emotion"), "emotion", pa.array(merged))
+    table = index.set_column(index.column_names.index("emotion"), "emotion", chosen)
     return table.append_column("label", labels).filter(labels.is_valid())
+
+
+def merged(index: pa.Table, merge: Mapping[str, str], label: str = "intended") -> pa.Array:
+    """The emotion of every utterance after merging; that which listeners perceived with ``label`` "perceived"."""
+    chosen = pc.coalesce(index["perceived"], index["emotion"]) if label == "perceived" else index["emotion"]
+    return pa.array([merge.get(emotion, emotion) for emotion in chosen.to_pylist()], pa.string())
 
 
 def counted_emotions(index: pa.Table, emotions: Sequence[str], fold: Fold) -> tuple[str, ...]:
@@ -96,9 +107,14 @@ def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
                 f"protocol: {protocol.scheme} leaves nothing for {split}: {len(splits)} utterances "
                 f"of {len(set().union(*speakers.values()))} speakers; add data, or change the scheme"
             )
-    counts = " / ".join(f"{len(speakers[split])} {split}" for split in SPLITS)
-    description = f"{_scheme_words(protocol, speakers['test'])}: speakers {counts}"
-    return Fold(splits, protocol.scheme == "random", description, protocol.scheme == "cross_corpus")
+    unknown = sum(not is_known(row["speaker"]) for row in rows)
+    leaky = protocol.scheme == "random" or (unknown > 0 and protocol.scheme in BY_SPEAKER)
+    description = f"{_scheme_words(protocol, speakers['test'])}: {_groups_words(speakers)}"
+    if unknown:
+        stamp = "LEAKY: " if leaky and protocol.scheme != "random" else ""
+        description += f"; {stamp}the speaker of {unknown} of {len(rows)} utterances is not known"
+        description += ", they are split by recording" if protocol.scheme not in ("random", "official") else ""
+    return Fold(splits, leaky, description, protocol.scheme == "cross_corpus")
 
 
 def count_folds(index: pa.Table, protocol: Protocol) -> int:
@@ -156,6 +172,11 @@ def _given(protocol: Protocol) -> tuple[tuple[str, ...], ...]:
 
 
 def _leave_one_speaker_out(rows: Rows, protocol: Protocol) -> dict[str, str]:
+    if unknown := sum(not is_known(str(row["speaker"])) for row in rows):
+        raise UserError(
+            f"protocol: leave_one_speaker_out needs every speaker, but {unknown} of {len(rows)} utterances are of "
+            "speakers who are not known; use official, or speaker_kfold, which splits these by recording (LEAKY)"
+        )
     speakers = _enough_speakers(rows)
     if protocol.fold >= len(speakers):
         raise UserError(f"protocol.fold is {protocol.fold}, but the data have speakers 0 to {len(speakers) - 1}")
@@ -258,6 +279,18 @@ def _scheme_words(protocol: Protocol, tested: Iterable[str | None]) -> str:
     leaky = ", LEAKY: speakers are shared" if protocol.scheme == "random" else ""
     kfold = f"{protocol.scheme}, fold {protocol.fold} of {protocol.folds}, seed {protocol.seed}{leaky}"
     return words.get(protocol.scheme, kfold)
+
+
+def _groups_words(speakers: Mapping[str, set[str]]) -> str:
+    """How many speakers the splits have, and how many recordings without a known one."""
+    known = {split: sum(map(is_known, names)) for split, names in speakers.items()}
+    unknown = {split: len(names) - known[split] for split, names in speakers.items()}
+    parts = [("speakers", known), ("recordings of speakers who are not known", unknown)]
+    return ", ".join(
+        f"{what} {' / '.join(f'{n} {split}' for split, n in counts.items())}"
+        for what, counts in parts
+        if any(counts.values())
+    )
 
 
 def _names(names: Iterable[str | None]) -> str:

@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 
 from ser_ray import config
 from ser_ray.config import Experiment
+from ser_ray.config.validation import hint
 from ser_ray.disk import replacing
 from ser_ray.protocols import exclusion
-from ser_ray.protocols.folds import labelled, make_fold
-from ser_ray.schema import Fold
+from ser_ray.protocols.folds import labelled, make_fold, merged
+from ser_ray.schema import Fold, UserError
 from ser_ray.speech import shards
 from ser_ray.speech.matching import same_recordings_in
 
@@ -49,6 +50,8 @@ class Task:
     """Whether the protocol shares speakers between splits."""
     common_emotions: bool
     """Whether emotions that train or test lack are left out by design."""
+    absent: str = ""
+    """A line about emotions of the experiment that no utterance has; empty where there are none."""
     excluded: pa.Table | None = None
     """The utterances that `Experiment.exclude` leaves out, from `exclusion.without`; only in a task that was made from
     the shards."""
@@ -106,10 +109,14 @@ class Task:
 def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     """Read the shards' index and split it; every process gets the same result.
 
-    Raises UserError if the protocol does not fit the speakers.
+    Where the experiment does not name its emotions, the task has those of the default that some utterance has:
+    `SearchSpace.over` makes them those of the trials too.
+
+    Raises UserError if the protocol does not fit the speakers, or fewer than two emotions are left.
     """
     everything = shards.read_index(list(shard_dirs))
-    index = labelled(everything, experiment.emotions, experiment.merge, experiment.label)
+    emotions, absent = _emotions(everything, experiment)
+    index = labelled(everything, emotions, experiment.merge, experiment.label)
     excluded = None
     if experiment.exclude:
         known = everything["utterance_id"].to_pylist()
@@ -118,7 +125,7 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     splits = pa.array([fold.splits.get(i) for i in index["utterance_id"].to_pylist()], pa.string())
     index = index.rename_columns({"split": "own_split"}).append_column("split", splits).filter(splits.is_valid())
     words = f"{fold.description}{f'; excluded utterances: {excluded.num_rows}' if excluded is not None else ''}"
-    return Task(experiment.emotions, index.combine_chunks(), words, fold.leaky, fold.common_emotions, excluded)
+    return Task(emotions, index.combine_chunks(), words, fold.leaky, fold.common_emotions, absent, excluded)
 
 
 def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:
@@ -138,3 +145,24 @@ def write_fold(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) 
     if not path.is_file():
         load_task(experiment, shard_dirs).write(path)
     return path
+
+
+# -- below: how it is done
+
+
+def _emotions(index: pa.Table, experiment: Experiment) -> tuple[tuple[str, ...], str]:
+    """The emotions of a task, and a line about those of the experiment that are absent from the whole index."""
+    present = merged(index, experiment.merge, experiment.label).unique().drop_null().to_pylist()
+    absent = [emotion for emotion in experiment.emotions if emotion not in present]
+    left = tuple(emotion for emotion in experiment.emotions if emotion in present)
+    if not absent or not left:  # `labelled` says that nothing is left
+        return experiment.emotions, ""
+    if "emotions" in experiment.model_fields_set:
+        lines = (f"no utterance is {emotion}{hint(emotion, present, '')}" for emotion in absent)
+        return experiment.emotions, f"experiment.emotions: {'; '.join(lines)}"
+    if len(left) < 2:
+        raise UserError(
+            f"experiment.emotions: of the default, the corpora have only {left[0]}; name two or more of what they "
+            f"have: {', '.join(sorted(present))}"
+        )
+    return left, f"left out, as no utterance is one: {', '.join(absent)} (experiment.emotions makes this an error)"

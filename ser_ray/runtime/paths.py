@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ser_ray import corpora
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
 from ser_ray.schema import UserError
@@ -21,7 +22,7 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
         for key in storage.model_fields_set & {"results", "cache"}:
             _refuse_relative(f"storage.{key}", getattr(storage, key))
         for corpus, directory in space.experiment.corpora.items():
-            _refuse_relative(f"experiment.corpora.{corpus}", directory)
+            _refuse_relative(f"experiment.corpora.{corpus}", directory and str(corpora.parted(directory)[1]))
         if _is_file(given := space.experiment.protocol.given):
             _refuse_relative("experiment.protocol.given", str(given))
         for name in filter(_is_file, space.experiment.exclude):
@@ -51,9 +52,10 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
 
 
 def _resolve_experiment(experiment: Experiment) -> Experiment:
-    corpora = {name: path and _absolute(path) for name, path in experiment.corpora.items()}
-    for name, path in corpora.items():
-        if path and not Path(path).is_dir() and not (path.endswith(table.SUFFIXES) and Path(path).is_file()):
+    places = {name: given and _absolute_corpus(given) for name, given in experiment.corpora.items()}
+    for name, given in places.items():
+        path = corpora.parted(given)[1] if given else None
+        if path and not path.is_dir() and not (table.is_table(path) and path.is_file()):
             raise UserError(f"experiment.corpora.{name}: {path}: no such directory; set it to where the corpus is")
     protocol = experiment.protocol
     if _is_file(protocol.given):
@@ -61,7 +63,7 @@ def _resolve_experiment(experiment: Experiment) -> Experiment:
     exclude = tuple(_absolute(name) if _is_file(name) else name for name in experiment.exclude)
     backbone = _absolute_backbone(experiment.backbone)
     return experiment.model_copy(
-        update={"corpora": corpora, "exclude": exclude, "protocol": protocol, "backbone": backbone}
+        update={"corpora": places, "exclude": exclude, "protocol": protocol, "backbone": backbone}
     )
 
 
@@ -81,6 +83,11 @@ def _is_file(given: object) -> bool:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
+
+
+def _absolute_corpus(given: str) -> str:
+    prefix, path = corpora.parted(given)
+    return f"{prefix}:{_absolute(str(path))}" if prefix else _absolute(given)
 
 
 def _absolute_backbone(name: str) -> str:

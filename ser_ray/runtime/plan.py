@@ -165,6 +165,7 @@ def make(space: SearchSpace, allocation: Allocation, shard_dirs: Sequence[Path],
     """The plan of a space over prepared speech. Raises UserError where a backbone cannot be found."""
     from ser_ray.models import prefix
 
+    space = space.over(task.emotions)
     worker = allocation.worker
     resources = space.resources.model_copy(update={"cpus_per_worker": worker.cpus, "gpus_per_worker": worker.gpus})
     manifests = [shards.read_manifest(directory) for directory in shard_dirs]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import ser_ray
 from ser_ray.config import Audio, to_dict
 from ser_ray.disk import replacing, write_json
-from ser_ray.schema import TIE, Rejected, UserError
+from ser_ray.schema import TIE, Rejected, UserError, is_known
 from ser_ray.speech.order import PIECE
 
 FORMAT: Final = 3
@@ -81,14 +81,17 @@ def write_manifest(
 
     ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data have equal digests,
     however the rows are divided among files. ``flagged`` recordings are used, but may be faulty. ``ties`` counts the
-    recordings for which listeners preferred no single emotion.
+    recordings for which listeners preferred no single emotion, ``unknown_speakers`` the utterances of speakers who are
+    not known.
     """
     index = _concatenated(_read(directory / name) for name in shards).sort_by("utterance_id")
+    speakers = index["speaker"].to_pylist()
     manifest = {
         "format": FORMAT,
         "corpus": corpus,
         "utterances": index.num_rows,
-        "speakers": len(index["speaker"].unique()),
+        "speakers": len({speaker for speaker in speakers if is_known(speaker)}),
+        "unknown_speakers": sum(not is_known(speaker) for speaker in speakers),
         "hours": sum(index["duration"].to_pylist()) / 3600,
         "emotions": dict(Counter(index["emotion"].to_pylist())),
         "ties": index["perceived"].to_pylist().count(TIE),

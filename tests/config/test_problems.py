@@ -17,7 +17,7 @@ experiment:
   name: five
   corpora: {synthetic: }
   backbone: embedded/tiny-whisper
-  emotions: [angry, hapy]
+  emotions: [angry, anger]
   adapter: {method: lora, ranc: 4}
   epochs: 0
 search:
@@ -64,12 +64,12 @@ storage:
 WRONG = {
     "  name: good": ("  name: ../x", "experiment.name: string should match pattern"),
     "  labels: {mine: {ang: angry}}": (
-        "  labels: {mine: {ang: angy}}",
-        "experiment.labels.mine.ang: 'angy' is not an emotion; did you mean angry?",
+        "  labels: {mine: {ang: ''}}",
+        "experiment.labels.mine.ang: the emotion is empty; name one",
     ),
     "  merge: {calm: sad}": (
-        "  merge: {clam: sad}",
-        "experiment.merge.clam: 'clam' is not an emotion; did you mean calm?",
+        "  merge: {calm: sat}",
+        "experiment.merge.calm: 'sat' is not among the experiment's emotions; did you mean sad?",
     ),
     "  protocol: {scheme: leave_one_corpus_out, held_out: mine}": (
         "  protocol: {scheme: leave_one_corpus_out}",
@@ -127,7 +127,7 @@ def problems(path: Path, text: str, *overrides: str) -> list[str]:
 
 def test_problems_of_every_kind_have_their_lines(tmp_path):
     assert problems(tmp_path / "space.yaml", FIVE) == [
-        "line 5: experiment.emotions.1: 'hapy' is not an emotion; did you mean happy?",
+        "line 5: experiment.emotions.1: 'anger' is named twice, first as 'angry'",
         "line 6: experiment.adapter.ranc: unknown key; did you mean rank?",
         "line 7: experiment.epochs: input should be greater than or equal to 1, not 0",
         "line 9: search.adapter.rnk: unknown key; did you mean adapter.rank?",
@@ -155,8 +155,8 @@ def test_the_lines_without_mistakes_are_a_search_space(tmp_path):
 
 def test_what_the_command_line_gives_has_no_line(tmp_path):
     path, text = tmp_path / "space.yaml", "\n".join(GOOD)
-    assert problems(path, text, "experiment.emotions=[angry, hapy]", "search.head.init={choice: [prob]}") == [
-        "experiment.emotions.1: 'hapy' is not an emotion; did you mean happy?",
+    assert problems(path, text, "experiment.emotions=[angry, '']", "search.head.init={choice: [prob]}") == [
+        "experiment.emotions.1: the emotion is empty; name one",
         "search.head.init: input should be 'random' or 'probe', not 'prob'",
     ]
     removed = problems(path, text.replace("{optimizer.lr: 1e-4}", "{optimizer.lr: 7.0}"), "experiment.adapter.rank=4")

@@ -62,7 +62,7 @@ def test_the_example_is_read(install, calls):
     }
     assert describe.speech_of("call_centre") == "spontaneous"
     assert describe.differences("call_centre", {}) == []
-    with pytest.raises(UserError, match=r"use crema_d, .*, call_centre, or a table"):
+    with pytest.raises(UserError, match=r"use crema_d, .*, call_centre; or give a table"):
         corpora.read("other", calls)
 
 

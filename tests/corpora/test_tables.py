@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ser_ray import corpora
+from ser_ray.config.words import MEANINGS, WORDS, plain
 from ser_ray.corpora.table import read
-from ser_ray.schema import EMOTIONS, TIE, UserError
+from ser_ray.schema import EMOTIONS, TIE, UserError, is_known
 
 CLIPS = ("1001_IEO_FEA_LO", "1001_IEO_FEA_MD", "1002_DFA_ANG_XX")
 
@@ -150,19 +152,19 @@ def test_rows_that_cannot_be_used_are_reported(tmp_path):
         tmp_path,
         "a.wav,1,sad,",
         "a.wav,1,sad,",
-        "b.wav,,sad,",
-        "b.wav,1,blue,",
+        "b.wav,,,",
+        "b.wav,1,NaN,",
         "nowhere.wav,1,sad,",
         "b.wav,1,sad,later",
         header="path,speaker,emotion,split",
     )
     utterances, rejected = read("mine", path, {})
     assert len(utterances) == 1
-    reasons = [r.reason for r in rejected]
+    reasons = sorted(r.reason for r in rejected)
     words = (
         "line 3: the same",
-        "line 4: no speaker",
-        "line 5: emotion 'blue'",
+        "line 4: no emotion",
+        "line 5: no emotion",
         "line 6: no such file",
         "line 7: split",
     )
@@ -171,7 +173,13 @@ def test_rows_that_cannot_be_used_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "words"), [("2", "1", "before it begins"), ("-1", "", "not a time"), ("nan", "", "not a time")]
+    ("start", "end", "words"),
+    [
+        ("2", "1", "before it begins"),
+        ("-1", "", "not a time"),
+        ("soon", "", "not a time"),
+        ("", "-1 days +23:00:00", "not a time"),
+    ],
 )
 def test_a_part_that_is_none_is_reported(tmp_path, start, end, words):
     path = table(tmp_path, "b.wav,1,sad,,", f"a.wav,1,sad,{start},{end}", header=PARTS)
@@ -183,9 +191,10 @@ def test_a_part_that_is_none_is_reported(tmp_path, start, end, words):
     ("rows", "header", "labels", "words"),
     [
         (["a.wav,1"], "path,speaker", {}, "no column 'emotion'"),
-        (["a.wav,1,blue"], "path,speaker,emotion", {}, r"no row can be used, such as a.wav"),
+        (["x.wav,1,sad"], "path,speaker,emotion", {}, r"no row can be used, such as x.wav: line 2: no such file"),
         ([], "path,speaker,emotion", {}, "no row can be used"),
-        (["a.wav,1,x"], "path,speaker,emotion", {"x": "blue"}, "'blue' is not an emotion"),
+        (["a.wav;1;sad"], "path;speaker;emotion", {}, "seem to be separated by semicolons: 'path;speaker;emotion'"),
+        (["a.wav,sad"], "path,emotion", {}, "no column 'speaker'.* where no speaker is known, write unknown"),
         (["a.wav,1,sad,hello, you"], "path,speaker,emotion,text", {}, "line 2: more fields than columns"),
         (["a.wav,1,sad,sad"], "path,speaker,emotion,emotion", {}, "'emotion' occurs more than once"),
     ],
@@ -194,6 +203,143 @@ def test_a_table_that_is_none_is_one_line(tmp_path, rows, header, labels, words)
     with pytest.raises(UserError, match=words) as error:
         read("mine", table(tmp_path, *rows, header=header), labels)
     assert "\n" not in str(error.value)
+
+
+def test_words_for_emotions_are_understood(tmp_path):
+    """Every form of the table; others are emotions of their own, near as they may be."""
+    words = {"Anger": "angry", "ANG": "angry", "joy": "happy", "Pleasant_Surprise": "surprised", "FEARFUL": "fear"}
+    words |= {"excited": "excited", "Contempt": "contempt", "annoyed": "annoyed", "A": "a", "normal": "normal"}
+    words |= {"wut": "angry", "0": "neutral", "1.0": "happy", "bored": "sad"}
+    labels = {"Wut": "angry", "0": "neutral", "1": "happy", "bored": "sad"}
+    path = table(tmp_path, *(f"a.wav,1,{word},{n},{n + 1}" for n, word in enumerate(words)), header=PARTS)
+    utterances, rejected = read("mine", path, labels)
+    assert rejected == []
+    emotions = {u.start: u.emotion for u in utterances}
+    assert [emotions[n] for n in range(len(words))] == list(words.values())
+
+
+def test_every_word_of_the_table_is_one_emotion():
+    assert not MEANINGS.keys() & WORDS.keys()
+    assert sum(map(len, WORDS.values())) == len(MEANINGS)
+    assert set(EMOTIONS) <= WORDS.keys()
+    assert all(plain(word) == word for word in (*MEANINGS, *WORDS))
+
+
+VOTES = "path,speaker,emotion,rater"
+
+
+def test_rows_of_several_raters_are_votes(tmp_path):
+    path = table(
+        tmp_path,
+        "a.wav,1,happy,r1",
+        "a.wav,1,Anger,r2",
+        "a.wav,1,angry,r3",
+        "b.wav,1,sad,r1",
+        "b.wav,1,calm,r2",
+        "sub/c.flac,2,sad,r1",
+        header=VOTES,
+    )
+    utterances, (divided,) = read("mine", path, {})
+    assert [(u.utterance_id, u.emotion, u.perceived, u.agreement) for u in utterances] == [
+        ("mine/a", "angry", "angry", pytest.approx(2 / 3)),
+        ("mine/sub/c", "sad", "sad", 1.0),
+    ]
+    assert divided.path == "b.wav"
+    assert divided.reason.startswith("line 5, line 6: the raters are divided")
+    assert "sad 1, calm 1" in divided.reason
+
+
+def test_three_rows_of_a_recording_are_votes_without_a_column_of_raters(tmp_path):
+    rows = ("a.wav,1,happy", "a.wav,1,sad", "b.wav,2,sad", "a.wav,1,sad", "b.wav,,sad")
+    utterances, rejected = read("mine", table(tmp_path, *rows), {})
+    assert [(u.emotion, u.agreement) for u in utterances] == [("sad", pytest.approx(2 / 3)), ("sad", 1.0)]
+    assert rejected == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "words"),
+    [
+        (["a.wav,1,sad", "a.wav,1,happy"], "path,speaker,emotion", "'sad' and 'happy': keep one; or, if they are vote"),
+        (["a.wav,1,sad", "a.wav,2,sad"], "path,speaker,emotion", "different speakers, 'mine/1' and 'mine/2'"),
+        (["a.wav,1,sad,r1", "a.wav,2,sad,r2"], VOTES, "different speakers"),
+        (["a.wav,1,sad,r1", "a.wav,1,happy,r1"], VOTES, "different emotions by rater 'r1', 'sad' and 'happy'"),
+        (["a.wav,1,sad,dev", "a.wav,1,sad,test"], "path,speaker,emotion,split", "different splits, 'dev' and 'test'"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_an_error_that_names_both(tmp_path, rows, header, words):
+    with pytest.raises(UserError, match=f"line 2 and line 3 contradict each other: they give a.wav .*{words}"):
+        read("mine", table(tmp_path, *rows, header=header), {})
+
+
+def test_the_suffix_stays_where_it_tells_recordings_apart(tmp_path):
+    names = ("a.wav", "a.flac", "b.wav", "rec.1", "rec.2", "c.wav", "c.wav.wav")
+    for name in names:
+        (tmp_path / name).touch()
+    utterances, rejected = read("mine", table(tmp_path, *(f"{name},1,sad" for name in names)), {})
+    assert rejected == []
+    assert {u.path: u.utterance_id for u in utterances} == {
+        "a.wav": "mine/a.wav",
+        "a.flac": "mine/a.flac",
+        "b.wav": "mine/b",
+        "rec.1": "mine/rec.1",
+        "rec.2": "mine/rec.2",
+        "c.wav": "mine/c",
+        "c.wav.wav": "mine/c.wav.wav",
+    }
+
+
+OPTIONAL = "path,speaker,emotion,split,gender,start,end"
+
+
+@pytest.mark.parametrize("nothing", ["", "nan", "NaN", "NaT", "<NA>", "None", "null", "NA"])
+def test_what_is_missing_is_not_given(tmp_path, nothing):
+    row = f"a.wav,1,sad,{nothing},{nothing},{nothing},{nothing}"
+    ((found,), rejected) = read("mine", table(tmp_path, row, header=OPTIONAL), {})
+    assert (rejected, found.utterance_id) == ([], "mine/a")
+    assert (found.split, found.gender, found.start, found.end) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("end", ["0 days 00:00:01.500000", "0:00:01.5", "1.5"])
+def test_a_length_of_time_is_seconds(tmp_path, end):
+    ((found,), _) = read("mine", table(tmp_path, f"a.wav,1,sad,,,NaT,{end}", header=OPTIONAL), {})
+    assert (found.start, found.end) == (None, 1.5)
+
+
+def test_a_parquet_file_of_pandas_has_its_missing_values_and_times(tmp_path):
+    table(tmp_path)
+    columns = {
+        "path": pa.array(["a.wav", "b.wav"]),
+        "speaker": pa.array([1.0, math.nan]),
+        "emotion": pa.array(["sad", "joy"]).dictionary_encode(),
+        "gender": pa.array([math.nan, math.nan]),
+        "start": pa.array([1_500_000_001, None], pa.duration("ns")),
+        "end": pa.array([2.5, math.nan]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "mine.Parquet")
+    utterances, rejected = corpora.read("mine", tmp_path / "mine.Parquet")
+    assert rejected == []
+    assert [(u.speaker, u.emotion, u.gender, u.start, u.end) for u in utterances] == [
+        ("mine/1.0", "sad", None, 1.5, 2.5),
+        ("mine/unknown#b.wav", "happy", None, None, None),
+    ]
+
+
+@pytest.mark.parametrize("nobody", ["", "unknown", "Unknown", "nan", "N/A", "<NA>"])
+def test_a_speaker_who_is_not_known_is_one_of_the_recording(tmp_path, nobody):
+    rows = [f"a.wav,{nobody},sad,1,2", f"a.wav,{nobody},sad,2,3", f"b.wav,{nobody},sad,,", "sub/c.flac,NA,sad,,"]
+    utterances, rejected = read("mine", table(tmp_path, *rows, header=PARTS), {})
+    assert rejected == []
+    speakers = [u.speaker for u in utterances]
+    assert speakers == ["mine/unknown#a.wav", "mine/unknown#a.wav", "mine/unknown#b.wav", "mine/NA"]
+    assert [is_known(speaker) for speaker in speakers] == [False, False, False, True]
+
+
+def test_a_table_with_tabs(tmp_path):
+    path = table(tmp_path, "a.wav\t1\tsad", header="path\tspeaker\temotion").rename(tmp_path / "mine.tsv")
+    assert [u.emotion for u in corpora.read("mine", path)[0]] == ["sad"]
+    (tmp_path / "mine.tsv").write_text("path,speaker,emotion\na.wav,1,sad\n")
+    with pytest.raises(UserError, match="separated by commas"):
+        read("mine", path, {})
 
 
 def test_what_is_no_table_is_said(tmp_path):

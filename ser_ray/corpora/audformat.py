@@ -1,0 +1,148 @@
+"""``audformat:DIR``: a database in audformat, as audb publishes them (https://audeering.github.io/audformat).
+
+DIR holds ``db.yaml`` and a ``db.TABLE.csv`` or ``db.TABLE.parquet`` for every table; databases that were saved as
+pickles are refused, since reading one may run what it holds. Used are columns that are called, or have the scheme,
+``emotion`` (one for each rater makes them votes), ``speaker``, ``gender`` or ``sex``, ``language`` and
+``transcription``; those beside ``emotion`` may be in other tables of the same files. The split is that of the table
+(``split_id``).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ser_ray.config import read_yaml
+from ser_ray.corpora.rows import SPLITS, Row, utterances_of
+from ser_ray.corpora.table import text_rows
+from ser_ray.schema import Rejected, UserError, Utterance
+
+HEADER: Final = "db.yaml"
+MEANINGS: Final = {"gender": ("gender", "sex"), "text": ("transcription", "text"), "language": ("language",)}
+"""Column of ours -> columns or schemes of a database. Beside these, speaker and emotion."""
+
+
+def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utterance], list[Rejected]]:
+    """As `ser_ray.corpora.table.read`. Raises UserError for a folder that is no database of emotions."""
+    utterances, rejected = utterances_of(name, _rows(path), labels, path, path)
+    if not utterances:
+        such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+        raise UserError(f"{path}: no recording can be used{such}")
+    return utterances, rejected
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that the recordings' paths are relative to."""
+    return path
+
+
+# -- below: how it is done
+
+
+@dataclass(frozen=True)
+class _Table:
+    name: str
+    schemes: dict[str, str]
+    """Column -> its scheme, or its own name."""
+    raters: dict[str, str]
+    split: str
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    tables = _tables(path)
+    content = {table.name: list(_content(path, table.name)) for table in tables if _is_used(table)}
+    known: dict[str, dict[str, str]] = {}  # file -> what other tables say of it
+    splits: dict[tuple[str, str, str], str] = {}
+    for table in tables:
+        for row in content.get(table.name, ()):
+            about = known.setdefault(row["file"], {})
+            about |= {column: value for column, value in _about(table, row).items() if value}
+            if table.split:
+                splits[_place(row)] = table.split
+    seen: set[tuple[str, ...]] = set()
+    for table in tables:
+        votes = [column for column, scheme in table.schemes.items() if scheme == "emotion"]
+        for number, row in enumerate(content.get(table.name, ()), start=2):
+            for column in ["emotion"] if "emotion" in votes else votes:
+                vote = (*_place(row), row.get(column, ""), table.raters.get(column, ""))
+                if vote not in seen:  # tables of splits repeat those of the whole
+                    seen.add(vote)
+                    found = dict(zip(("path", "start", "end", "emotion", "rater"), vote, strict=True))
+                    found |= {"speaker": "unknown", "split": splits.get(_place(row), "")} | known[row["file"]]
+                    yield found if len(votes) > 1 else found | {"rater": ""}, f"db.{table.name}, line {number}"
+
+
+def _is_used(table: _Table) -> bool:
+    wanted = {"emotion", "speaker", *(scheme for names in MEANINGS.values() for scheme in names)}
+    return bool(wanted & set(table.schemes.values()))
+
+
+def _place(row: Mapping[str, str]) -> tuple[str, str, str]:
+    return row["file"], row.get("start", ""), row.get("end", "")
+
+
+def _about(table: _Table, row: Mapping[str, str]) -> dict[str, str]:
+    if row.get("start"):  # of a part: it may differ between the parts of a file
+        return {}
+    columns = {"speaker": ("speaker",)} | MEANINGS
+    return {
+        ours: row.get(column, "")
+        for ours, schemes in columns.items()
+        for column, scheme in table.schemes.items()
+        if scheme in schemes
+    }
+
+
+def _tables(path: Path) -> list[_Table]:
+    """The tables of the header. Raises UserError for one that does not fit, or none of emotions."""
+    file = path / HEADER
+    try:
+        header = read_yaml(file.read_text(encoding="utf-8"))
+        split_types = {str(name): str(split["type"]) for name, split in (header.get("splits") or {}).items()}
+        tables = [_table(str(name), table, split_types) for name, table in (header.get("tables") or {}).items()]
+    except OSError:
+        raise UserError(f"{path}: no {HEADER} in it; give the folder of a database in audformat") from None
+    except Exception as error:  # whatever a stranger's YAML holds in place of what belongs there
+        raise UserError(f"{file}: not the header of a database: {' '.join(str(error).split())}") from None
+    if not any("emotion" in table.schemes.values() for table in tables):
+        raise UserError(f"{file}: no table has a column emotion; it has {', '.join(t.name for t in tables) or 'none'}")
+    return tables
+
+
+def _table(name: str, table: Any, split_types: Mapping[str, str]) -> _Table:
+    columns = {str(column): about or {} for column, about in (table.get("columns") or {}).items()}
+    split = split_types.get(str(table.get("split_id")), str(table.get("split_id") or ""))
+    return _Table(
+        name,
+        {column: column if column == "emotion" else str(c.get("scheme_id", column)) for column, c in columns.items()},
+        {column: str(about.get("rater_id", column)) for column, about in columns.items()},
+        split if split in SPLITS else "",
+    )
+
+
+def _content(path: Path, name: str) -> Iterator[dict[str, str]]:
+    if Path(name).name != name:
+        raise UserError(f"{path / HEADER}: the table {name!r} is not the name of a file")
+    text, parquet = path / f"db.{name}.csv", path / f"db.{name}.parquet"
+    try:
+        if parquet.is_file():
+            rows = text_rows(pq.read_table(parquet))
+        elif text.is_file():
+            with text.open(encoding="utf-8-sig", newline="") as file:
+                rows = iter(list(csv.DictReader(file)))
+        else:
+            raise UserError(f"{path}: the table {name} is in no file {text.name} or {parquet.name}")
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the table {name} is not readable: {' '.join(str(error).split())}") from None
+    for row in rows:
+        if row.get("file"):
+            given = {key: "" if value in (None, "NaT") else value for key, value in row.items()}
+            if given.get("start") in ("0 days 00:00:00", "0 days", "0") and not given.get("end"):
+                given["start"] = ""  # the whole file
+            yield given

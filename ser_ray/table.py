@@ -1,0 +1,116 @@
+"""A table of the recordings in a folder, to check and to train on: ``ser-ray table DIR > mine.csv``.
+
+Emotion and speaker are read from a ``--pattern`` of the names, or guessed from folders and names. The table goes to the
+standard output; what was found, and what could not be known, to the terminal.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+
+    from ser_ray.__main__ import main as command
+
+    sys.exit(command(["table", *sys.argv[1:]]))
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from ser_ray.config.words import emotion_of
+from ser_ray.corpora.files import audio_files
+from ser_ray.corpora.guess import Guess, by_looks, by_pattern, word_counts
+from ser_ray.corpora.rows import COLUMNS
+from ser_ray.schema import EMOTIONS, UserError
+
+SHOWN: Final = 20
+"""Maximum number of words in a list."""
+
+
+def main(directory: Path, pattern: str | None = None) -> int:
+    """``ser-ray table``. Raises UserError for a folder without recordings, or a pattern that fits none of them."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    found, unreadable = _recordings(directory)
+    guess = by_pattern(found, pattern) if pattern else by_looks(found)
+    if not guess.rows:
+        raise UserError(f"--pattern {pattern!r} fits none of {len(found)} recordings, such as {guess.unmatched[0]}")
+    columns = [column for column in COLUMNS if any(column in row for row in guess.rows)]
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in guess.rows:
+        writer.writerow(dict(row) | {"path": os.path.join(directory, row["path"])})  # noqa: PTH118  (as it was given)
+    for line in (*_lines(guess), *unreadable):
+        console.print(line, markup=False)
+    return 0
+
+
+# -- below: how it is done
+
+
+def _recordings(directory: Path) -> tuple[list[Path], list[str]]:
+    """The recordings below a folder, and a line about those whose names are not UTF-8, as a table is."""
+    found, left = [], 0
+    for path in audio_files(directory):
+        try:
+            str(path).encode()
+            found.append(path)
+        except UnicodeEncodeError:
+            left += 1
+    if not found:
+        raise UserError(f"{directory}: no recordings in it")
+    return found, [f"left out: {left} recordings with names that are not UTF-8; rename them"] if left else []
+
+
+def _lines(guess: Guess) -> Iterator[str]:
+    """What was found, by field, with counts; and what could not be known."""
+    yield f"{len(guess.rows)} recordings"
+    yield from (_emotions(guess), _speakers(guess))
+    for field, origin in guess.origins.items():
+        if field not in ("speaker", "emotion"):
+            yield f"{field}: {len(word_counts(guess.rows, field))} different, from {origin}"
+    if guess.unmatched:
+        examples = ", ".join(guess.unmatched[:3])
+        yield f"left out: {len(guess.unmatched)} recordings that do not fit the pattern, such as {examples}"
+    yield (
+        "check these before training. Paths begin with the folder as you gave it: keep the table where you ran this. "
+        "Then: experiment.corpora: {mine: mine.csv}"
+    )
+
+
+def _emotions(guess: Guess) -> str:
+    if "emotion" not in guess.origins:
+        return (
+            "emotion: not known, no folder or part of the names has words for emotions: fill the column, or give "
+            "--pattern '{speaker}_{emotion}_{text}.wav'"
+        )
+    counts = word_counts(guess.rows, "emotion")
+    shown = [_meaning(word, n) for word, n in counts.most_common(SHOWN)]
+    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+    return f"emotion, from {guess.origins['emotion']}: {', '.join(shown)}{more}"
+
+
+def _meaning(word: str, n: int) -> str:
+    emotion = emotion_of(word)
+    if not word:
+        return f"(nothing) {n}: left out"
+    known = "" if emotion in EMOTIONS else ", an emotion of its own: experiment.labels says otherwise"
+    return f"{word} {n}" + (f" (counts as {emotion}{known})" if emotion != word or known else "")
+
+
+def _speakers(guess: Guess) -> str:
+    if "speaker" not in guess.origins:
+        return (
+            "speaker: not known; splits are then by recording, and stamped LEAKY. Fill the column, or give --pattern "
+            "with {speaker}"
+        )
+    counts = word_counts(guess.rows, "speaker")
+    shown = ", ".join(f"{word} {n}" for word, n in sorted(counts.items())[:SHOWN])
+    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+    return f"speaker, from {guess.origins['speaker']}: {len(counts)} of them: {shown}{more}"
