@@ -213,9 +213,12 @@ def predict(
     ],
     format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+    ] = None,
 ) -> int:
     """Predict the emotion of recordings, with the probability of each."""
-    return _call("predict", checkpoint, audio, format=format.value, output=output)
+    return _call("predict", checkpoint, audio, format=format.value, output=output, backbone=backbone)
 
 
 def _run(arguments: list[str]) -> int:

@@ -150,16 +150,17 @@ class SearchResults:
         return Rows(pa.table(columns))
 
 
-def load(checkpoint: str | Path, device: str | None = None) -> Model:
+def load(checkpoint: str | Path, device: str | None = None, backbone: str | Path | None = None) -> Model:
     """The model of a checkpoint directory, such as ``results/demo/best``.
 
-    ``device``: such as ``cpu`` or ``cuda:1``; by default the GPU where there is one. Raises UserError if the directory
-    is not a complete checkpoint, or its backbone cannot be found.
+    ``device``: such as ``cpu`` or ``cuda:1``; by default the GPU where there is one. ``backbone``: where the
+    checkpoint's backbone is now, if that has moved. Raises UserError if the directory is not a complete checkpoint, or
+    its backbone cannot be found.
     """
     from ser_ray.models.checkpoint import load
     from ser_ray.models.precision import choose_device
 
-    return Model(load(checkpoint, device or choose_device()))
+    return Model(load(checkpoint, device or choose_device(), backbone))
 
 
 def read_results(results_dir: str | Path) -> SearchResults:

@@ -1,6 +1,6 @@
 """Predict the emotions of audio files with a checkpoint; prints a table, JSON lines or CSV, with probabilities.
 
-    python -m ser_ray.predict CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE]
+    python -m ser_ray.predict CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE] [--backbone DIR]
 
 CHECKPOINT is a directory such as results/demo/best, AUDIO a file or a folder. Audio is decoded, resampled and trimmed
 as the training data was. It runs without Ray, in one process, on the GPU if there is one.
@@ -52,10 +52,13 @@ def find_audio(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def main(directory: Path, audio: list[Path], format: str = "table", output: Path | None = None) -> int:
-    """``ser-ray predict``: predictions of the checkpoint in ``directory``; returns 1 if a file could not be used."""
+def main(
+    directory: Path, audio: list[Path], format: str = "table", output: Path | None = None, backbone: str | None = None
+) -> int:
+    """``ser-ray predict``: predictions of the checkpoint in ``directory``; returns 1 if a file could not be used.
+    ``backbone``: where the checkpoint's backbone is now, if that has moved."""
     paths = find_audio(audio)
-    model = checkpoint.load(directory, choose_device())
+    model = checkpoint.load(directory, choose_device(), backbone)
     progress = Console(stderr=True)
     answers: list[Answer] = []
     with progress.status("") as status:

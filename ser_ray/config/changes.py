@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def differences(old: SearchSpace, new: SearchSpace) -> list[str]:
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if _real(before.get(key)) != _real(after.get(key))
     ]
 
 
@@ -41,6 +42,11 @@ def refused(old: SearchSpace, new: SearchSpace) -> list[str]:
 
 
 # -- below: how it is done
+
+
+def _real(value: Any) -> Any:
+    """A path as the links on it lead: the same place may be written in two ways."""
+    return os.path.realpath(value) if isinstance(value, str) and value.startswith("/") else value
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@ default; ``ser-ray config KEY`` shows it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
@@ -263,6 +264,7 @@ class Experiment(Section):
     def _not_empty(cls, corpora: dict[str, str | None]) -> dict[str, str | None]:
         if not corpora:
             raise ValueError("it is empty; name at least one corpus, such as synthetic")
+        refuse(((name,), _NAME_RULE) for name in corpora if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME)
         return corpora
 
     @field_validator("labels")
@@ -315,6 +317,14 @@ class Experiment(Section):
 
 
 # -- below: how it is done
+
+_NAME = re.compile(r"\w[\w .()+-]*")
+_LONGEST_NAME: Final = 100
+"""Bytes of a file's name are 255 at most, and a letter may be two or three of them."""
+_NAME_RULE = (
+    "the name of a corpus becomes that of a folder: letters, digits and any of _ . - + ( ), at most "
+    f"{_LONGEST_NAME}, the first a letter or digit"
+)
 
 
 def _problems_of_labels(labels: dict[str, dict[str, str]], corpora: dict[str, str | None] | None) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,17 +122,37 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 _MOST_VALUES: Final = 100_000
 """Of a file, with what its aliases stand for: a few lines of aliases of aliases can stand for more than fits into
 memory. A search space has some hundred."""
+_MOST_BYTES: Final = 100_000
+"""Of a file: PyYAML takes a second or two for them. The search spaces of the project have a few thousand."""
+_DEEPEST: Final = 50
+"""Lists and mappings within each other. A search space has five."""
 
 
 def _read(path: Path) -> tuple[Any, dict[Place, int]]:
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise UserError(f"{path}: {size:,} bytes are too many for such a file, which has {_MOST_BYTES:,} at most")
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _parse(text: str) -> tuple[Any, dict[Place, int]]:
-    """The content of a YAML text, and the line of every place in it."""
+    """The content of a YAML text, and the line of every place in it. Raises YAMLError and nothing else."""
+    try:
+        return _composed(text)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None
+    except Exception as error:  # of a tag such as !!int or !!bool on what is none: errors of many kinds
+        raise yaml.YAMLError(f"a value is not what its tag says ({type(error).__name__}: {error})") from None
+
+
+def _composed(text: str) -> tuple[Any, dict[Place, int]]:
+    # Brackets that are not closed take PyYAML time that grows with their square.
+    if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 10 * _DEEPEST:
+        raise RecursionError
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -150,6 +171,8 @@ def _number(node: yaml.Node, place: Place, lines: dict[Place, int], sizes: dict[
     ``sizes`` has that of every node that was visited, since none is visited twice."""
     if id(node) in sizes:
         return sizes[id(node)]
+    if len(place) > _DEEPEST:
+        raise RecursionError
     sizes[id(node)] = math.inf  # of a node that holds itself it stays so
     size = 1.0
     if isinstance(node, yaml.MappingNode):

@@ -8,7 +8,7 @@ import json
 import typing
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,6 +16,10 @@ from pydantic_core import ErrorDetails
 from ser_ray.schema import UserError
 
 M = TypeVar("M", bound=BaseModel)
+_MOST_LISTED: Final = 30
+"""Problems of one file that are listed: more fit on no screen, and mostly have one cause."""
+_LONGEST: Final = 1000
+"""Characters of one problem: all that may be at a place is named in some."""
 
 
 def to_dict(model: BaseModel) -> dict[str, Any]:
@@ -96,8 +100,9 @@ def validated(
         raise UserError("; ".join(map(_in_words, problems)))
     numbered = sorted(((_line(problem[0], lines), _in_words(problem)) for problem in problems), key=lambda one: one[0])
     if len(numbered) > 1:
-        listed = (f"  {f'line {line}: ' if line else ''}{text}" for line, text in numbered)
-        raise UserError("\n".join([f"{where}: {len(numbered)} problems", *listed]))
+        listed = [f"  {f'line {line}: ' if line else ''}{text}" for line, text in numbered[:_MOST_LISTED]]
+        more = [f"  and {len(numbered) - _MOST_LISTED} more"] if len(numbered) > _MOST_LISTED else []
+        raise UserError("\n".join([f"{where}: {len(numbered)} problems", *listed, *more]))
     line, text = numbered[0]
     raise UserError(f"{where}:{line}: {text}" if line else f"{where}: {text}")
 
@@ -124,8 +129,11 @@ def existing(place: Place, content: object) -> Place:
 
 
 def _in_words(problem: Problem) -> str:
+    """In one line, and no longer than a reader reads: keys and values may be anything in a damaged file."""
     place, text = problem
-    return f"{'.'.join(map(str, place))}: {text}" if place else text
+    words = f"{'.'.join(map(str, place))}: {text}" if place else text
+    printable = "".join(letter if letter.isprintable() else " " for letter in words[: _LONGEST + 1])
+    return printable if len(words) <= _LONGEST else f"{printable[:_LONGEST]} ..."
 
 
 def _line(place: Place, lines: Mapping[Place, int]) -> int:

@@ -94,9 +94,9 @@ def write_trial(trials_dir: Path, record: TrialRecord) -> None:
 
 
 def read_trials(trials_dir: Path) -> list[TrialRecord]:
-    """All trials of a folder, in order of their ids."""
-    paths = sorted(trials_dir.glob("*/trial.json"))
-    return [TrialRecord(**read_json(path), history=tuple(trial_history(path.parent))) for path in paths]
+    """All trials of a folder, in order of their ids. Raises UserError for a record that is damaged, or names another
+    trial than its folder: what is written about a trial goes to the folder of that name."""
+    return [_read_trial(path) for path in sorted(trials_dir.glob("*/trial.json"))]
 
 
 def costs(history: Sequence[Record]) -> dict[str, float]:
@@ -169,3 +169,16 @@ def read_trial_rows(results_dir: Path) -> list[dict[str, str]]:
     """The rows of ``trials.csv`` as they were written, every value as text."""
     with (results_dir / "trials.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+# -- below: how it is done
+
+
+def _read_trial(path: Path) -> TrialRecord:
+    try:
+        record = TrialRecord(**read_json(path), history=tuple(trial_history(path.parent)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the record of a trial ({' '.join(str(error).split())[:120]})") from None
+    if record.trial_id != path.parent.name:
+        raise UserError(f"{path}: its trial_id is {str(record.trial_id)[:80]!r}; it has to be that of its folder")
+    return record

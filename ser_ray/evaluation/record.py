@@ -144,10 +144,11 @@ def record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
 
 
 def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
-    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from."""
+    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from, and without what
+    links lead to: ``best/`` is there to be given away."""
     aside, best = directory / ".best.partial", directory / "best"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, ignore=shutil.ignore_patterns("training", ".*"))
+    shutil.copytree(source, aside, ignore=_left_out)
     card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
     (aside / "README.md").write_text(card, "utf-8")
     shutil.rmtree(best, ignore_errors=True)
@@ -155,6 +156,11 @@ def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[
 
 
 # -- below: how it is done
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    links = {name for name in names if (Path(folder) / name).is_symlink()}
+    return links | shutil.ignore_patterns("training", ".*")(folder, names)
 
 
 def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:

@@ -157,6 +157,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         lines.pop()
     try:
         epochs = {record["epoch"]: record for record in map(json.loads, lines)}
+        if not all(isinstance(epoch, int) for epoch in epochs):
+            raise TypeError("its number is no integer")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: a line is not an epoch ({error}); remove it") from None
     return [epochs[epoch] for epoch in sorted(epochs)]

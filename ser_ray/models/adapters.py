@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import nn
 
 from ser_ray import config
 from ser_ray.models.backbones import Backbone
+from ser_ray.models.weights import read_object, read_weights
 from ser_ray.schema import UserError
 
 # PEFT takes seconds to import, which a trial that trains only the head or all weights need not wait for.
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 ATTENTION: Final = {
     "wav2vec2": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -47,26 +51,31 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
     backbone.model.requires_grad_(False)
     if adapter.method == "frozen":
         return None
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    return get_peft_model(
-        backbone.model,
-        LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            target_modules=_target_modules(backbone, adapter),
-        ),
-    )
+    return get_peft_model(backbone.model, _lora_config(backbone, adapter))
 
 
-def attach(backbone: Backbone, directory: str, adapter: config.Adapter) -> PeftModel:
-    """Insert saved low-rank updates (PEFT layout, safetensors) into a newly loaded backbone."""
-    backbone.first_trained = adapter.first_layer
-    backbone.model.requires_grad_(False)
-    from peft import PeftModel
+def attach(backbone: Backbone, directory: Path, adapter: config.Adapter) -> PeftModel:
+    """Insert saved low-rank updates (PEFT layout, safetensors) into a newly loaded backbone.
 
-    return PeftModel.from_pretrained(backbone.model, directory, is_trainable=True, use_safetensors=True)
+    PEFT gets its configuration from ``adapter``, that is from experiment.yaml: the saved adapter_config.json may be a
+    stranger's, and only has to agree with it. Raises UserError where it does not, and where `read_weights` does.
+    """
+    path = directory / "adapter_config.json"
+    _check_saved(path, backbone, _lora_config(backbone, adapter).to_dict())
+    peft = adapt(backbone, adapter)
+    assert peft is not None, adapter.method
+    load_updates(peft, directory)
+    return peft
+
+
+def load_updates(peft: PeftModel, directory: Path) -> None:
+    """Load saved low-rank updates into those of a model; raises UserError where `read_weights` does."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted: dict[str, torch.Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    set_peft_model_state_dict(peft, read_weights(directory / "adapter_model.safetensors", wanted))
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -94,6 +103,54 @@ def _unfreeze_from(backbone: Backbone, first_layer: int) -> None:
     backbone.model.requires_grad_(False)
     for layer in backbone.layers()[first_layer:]:
         layer.requires_grad_(True)
+
+
+def _lora_config(backbone: Backbone, adapter: config.Adapter) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=_target_modules(backbone, adapter),
+    )
+
+
+_NEEDED: Final = ("peft_type", "r", "lora_alpha", "target_modules")
+_FREE: Final = ("inference_mode", "peft_version")
+"""Keys of adapter_config.json that every file has, and those whose values mean nothing here."""
+
+
+def _check_saved(path: Path, backbone: Backbone, expected: Mapping[str, Any]) -> None:
+    """Raises UserError where adapter_config.json describes another adapter than experiment.yaml, or names other files
+    or code."""
+    saved = read_object(path)
+    expected = {**expected, "base_model_name_or_path": backbone.model.name_or_path}
+    linear = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)]
+    for key in (*_NEEDED, *saved):
+        value, ours = saved.get(key), expected.get(key)
+        if key == "target_modules":
+            agree = isinstance(value, list) and _named(value, linear) == _named(ours, linear)
+            ours = "other modules"
+        elif key == "auto_mapping":  # names a module of the backbone's class, for programs that load it by this alone
+            agree = value is None or str(value.get("parent_library")).startswith("transformers.")
+        elif key == "base_model_name_or_path":
+            agree = value in (None, ours)
+        elif key in expected:
+            agree = value == ours
+        else:  # of a later version of PEFT
+            agree = not isinstance(value, str | list | dict) or not value
+        if not agree and key not in _FREE:
+            raise UserError(
+                f"{path}: {key} is {str(value)[:80]}, but experiment.yaml describes {str(ours)[:80]}; the two belong "
+                "together, take both as they were saved"
+            )
+
+
+def _named(targets: object, linear: list[str]) -> set[str]:
+    """The linear layers that PEFT adapts for a list of names: those that are one, or end with one."""
+    names = {target for target in targets if isinstance(target, str)} if isinstance(targets, list | set) else set()
+    return {name for name in linear if any(name == one or name.endswith(f".{one}") for one in names)}
 
 
 def _target_modules(backbone: Backbone, adapter: config.Adapter) -> list[str]:

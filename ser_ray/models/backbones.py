@@ -14,35 +14,30 @@ padding the result equals that of transformers.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoFeatureExtractor, BitsAndBytesConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import BitsAndBytesConfig
 
+from ser_ray.models import pretrained
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
+from ser_ray.models.pretrained import describe
+from ser_ray.models.weights import not_finite
 from ser_ray.schema import UserError
 from ser_ray.speech.augment import mask
 
-FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
-ASSETS: Final = Path(__file__).parent.parent / "assets"
-EMBEDDED: Final = "embedded/"
-
 transformers.utils.logging.disable_progress_bar()  # there would be one for every load
 
-# Parts of a pre-trained checkpoint that an encoder does not use, and parts that it may lack.
-_UNUSED = ("model.decoder.", "decoder.", "proj_out.", "lm_head.", "quantizer.", "project_", "classifier.", "projector.")
+# Tensors that a checkpoint may lack; and those of the last layer of an XVector head, which is called as a part of the
+# encoder is.
 _OPTIONAL = ("masked_spec_embed",)
+_OF_A_HEAD = ("feature_extractor.weight", "feature_extractor.bias")
 # Parameters that are never trained: the former is for transformers' own SpecAugment, which is not run here; the latter
 # are Whisper's fixed sinusoids, which transformers freezes too, but not when it loads them.
 _FIXED = ("masked_spec_embed", "embed_positions.")
@@ -51,7 +46,8 @@ _FIXED = ("masked_spec_embed", "embed_positions.")
 class Backbone(nn.Module):
     """One encoder; see the module's docstring for the two parts of its forward.
 
-    ``model`` is the transformers module, ``family`` one of `FAMILIES`, ``width`` D, ``num_layers`` its blocks.
+    ``model`` is the transformers module, ``family`` one of `pretrained.FAMILIES`, ``width`` D, ``num_layers`` its
+    blocks.
     """
 
     model: Any  # transformers' modules have no types
@@ -59,10 +55,12 @@ class Backbone(nn.Module):
     width: int
     num_layers: int
 
-    def __init__(self, model: nn.Module, family: str) -> None:
+    def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__()
         self.model = model
         self.family = family
+        self.extractor = extractor
+        """transformers' feature extractor of the same name, to be saved beside the model's weights."""
         self.width = self.model.config.hidden_size
         self.num_layers = self.model.config.num_hidden_layers
         self.first_trained: int | None = 0
@@ -134,7 +132,7 @@ class Whisper(Backbone):
     """Whisper's encoder at the true length of the batch: positions are sliced, not padded to 30 s."""
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
-        super().__init__(model, family)
+        super().__init__(model, family, extractor)
         self.logmel = LogMel(self.model.config.num_mel_bins)
 
     def layers(self) -> nn.ModuleList:
@@ -166,7 +164,7 @@ class Wav2Vec2(Backbone):
     """wav2vec2, HuBERT and WavLM: strided convolutions over the waveform, a projection, positions, blocks."""
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
-        super().__init__(model, family)
+        super().__init__(model, family, extractor)
         self.normalize = bool(extractor.do_normalize)
 
     def layers(self) -> nn.ModuleList:
@@ -229,11 +227,12 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", 
     the dtype of ``precision`` on the device.
     Weights are read from safetensors only.
 
-    Raises UserError, in one line, for a name that cannot be found and for an architecture that is not in `FAMILIES`.
+    Raises UserError, in one line, for a name that cannot be found, for an architecture that is not supported, and for
+    weights that are missing, damaged or not finite; see `ser_ray.models.pretrained`.
     """
     config, extractor = describe(name)
+    pretrained.check_files(name, config)
     model = _from_pretrained(name, config, quantize, device, precision)
-    setattr(model, "name_or_path", name)  # noqa: B010 (written to adapter_config.json as the base model)
     return _wrapped(model, config, extractor).to(device)
 
 
@@ -242,83 +241,15 @@ def untrained(name: str, seed: int = 0) -> Backbone:
     config, extractor = describe(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _wrapped(_architecture(config)(config), config, extractor)
-
-
-def describe(name: str) -> tuple[Any, Any]:
-    """A backbone's transformers config and feature extractor, without its weights; see `load` for errors."""
-    try:
-        config = AutoConfig.from_pretrained(_source(name))
-        extractor = AutoFeatureExtractor.from_pretrained(_source(name))
-    except (OSError, ValueError) as error:
-        raise UserError(_unreachable(name, error)) from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"backbone {name}: its type is {config.model_type}; supported are {', '.join(FAMILIES)}")
-    if getattr(config, "add_adapter", False):
-        raise UserError(f"backbone {name}: add_adapter in its config.json reduces the number of frames; not supported")
-    return config, extractor
-
-
-def identity(name: str) -> str:
-    """A digest of a backbone's configuration and of which weights it has: distinguishes those of the same name."""
-    config, _ = describe(name)
-    directory = _directory(name)
-    files = sorted(directory.glob("*.safetensors")) if directory is not None else []
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    parts = [
-        config.to_json_string(use_diff=False),
-        weights or getattr(config, "_commit_hash", None) or transformers.__version__,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def embedded_directory(name: str) -> Path | None:
-    """The directory of an embedded backbone; None for others. Raises UserError for an unknown embedded name."""
-    return _directory(name) if name.startswith(EMBEDDED) else None
+        return _wrapped(pretrained.architecture(config)(config), config, extractor)
 
 
 # -- below: how it is done
 
 
-def _directory(name: str) -> Path | None:
-    """The directory of a local or embedded backbone; None for a hub id."""
-    if name.startswith(EMBEDDED):
-        directory = ASSETS / name.removeprefix(EMBEDDED)
-        if not (directory / "config.json").is_file():
-            known = ", ".join(sorted(EMBEDDED + path.parent.name for path in ASSETS.glob("*/config.json")))
-            raise UserError(f"backbone {name}: not embedded; known: {known}")
-        return directory
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"backbone {name}: no such directory")
-    return None
-
-
-def _source(name: str) -> str:
-    """The hub id or directory that transformers reads for that name."""
-    return str(_directory(name) or name)
-
-
-def _unreachable(name: str, error: Exception) -> str:
-    first_line = " ".join(str(error).split())[:160]
-    if _directory(name) is not None:
-        return f"backbone {name}: {first_line}"
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return (
-        f"backbone {name}: no such directory, and not available from the hub{offline}; "
-        f"give a local directory, or download it where there is a network ({first_line})"
-    )
-
-
 def _wrapped(model: nn.Module, config: Any, extractor: Any) -> Backbone:
     wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
     return wrap(model, config.model_type, extractor)
-
-
-def _architecture(config: Any) -> Any:
-    return WhisperEncoder if config.model_type == "whisper" else transformers.MODEL_MAPPING[type(config)]
 
 
 def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str, precision: str) -> nn.Module:
@@ -338,8 +269,8 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
     if config.model_type == "whisper":
         options["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
     try:
-        model, info = _architecture(config).from_pretrained(
-            _source(name),
+        model, info = pretrained.architecture(config).from_pretrained(
+            pretrained.source(name),
             config=config,
             dtype=WEIGHTS,
             use_safetensors=True,
@@ -347,13 +278,9 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
             ignore_mismatched_sizes=True,  # reported, and rejected below
             **options,
         )
-    except (OSError, SafetensorError) as error:
-        raise UserError(_unreachable(name, error)) from None
-    missing = [key for key in info["missing_keys"] if not key.startswith(_OPTIONAL)]
-    unexpected = [key for key in info["unexpected_keys"] if not any(part in key for part in _UNUSED)]
-    mismatched = [key for key, *_ in info["mismatched_keys"]]
-    if problems := sorted([*missing, *unexpected, *mismatched]):
-        raise UserError(f"backbone {name}: its weights do not fit its config.json; first mismatch: {problems[0]}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise pretrained.unreachable(name, error) from None
+    _check_loaded(name, model, info)
     for key, parameter in model.named_parameters():
         if key.startswith(_FIXED):
             parameter.requires_grad_(False)
@@ -363,6 +290,20 @@ def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.devic
             # would get no gradient through it.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
+    """Raises UserError where weights are missing, too many, of another shape, or not finite."""
+    own = [child for child, _ in model.named_children()]  # what lies beside them is a head's or a decoder's
+    if model.config.model_type != "whisper":  # of which these names come without their prefix
+        own.append(model.base_model_prefix)
+    missing = [key for key in info["missing_keys"] if not key.startswith(_OPTIONAL)]
+    unexpected = [k for k in info["unexpected_keys"] if k.partition(".")[0] in own and k not in _OF_A_HEAD]
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    if problems := sorted([*missing, *unexpected, *mismatched]):
+        raise UserError(f"backbone {name}: its weights do not fit its config.json; first mismatch: {problems[0]}")
+    if damaged := not_finite(model.named_parameters()):
+        raise UserError(f"backbone {name}: {damaged} has values that are not finite: its weights are damaged")
 
 
 def frame_mask(lengths_B: torch.Tensor, longest: int) -> torch.Tensor:

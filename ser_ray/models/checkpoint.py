@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ser_ray import config
 from ser_ray.disk import write_json
 from ser_ray.models import backbones
+from ser_ray.models.adapters import load_updates
 from ser_ray.models.classifier import EmotionClassifier, build
-from ser_ray.schema import UserError
+from ser_ray.models.precision import autocast
+from ser_ray.models.pretrained import MissingBackboneError
+from ser_ray.models.weights import one_line, read_weights
+from ser_ray.schema import SAMPLING_RATE, UserError
 
 
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
@@ -39,7 +43,7 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
             model.peft.save_pretrained(str(directory / "adapter"), safe_serialization=True, save_embedding_layers=False)
         elif model.experiment.adapter.method == "full":
             model.backbone.model.save_pretrained(directory / "backbone")
-            backbones.describe(model.experiment.backbone)[1].save_pretrained(directory / "backbone")
+            model.backbone.extractor.save_pretrained(directory / "backbone")
         save_file({k: v.contiguous() for k, v in model.head.state_dict().items()}, directory / "head.safetensors")
     (directory / "experiment.yaml").write_text(config.dump(model.experiment), encoding="utf-8")
     for path in directory.rglob("*.safetensors"):  # safetensors makes them readable by their owner alone
@@ -48,27 +52,33 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
     write_json(directory / "metrics.json", metrics)
 
 
-def load(directory: str | Path, device: torch.device | str = "cpu") -> EmotionClassifier:
-    """The model that `save` wrote, in evaluation mode.
+def load(
+    directory: str | Path, device: torch.device | str = "cpu", backbone: str | Path | None = None
+) -> EmotionClassifier:
+    """The model that `save` wrote, in evaluation mode. ``backbone``: where its backbone is now, if that has moved.
 
+    A checkpoint may come from a stranger: its code is never run, and all of its weights have to be there and finite.
     Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser().absolute()  # not to be taken for a hub id
     experiment = config.load_experiment(directory / "experiment.yaml")
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
             raise UserError(f"{directory}: {name} is missing; give a complete checkpoint")
     method = experiment.adapter.method
     if method == "full":
-        experiment = experiment.model_copy(update={"backbone": str(directory / "backbone")})
-    adapter = None
-    if method in ("lora", "qlora"):
-        adapter = str(directory / "adapter")
-        if not (directory / "adapter" / "adapter_model.safetensors").is_file():
-            raise UserError(f"{directory}: adapter/adapter_model.safetensors is missing; give a complete checkpoint")
-    model = build(experiment, device, adapter=adapter)
-    model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
-    return model.eval()
+        if backbone is not None:
+            raise UserError(f"{directory}: it holds its backbone itself, all of it was trained; leave out --backbone")
+        backbone = directory / "backbone"
+    try:
+        adapter = directory / "adapter" if method in ("lora", "qlora") else None
+        model = build(experiment, device, adapter, backbone_from=str(backbone) if backbone else None)
+    except MissingBackboneError as error:
+        hint = "" if method == "full" else "; if it has moved, say where it is now: --backbone DIR"
+        raise UserError(f"{directory}: its {error}{hint}") from None
+    model.head.load_state_dict(read_weights(directory / "head.safetensors", model.head.state_dict()))
+    _check_runs(model.eval(), directory)
+    return model
 
 
 def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, counters: dict[str, Any]) -> None:
@@ -81,6 +91,7 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
     with _system_errors(directory):
         save_file(moments, directory / "optimizer.safetensors")
     write_json(directory / "state.json", counters)
+    shutil.copymode(directory / "state.json", directory / "optimizer.safetensors")
 
 
 def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -98,17 +109,29 @@ def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> di
 
 def load_weights(model: EmotionClassifier, directory: Path) -> None:
     """Load a checkpoint's trained weights into a model that was built from the same experiment."""
-    device = next(model.head.parameters()).device
-    model.head.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+    model.head.load_state_dict(read_weights(directory / "head.safetensors", model.head.state_dict()))
     if model.peft is not None:
-        from peft import set_peft_model_state_dict
-
-        saved = load_file(directory / "adapter" / "adapter_model.safetensors", device=str(device))
-        result = set_peft_model_state_dict(model.peft, saved)
-        assert not result.unexpected_keys, result.unexpected_keys
+        load_updates(model.peft, directory / "adapter")
     elif model.experiment.adapter.method == "full":
-        weights = backbones.load(str(directory / "backbone"), device=device)
+        device = next(model.head.parameters()).device
+        weights = backbones.load(str(directory.absolute() / "backbone"), device=device)
         model.backbone.model.load_state_dict(weights.model.state_dict())
+
+
+def _check_runs(model: EmotionClassifier, directory: Path) -> None:
+    """Raises UserError where a model does not predict half a second of sound: its files may agree with each other and
+    still describe nothing that runs, such as convolutions without a stride."""
+    device = next(model.head.parameters()).device
+    waveform_BT = 0.1 * torch.sin(torch.arange(SAMPLING_RATE // 2, device=device) / 10)[None]
+    try:
+        with torch.inference_mode(), autocast(model.experiment.precision, device):
+            logits_BK = model(waveform_BT, torch.tensor([waveform_BT.shape[1]], device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a configuration that nobody foresaw makes torch raise
+        raise UserError(f"{directory}: its model does not run: {one_line(error)}") from None
+    if not logits_BK.isfinite().all():
+        raise UserError(f"{directory}: what its model predicts is not finite: its weights or its backbone are damaged")
 
 
 @contextmanager

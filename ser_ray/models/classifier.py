@@ -6,6 +6,7 @@ the pooled vector, K emotions.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,15 +63,22 @@ class EmotionClassifier(nn.Module):
         return self.prefix is not None and self.prefix.moments is not None
 
 
-def build(experiment: Experiment, device: torch.device | str = "cpu", adapter: str | None = None) -> EmotionClassifier:
+def build(
+    experiment: Experiment,
+    device: torch.device | str = "cpu",
+    adapter: Path | None = None,
+    backbone_from: str | None = None,
+) -> EmotionClassifier:
     """The classifier that an experiment describes, before training.
 
     Initial weights of head and adapter depend on ``experiment.seed`` alone. ``adapter``: directory of a saved one
-    to start from instead of a new one.
+    to start from instead of a new one. ``backbone_from``: where to read the backbone, if not by its name.
     Raises UserError if backbone, adapter or head do not fit; see `backbones.load`, `adapters.adapt` and `heads.of`.
     """
     quantize = experiment.adapter.method == "qlora"
-    backbone = backbones.load(experiment.backbone, quantize, device, experiment.precision)
+    backbone = backbones.load(backbone_from or experiment.backbone, quantize, device, experiment.precision)
+    # Written to adapter_config.json as the base model: the name that others know, wherever it was read.
+    backbone.model.name_or_path = experiment.backbone
     backbone.masks = (experiment.augment.channel_mask, experiment.augment.time_mask)
     backbone.recompute = experiment.recompute
     with torch.random.fork_rng():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ser_ray.config import Experiment
-from ser_ray.models import backbones, heads
+from ser_ray.models import heads, pretrained
 from ser_ray.models.backbones import Backbone, frame_mask
 from ser_ray.models.moments import moments
 from ser_ray.schema import UserError
@@ -24,12 +24,12 @@ def of(experiment: Experiment, precision: str) -> Prefix:
 
     Raises UserError if the backbone cannot be found, or the head does not fit (`heads.of`).
     """
-    config, _ = backbones.describe(experiment.backbone)
+    config, _ = pretrained.describe(experiment.backbone)
     frozen = experiment.adapter.method == "frozen"
     first = config.num_hidden_layers if frozen else experiment.adapter.first_layer
     return Prefix(
         experiment.backbone,
-        backbones.identity(experiment.backbone),
+        pretrained.identity(experiment.backbone),
         experiment.adapter.method == "qlora",
         precision,
         first,

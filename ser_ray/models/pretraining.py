@@ -18,7 +18,7 @@ for each. Every sentence that it was trained on has words of one lexicon only.""
 def pretraining_overlap(backbones: Iterable[str], corpora: Iterable[str]) -> list[str]:
     """A line for every embedded backbone that was trained on a speaker, or could have been on a sentence, of the
     synthetic corpus; there should be none. Other corpora have no part in that training."""
-    from ser_ray.models.backbones import embedded_directory  # imports torch, which the driver does not need
+    from ser_ray.models.pretrained import embedded_directory  # imports torch, which the driver does not need
 
     lines = []
     for name in backbones if "synthetic" in corpora else ():

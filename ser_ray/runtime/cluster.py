@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -18,7 +19,7 @@ import ray.data
 from rich.console import Console
 
 from ser_ray.config import SearchSpace
-from ser_ray.runtime import allocation, nodes
+from ser_ray.runtime import allocation, nodes, private
 from ser_ray.runtime.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.schema import UserError
 
@@ -84,6 +85,8 @@ def _join() -> None:
             "num_cpus": cpus + DATA_CPUS,
             "resources": {OWN: 1},
             "dashboard_host": "127.0.0.1",
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": str(private.own_directory(_system_temp())),
         }
     else:
         address, options = offered, {"address": offered}
@@ -94,8 +97,10 @@ def _join() -> None:
         os.environ["RAY_ADDRESS"] = address  # inherited; with a runtime environment every worker would start twice
     else:
         options["runtime_env"] = {"env_vars": variables}
+    private.guard_token()
     try:
-        ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
+        with private.on_loopback() if offered is None else contextlib.nullcontext():
+            ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
     except ConnectionError:
         raise UserError(
             f"{address}: no Ray cluster answers us; start it, unset RAY_ADDRESS, or set RAY_AUTH_MODE=token where it "
@@ -200,7 +205,7 @@ def _offered() -> str | None:
     started = _system_temp() / "ray" / "ray_current_cluster"
     if not started.is_file():
         return named or None
-    if started.stat().st_uid != os.getuid():
+    if started.is_symlink() or started.stat().st_uid != os.getuid():  # by a link anybody could name a file of ours
         raise UserError(
             f"{started}: belongs to the Ray of another user; set RAY_TMPDIR to a directory of your own, or RAY_ADDRESS "
             "to the cluster to join"
@@ -248,7 +253,8 @@ def _speaks_grpc(connection: socket.socket) -> bool:
 def _check_sockets_fit() -> None:
     """Raises UserError where the paths of Ray's sockets would be longer than the system allows."""
     temp = _system_temp()
-    longest = temp / "ray" / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / LONGEST_SOCKET
+    own = temp / f"ser_ray-{os.getuid()}" / "ray"
+    longest = own / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / LONGEST_SOCKET
     over = len(os.fsencode(longest)) - SOCKET_BYTES
     if over > 0:
         raise UserError(

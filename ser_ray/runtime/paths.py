@@ -82,7 +82,8 @@ def _is_file(given: object) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    """Absolute, with links as they were given: one may be set to lead elsewhere when what it names moves."""
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 (Path.resolve follows links, absolute leaves ..)
 
 
 def _absolute_corpus(given: str) -> str:
@@ -91,7 +92,8 @@ def _absolute_corpus(given: str) -> str:
 
 
 def _absolute_backbone(name: str) -> str:
-    return _absolute(name) if Path(name).expanduser().is_dir() else name
+    """A hub id stays one, even where a folder of that name lies that holds no backbone."""
+    return _absolute(name) if (Path(name).expanduser() / "config.json").is_file() else name
 
 
 def _submitted_job() -> bool:

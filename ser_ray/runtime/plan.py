@@ -205,10 +205,10 @@ def check(space: SearchSpace) -> None:
     Raises UserError where a backbone cannot be found, `adapter.first_layer` is beyond its last block, or a head is to
     start from a probe and cannot.
     """
-    from ser_ray.models import backbones, heads
+    from ser_ray.models import heads, pretrained
 
     for experiment in variants(space, ("backbone", "adapter.method", "adapter.first_layer")):
-        blocks = backbones.describe(experiment.backbone)[0].num_hidden_layers
+        blocks = pretrained.describe(experiment.backbone)[0].num_hidden_layers
         if experiment.adapter.method != "frozen" and experiment.adapter.first_layer >= blocks:
             raise UserError(
                 f"adapter.first_layer: {experiment.adapter.first_layer}, but {experiment.backbone} has blocks 0 to "

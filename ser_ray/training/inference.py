@@ -24,6 +24,9 @@ SCHEMA: Final = pa.schema(
     {"utterance_id": pa.string(), "num_samples": pa.int32(), "audio": pa.large_binary(), "label": pa.int64()}
 )
 
+NOT_FINITE: Final = "what the model predicts for it is not finite"
+"""The reason of a recording for which the model's numbers overflow, as in fp16 they may."""
+
 Source = Path | tuple[np.ndarray, int]
 """A file, or samples (T,) and their sampling rate in Hz."""
 
@@ -61,8 +64,11 @@ def predict(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Ans
         table, reasons = _read(model, group)
         probabilities: dict[int, list[float]] = {}
         for batch, logits_BK in predict_batches(model, stream.short_to_long(table, model.experiment.batch_seconds)):
-            values = logits_BK.double().softmax(-1).tolist()
-            probabilities.update(zip(map(int, batch.utterance_ids), values, strict=True))
+            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
+                if values_K.isfinite().all():
+                    probabilities[number] = values_K.tolist()
+                else:
+                    reasons[number] = NOT_FINITE
         for number, source in enumerate(group):
             known = dict(zip(model.experiment.emotions, probabilities.get(number, []), strict=False))
             yield Answer(str(source) if isinstance(source, Path) else "", known, reasons.get(number, ""))

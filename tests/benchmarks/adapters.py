@@ -33,7 +33,7 @@ from ser_ray.disk import write_json
 from ser_ray.evaluation.baselines import linear_svm
 from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import confusion, uar
-from ser_ray.models import backbones, checkpoint
+from ser_ray.models import backbones, checkpoint, pretrained
 from ser_ray.models.classifier import build
 from ser_ray.models.pooling.statistics import masked_statistics
 from ser_ray.protocols.task import load_task
@@ -199,7 +199,7 @@ def main() -> None:
         random = [f"{scratch}/{seed}" for seed in seeds]
         for seed, directory in enumerate(random):
             backbones.untrained(backbone, seed).model.save_pretrained(directory)
-            backbones.describe(backbone)[1].save_pretrained(directory)
+            pretrained.describe(backbone)[1].save_pretrained(directory)
         prepare.prepare(config.load(SPACE, []), use_ray=False, console=Console(stderr=True))
         # A linear SVM has no seed: its folds stand beside those of every other's.
         found = {LOGMEL: [logmel(fold) for fold in range(FOLDS)] * len(seeds)}

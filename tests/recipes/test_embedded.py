@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from recipes.embedded import recipe, speech
 from ser_ray.disk import read_json
-from ser_ray.models import backbones, pretraining
+from ser_ray.models import backbones, pretrained, pretraining
 from ser_ray.models.pretraining import pretraining_overlap
 
 NAMES = ("embedded/tiny-whisper", "embedded/tiny-wav2vec2")
@@ -23,7 +23,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_small_enough_for_a_repository(name):
-    directory = backbones.embedded_directory(name)
+    directory = pretrained.embedded_directory(name)
     assert sum(p.numel() for p in backbones.load(name).parameters()) <= 4_000_000
     assert sum(path.stat().st_size for path in directory.iterdir()) <= 8_000_000
     with safe_open(directory / "model.safetensors", "pt") as file:
@@ -31,7 +31,7 @@ def test_small_enough_for_a_repository(name):
 
 
 def test_automodel_loads_it(name):
-    directory = str(backbones.embedded_directory(name))
+    directory = str(pretrained.embedded_directory(name))
     model, told = AutoModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     encoder = getattr(model, "encoder" if "whisper" in name else "base_model")
     own = backbones.load(name).model.state_dict()
@@ -45,7 +45,7 @@ def test_automodel_loads_it(name):
 
 
 def test_its_recipe_is_told_and_is_that_of_the_checkout(name):
-    directory = backbones.embedded_directory(name)
+    directory = pretrained.embedded_directory(name)
     told = read_json(directory / "recipe.json")
     assert hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest() == told["sha256"]
     assert told["steps_done"] == told["steps"]
@@ -54,7 +54,7 @@ def test_its_recipe_is_told_and_is_that_of_the_checkout(name):
 
 
 def test_its_card_tells_the_recipe(name):
-    directory = backbones.embedded_directory(name)
+    directory = pretrained.embedded_directory(name)
     card, told = (directory / "README.md").read_text(), read_json(directory / "recipe.json")
     assert f"--family {told['family']} --speech DIR --steps {told['steps']} --threads {told['threads']}" in card
     assert f"{told['parameters'] / 1e6:.2f} M parameters" in card
@@ -64,7 +64,7 @@ def test_its_card_tells_the_recipe(name):
 
 
 def test_no_sentence_and_no_speaker_of_the_demo_was_heard(name):
-    told = read_json(backbones.embedded_directory(name) / "recipe.json")
+    told = read_json(pretrained.embedded_directory(name) / "recipe.json")
     said = speech.sentences(told["seed"], told["drawn"])
     assert len(said) == told["drawn"]
     assert speech.shared_with_demo(said) == []

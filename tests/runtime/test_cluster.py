@@ -126,7 +126,9 @@ def test_a_cluster_that_does_not_answer_is_said(places, monkeypatch, nobody):
 
 
 def test_a_temporary_directory_that_is_too_long_for_sockets_is_said(places, monkeypatch):
-    session = len(f"/ray/session_2026-11-27_17-46-25_123456_{os.getpid()}/sockets/{cluster.LONGEST_SOCKET}")
+    session = len(
+        f"/ser_ray-{os.getuid()}/ray/session_2026-11-27_17-46-25_123456_{os.getpid()}/sockets/{cluster.LONGEST_SOCKET}"
+    )
     monkeypatch.setenv("RAY_TMPDIR", "/" + "é" * ((107 - session - 1) // 2) + "x" * ((107 - session - 1) % 2))
     cluster._check_sockets_fit()
     monkeypatch.setenv("RAY_TMPDIR", os.environ["RAY_TMPDIR"] + "y")

@@ -1,0 +1,71 @@
+"""A stranger's files, read with care: safetensors that are all that a model needs, every number finite, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ser_ray.disk import read_json
+from ser_ray.schema import UserError
+
+
+def read_weights(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of ``path``, on the device and in the dtype of those in ``wanted``, which say what has to be there.
+
+    Raises UserError, in one line, for a file that is missing, cut short or not safetensors, and where a tensor is
+    missing, is of no use to the model, has another shape, or holds NaN or infinity. A model without some of its weights
+    would predict all the same, and wrongly.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: this file is missing; give a complete checkpoint")
+    try:
+        found = load_file(path)
+    except OSError:
+        raise  # of the disk
+    except Exception as error:  # of a damaged file safetensors and torch raise errors of several kinds
+        raise UserError(f"{path}: not readable as safetensors: {one_line(error)}") from None
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}")
+    if foreign := sorted(found.keys() - wanted.keys()):
+        raise UserError(f"{path}: {foreign[0][:120]} is no weight of the model that experiment.yaml describes")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(wanted[name].shape)}"
+            raise UserError(f"{path}: {name} has the shape {shapes}: it does not fit experiment.yaml")
+    found = {name: tensor.to(wanted[name]) for name, tensor in found.items()}
+    if damaged := not_finite(found.items()):
+        raise UserError(f"{path}: {damaged} has values that are not finite: its weights are damaged")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, in one line, where there is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: this file is missing; give a complete checkpoint")
+    try:
+        content = read_json(path)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not readable as JSON: it is no object")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """An error of a library in one line, and a short one."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None if there is none."""
+    for name, tensor in named:
+        # The limits are NaN where any value is: one pass without a copy, which matters for the weights of a backbone.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return None
