@@ -33,9 +33,9 @@ _REFUSED = ("auto_map", "quantization_config", "transformers_weights")
 _IGNORED = ("num_labels", "id2label", "label2id", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
 """Keys of config.json that an encoder does not need: of a head (a large number of labels alone would fill the memory),
 of the dtype, which `precision.WEIGHTS` sets, and of attention, which may name code on the hub."""
-_LEAST_STRIDE: Final = 160
-"""Samples from frame to frame, 10 ms. All known backbones have 320; attention over more frames needs memory that grows
-with their square."""
+_STRIDES: Final = range(160, 1601)
+"""Samples from frame to frame, 10 to 100 ms. All known backbones have 320; attention over more frames needs memory that
+grows with their square, and fewer describe no speech."""
 
 
 class MissingBackboneError(UserError):
@@ -65,8 +65,8 @@ def describe(name: str) -> tuple[Any, Any]:
     known = {key: value for key, value in content.items() if key not in _IGNORED}
     try:
         config = CONFIG_MAPPING[family].from_dict(known)
-        if family != "whisper" and math.prod(config.conv_stride) < _LEAST_STRIDE:
-            raise ValueError(f"conv_stride makes frames of less than {_LEAST_STRIDE} samples")
+        if family != "whisper" and math.prod(config.conv_stride) not in _STRIDES:
+            raise ValueError(f"conv_stride makes a frame of every {math.prod(config.conv_stride)} samples")
         return config, extractor.from_dict(dict(audio))
     except Exception as error:  # transformers raises errors of many kinds for values that it does not expect
         raise UserError(f"backbone {name}: its configuration is not usable: {one_line(error)}") from None
