@@ -569,6 +569,7 @@ def test_a_submitted_job_refuses_relative_paths(space, monkeypatch):
 def test_backbones_beside_the_yaml_keep_their_conditions(space, tmp_path, monkeypatch):
 
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")  # by which a folder is told from a hub id
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(space.read_text())
     content["search"] = {

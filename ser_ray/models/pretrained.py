@@ -189,13 +189,16 @@ def _directory(name: str) -> Path | None:
 
 def _cached(name: str, file: str) -> str | None:
     """The path of one of its files, downloaded if need be; None where it has none of that name, or cannot be asked."""
-    found: str | None = cached_file(
-        source(name),
-        file,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found: str | None = cached_file(
+            source(name),
+            file,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # the hub knows no such repository
+        return None
     return found
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ser_ray.corpora import synthetic
-from ser_ray.models import backbones, pretraining
+from ser_ray.models import pretrained, pretraining
 from ser_ray.models.pretraining import pretraining_overlap, voice_key, words
 from ser_ray.schema import UserError
 
@@ -18,7 +18,7 @@ def trained(tmp_path, monkeypatch):
     directory = tmp_path / "mine"
     directory.mkdir()
     (directory / "config.json").write_text("{}")
-    monkeypatch.setattr(backbones, "ASSETS", tmp_path)
+    monkeypatch.setattr(pretrained, "ASSETS", tmp_path)
 
     def write(lexicon: list[str], speakers: list[str]) -> None:
         content = {"words": {"en": lexicon, "de": ["hund"]}, "speakers": speakers}
