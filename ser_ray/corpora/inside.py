@@ -42,7 +42,7 @@ MAGIC: Final = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp
 
 
 def holds_recordings(path: Path) -> bool:
-    """Whether a Parquet file has its recordings in a column ``audio``, and not in files that a column ``path`` names."""
+    """Whether a Parquet file has its recordings in a column ``audio``: no column ``path`` names files of them."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return False
     try:
