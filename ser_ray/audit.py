@@ -54,7 +54,7 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
         console.print(f"to mend it: {line}", markup=False)
     console.print("LEAKY: metrics of this split are too high" if result["leaky"] else "no leak found")
     if target := _write(space, result):
-        console.print(f"written to {target}, and all findings as a table to {target.with_suffix('.csv')}", markup=False)
+        console.print(f"written to {target}; all findings as a table: {target.with_suffix('.csv')}", markup=False)
     return result
 
 
@@ -75,7 +75,7 @@ def _write(space: SearchSpace, result: dict[str, Any]) -> Path | None:
     if (target.parent / "search.yaml").is_file():
         return None
     try:
-        write_audit(target.parent, result)
+        write_audit(space, result)
     except OSError as error:
         raise UserError(f"storage.results: cannot write {target}: {error.strerror}") from None
     return target

@@ -191,7 +191,7 @@ def test_the_audit_before_training_finds_the_same_and_stamps_the_results(corpus,
 
 
 def test_without_what_the_audit_names_there_is_no_leak_left(corpus, tmp_path, capsys):
-    """By kind, and by audit.csv as it is, which the audit itself then writes again."""
+    """By kind, and by audit.csv."""
     waveform, _ = soundfile.read(corpus / name(7, "05", 1))
     as_cut(waveform, corpus / name(2, "05", 1))
     shutil.copy(corpus / name(10, "05", 1), corpus / name(10, "04", 2))
@@ -206,7 +206,7 @@ def test_without_what_the_audit_names_there_is_no_leak_left(corpus, tmp_path, ca
     lines = list(csv.DictReader(table.open()))
     bad = {f"ravdess/03-01-{rest}" for rest in ("05-01-01-01-07", "05-01-01-01-10", "04-01-02-01-10")}
     assert {row["utterance_id"] for row in lines if row["exclude"]} == bad
-    for exclude in (advised, f"experiment.exclude={table}", f"experiment.exclude={table}"):
+    for exclude in (advised, f"experiment.exclude={table}"):
         less = audited(space, exclude)
         assert not less["leaky"]
         assert {row["utterance_id"] for row in less["excluded"]} == bad
@@ -215,6 +215,11 @@ def test_without_what_the_audit_names_there_is_no_leak_left(corpus, tmp_path, ca
         out = capsys.readouterr().out
         assert "excluded: 3 utterances (" in out
         assert "no leak found" in out
+    # Edited by hand, the table says what it says, whatever the audit finds, and stays.
+    edited = "".join(line for line in table.read_text().splitlines(True) if "05-01-01-01-07" not in line)
+    table.write_text(edited)
+    assert audited(space, f"experiment.exclude={table}")["leaky"]
+    assert table.read_text() == edited
     assert main(["audit", str(space), "experiment.exclude=duplicated"]) == 2
     assert "did you mean duplicates?" in capsys.readouterr().err
 

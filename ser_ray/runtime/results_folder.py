@@ -53,10 +53,13 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     return findings
 
 
-def write_audit(directory: Path, audit: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` and ``audit.csv`` to a results folder."""
+def write_audit(space: SearchSpace, audit: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` and ``audit.csv`` to the results folder; not the table if `Experiment.exclude` names it, as
+    the user may have edited it."""
+    directory = space.results_dir()
     disk.write_json(directory / "audit.json", audit)
-    disk.write_text(directory / "audit.csv", audit_findings.csv_text(audit))
+    if str(directory / "audit.csv") not in space.experiment.exclude:
+        disk.write_text(directory / "audit.csv", audit_findings.csv_text(audit))
 
 
 def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any], argv: list[str]) -> Path:
@@ -81,10 +84,10 @@ def open_results(space: SearchSpace, planned: RunPlan, findings: dict[str, Any],
             if config.differences(before, space):
                 disk.write_text(existing, config.dump(space))
             disk.write_json(directory / plan.FILE, planned.to_dict())
-            write_audit(directory, findings)
+            write_audit(space, findings)
             return directory
         directory.mkdir(parents=True, exist_ok=True)
-        write_audit(directory, findings)
+        write_audit(space, findings)
         disk.write_json(directory / plan.FILE, planned.to_dict())
         disk.write_json(directory / "provenance.json", provenance.provenance(space, shard_dirs, argv))
         disk.write_text(existing, config.dump(space))
