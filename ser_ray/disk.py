@@ -35,6 +35,15 @@ def explain(error: OSError, where: object = "") -> str | None:
     return f"{prefix}{os.strerror(error.errno)}; make room or choose another path, then run the same command again"
 
 
+def readable(name: str | Path) -> str:
+    """A name as text. In a file system names are bytes: those that are not UTF-8 are shown as numbers.
+
+    >>> readable(os.fsdecode(b"caf\\xe9.wav"))
+    'caf\\\\xe9.wav'
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end, and only after success, it replaces ``path``.
@@ -42,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Two writers of the same content do no harm. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}")  # within the 255 bytes of a name
     try:
         yield aside
         with aside.open("rb") as file:
