@@ -254,9 +254,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(printable(f"{said}: {line}"), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who read the answers has read enough; Python would complain again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         print(f"\n{said}: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -206,13 +206,12 @@ def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
 
     Arguments and errors: as `search`; the space may leave out its backbone.
     """
-    from rich.console import Console
-
     from ser_ray import audit, config
     from ser_ray.runtime import paths
+    from ser_ray.terminal import PlainConsole
 
     read = paths.resolve_paths(config.load(*_given(space, overrides), needs_backbone=False))
-    return audit.run(read, Console(highlight=False, soft_wrap=True))
+    return audit.run(read, PlainConsole())
 
 
 # -- below: how it is done

@@ -331,5 +331,5 @@ def _progress(console: Console, title: str) -> Progress:
     """A progress bar in a terminal; in a job's log, where a bar cannot move, the title as a line."""
     if not console.is_terminal:
         console.print(f"{title} ...", highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,14 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def titled(title: str, text: str, style: str = "bold") -> Text:
+    """A line that begins with a title in another style."""
+    return Text.assemble((printable(title), style), printable(text))
+
+
 class PlainConsole(Console):
     """Prints text as it is: square brackets in the name of a file or an emotion are no markup, and colons no emoji.
-    What is to be bold is a `rich.text.Text`, or has a ``style``."""
+    What is to be bold has a ``style``, or is `titled`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "soft_wrap": True} | options, markup=False, emoji=False)
@@ -67,16 +73,19 @@ def output_path(path: Path) -> Path:
 
 @contextmanager
 def opened_output(path: Path | None) -> Iterator[TextIO]:
-    """The file to write to, by its `output_path`, or the terminal."""
+    """The file to write to, by its `output_path`, or the terminal. Ends quietly where what reads a pipe has ended."""
     if path is None:
-        yield sys.stdout
-        return
-    with path.open("w", encoding="utf-8", newline="") as file:
         try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
             yield file
-            file.flush()
-        except OSError as error:  # of a full disk, which itself does not say where
-            raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
+    except OSError as error:  # of a full disk, which itself does not say where
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 # -- below: how it is done

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
+from ser_ray.disk import name_place, readable
 from ser_ray.schema import UserError
 
 
@@ -27,6 +28,8 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
+    for key, path in (("storage.results", storage.results), ("storage.cache", storage.cache)):
+        name_place(key, path)
     search = {key: _resolve_conditions(distribution) for key, distribution in space.search.items()}
     if "backbone" in search and search["backbone"].choice is not None:
         choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
@@ -75,7 +78,14 @@ def _is_file(given: object) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    absolute = str(Path(path).expanduser().resolve())
+    try:
+        absolute.encode()
+    except UnicodeEncodeError:  # in the file of the search, and in tables
+        raise UserError(
+            f"{readable(absolute)}: this path is not UTF-8; give one that is, such as a link to it"
+        ) from None
+    return absolute
 
 
 def _absolute_backbone(name: str) -> str:

@@ -186,27 +186,34 @@ def _with_ffmpeg(file: BinaryIO, kind: str) -> Iterator[Opened]:
             if not container.streams.audio:
                 raise Unusable("holds pictures, no audio")
             stream = container.streams.audio[0]
-            if not stream.rate or not stream.channels:
+            if stream.codec_context is None:
+                raise Unusable(f"cannot be decoded: {kind} with a codec that is not known")
+            channels = stream.layout.nb_channels
+            if not stream.rate or not channels:
                 raise Unusable(f"cannot be decoded: {kind} that does not say its sampling rate and channels")
-            yield Opened(stream.rate, stream.channels, math.inf, kind, _ffmpeg_reader(container, stream))
+            yield Opened(stream.rate, channels, math.inf, kind, _ffmpeg_reader(container, stream, channels))
     except av.FFmpegError as error:
         raise Unusable(f"cannot be decoded: {error.strerror or error}") from error
 
 
-def _ffmpeg_reader(container: Any, stream: Any) -> Callable[[int, int], Iterator[np.ndarray]]:
+def _ffmpeg_reader(container: Any, stream: Any, channels: int) -> Callable[[int, int], Iterator[np.ndarray]]:
     import av
 
     def blocks(first: int, size: int) -> Iterator[np.ndarray]:
         if first > PREROLL * stream.rate:
             container.seek(int((first / stream.rate - PREROLL) / stream.time_base), stream=stream)
-        # float32 in one layout throughout, whatever the codec gives, and though a stream may change on its way
-        same = av.AudioResampler("flt", stream.layout, stream.rate)
+        to_float: Any = None
+        before: tuple[str, str, int] | None = None
         place: int | None = None
         for decoded in container.decode(stream):
             if place is None:
-                place = round(float(decoded.pts * decoded.time_base) * stream.rate) if decoded.pts else 0
-            for frame in same.resample(decoded):
-                block_TC = frame.to_ndarray().reshape(-1, stream.channels)
+                seconds = decoded.pts * decoded.time_base if decoded.pts and decoded.time_base else 0
+                place = round(float(seconds) * stream.rate)
+            now = (decoded.format.name, decoded.layout.name, decoded.rate)
+            if now != before:  # a stream may change on its way; what is given does not
+                to_float, before = av.AudioResampler("flt", stream.layout, stream.rate), now
+            for frame in to_float.resample(decoded):
+                block_TC = frame.to_ndarray().reshape(-1, channels)
                 begin, place = max(0, first - place), place + len(block_TC)
                 for start in range(begin, len(block_TC), size):
                     yield block_TC[start : start + size]
