@@ -17,6 +17,7 @@ import typer
 
 from ser_ray import __version__, disk
 from ser_ray.schema import UserError
+from ser_ray.terminal import printable
 
 RENAMED = {"premium": "leakage"}
 """Old names of verbs, which still work."""
@@ -209,7 +210,7 @@ def fetch(
 def predict(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
     audio: Annotated[
-        list[Path], typer.Argument(metavar="AUDIO", help="Files, or folders that are searched for audio.")
+        list[Path], typer.Argument(metavar="AUDIO", help="Files, folders that are searched for audio, - for a pipe.")
     ],
     format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
@@ -235,9 +236,14 @@ def _run(arguments: list[str]) -> int:
 VERBS = tuple(command.callback.__name__ for command in app.registered_commands if command.callback)
 
 
+def _as_path(argument: str) -> str:
+    """An argument as it is; a file of this directory whose name begins with a dash is no option."""
+    return f"./{argument}" if argument[:1] == "-" and os.path.isfile(argument) else argument  # noqa: PTH113
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 done, 1 failed, 2 bad configuration or input, said in one line."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = [_as_path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -254,16 +260,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments) if arguments else (_run(["--help"]) or 2)
     except UserError as error:
-        print(f"{said}: {error}", file=sys.stderr)
+        print(printable(f"{said}: {error}"), file=sys.stderr)
         return 2
     except typer.TyperException as error:
         help_of = f"ser-ray {name} --help" if name in VERBS else "ser-ray --help"
-        print(f"{said}: {error.format_message()} See {help_of}", file=sys.stderr)
+        print(printable(f"{said}: {error.format_message()} See {help_of}"), file=sys.stderr)
         return 2
     except OSError as error:
         if (line := disk.explain(error)) is None:
             raise
-        print(f"{said}: {line}", file=sys.stderr)
+        print(printable(f"{said}: {line}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{said}: interrupted; the same command continues", file=sys.stderr)

@@ -66,10 +66,13 @@ class Model:
 
         ``recordings``: paths of files, or of folders that are searched for audio, or arrays (T,) of float in [-1, 1] or
         signed integers, with their ``sampling_rate`` in Hz; one of them, or several. They are resampled and trimmed as
-        the training data were. Columns: path (null for an array), emotion, a ``p_EMOTION`` for each, and reason: why a
-        recording could not be used (then the others are null).
+        the training data were. Columns: path (null for an array), start and end (null for all of a recording), emotion,
+        a ``p_EMOTION`` for each, and reason: why a recording could not be used (then the others are null).
 
-        Raises UserError for a path that does not exist, a folder without audio, and arrays without a sampling rate.
+        A recording longer than ``audio.max_seconds`` has a row for each of its equal windows, with start and end in
+        seconds, and then one for all of it, their mean.
+
+        Raises UserError if no path exists, for folders without audio alone, and arrays without a sampling rate.
         """
         import pyarrow as pa
 
@@ -78,7 +81,8 @@ class Model:
 
         answers = predict(self.classifier, _sources(recordings, sampling_rate))
         columns = answer_columns(self.emotions)
-        types = {name: pa.float64() if name.startswith(PROBABILITY) else pa.string() for name in columns}
+        numbers = {"start", "end", *(PROBABILITY + emotion for emotion in self.emotions)}
+        types = {name: pa.float64() if name in numbers else pa.string() for name in columns}
         return Rows(pa.Table.from_pylist([answer.row(self.emotions) for answer in answers], pa.schema(types)))
 
     def embed(self, recordings: Recordings, sampling_rate: int | None = None) -> np.ndarray:
@@ -203,13 +207,12 @@ def audit_data(space: str | Path, **overrides: Any) -> dict[str, Any]:
 
     Arguments and errors: as `search`; the space may leave out its backbone.
     """
-    from rich.console import Console
-
     from ser_ray import audit, config
     from ser_ray.runtime import paths
+    from ser_ray.terminal import PlainConsole
 
     read = paths.resolve_paths(config.load(*_given(space, overrides), needs_backbone=False))
-    return audit.run(read, Console(highlight=False, soft_wrap=True))
+    return audit.run(read, PlainConsole())
 
 
 # -- below: how it is done
@@ -236,6 +239,8 @@ def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
 
     alone = isinstance(recordings, str | Path | np.ndarray) or not isinstance(recordings, Sequence)
     several: Sequence[Any] = [recordings] if alone else recordings  # type: ignore[assignment]
+    if all(isinstance(recording, str | Path) for recording in several):
+        return [*find_audio([Path(recording).expanduser() for recording in several])]
     sources: list[Source] = []
     for recording in several:
         if isinstance(recording, str | Path):

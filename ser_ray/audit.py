@@ -30,6 +30,7 @@ from ser_ray.protocols.task import load_task
 from ser_ray.runtime import paths
 from ser_ray.runtime.results_folder import audited, write_audit
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole
 
 STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
@@ -41,27 +42,27 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     if task.absent:
         console.print(task.absent, markup=False)
     result = audited(space, task, console, shard_dirs)
-    console.print(task.fold.description, markup=False)
+    console.print(task.fold.description)
     console.print(_sizes(result["splits"]))
     if folds := result.get("folds"):
-        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}", markup=False)
+        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}")
     for finding in result["findings"]:
         line = f"{finding['level']:5}  {finding['what']}: {finding['detail']}"
-        console.print(line, style=STYLES[finding["level"]], markup=False)
+        console.print(line, style=STYLES[finding["level"]])
     if result["excluded"]:
-        console.print(f"excluded: {counted(result['excluded'])}", markup=False)
+        console.print(f"excluded: {counted(result['excluded'])}")
     for line in result["advice"]:
-        console.print(f"to mend it: {line}", markup=False)
+        console.print(f"to mend it: {line}")
     console.print("LEAKY: metrics of this split are too high" if result["leaky"] else "no leak found")
     if target := _write(space, result):
-        console.print(f"written to {target}; all findings as a table: {target.with_suffix('.csv')}", markup=False)
+        console.print(f"written to {target}; all findings as a table: {target.with_suffix('.csv')}")
     return result
 
 
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray audit``. Raises UserError for a finding that makes training pointless."""
     space = paths.resolve_paths(config.load(path, overrides, needs_backbone=False))
-    for finding in run(space, Console(highlight=False, soft_wrap=True))["findings"]:
+    for finding in run(space, PlainConsole())["findings"]:
         if finding["level"] == "error":
             raise UserError(f"{finding['what']}: {finding['detail']}")
     return 0

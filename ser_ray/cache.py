@@ -14,18 +14,17 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from rich.console import Console
-
 from ser_ray import config, prepare
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import cluster, paths, plan
 from ser_ray.runtime.feature_cache import made_first
+from ser_ray.terminal import PlainConsole
 
 
 def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray cache``: make every cache that the trials of a search space can use."""
     space = paths.resolve_paths(config.load(path, overrides))
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     plan.check(space)
     cluster.connect(space)
     allocation = cluster.allocate(space, space.tune.trials, console)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EA
 UNREACHABLE: Final = frozenset({errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT})
 """Errors of a disk on another machine; only if they name a file, as sockets raise the same."""
 
+PLACES: Final[dict[str, str]] = {"TMPDIR": tempfile.gettempdir()}
+"""What is to be set for the files below a path: of this process, as each works on one search."""
+
 
 def explain(error: OSError, where: object = "") -> str | None:
     """A human-readable line about a disk that cannot be used; None for errors of another kind.
@@ -25,14 +29,35 @@ def explain(error: OSError, where: object = "") -> str | None:
 
     >>> explain(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
     '/data/x: No space left on device; make room or choose another path, then run the same command again'
+    >>> explain(OSError(errno.EACCES, "Permission denied", "/data/x"))
+    '/data/x: Permission denied; have it made accessible or choose another path, then run the same command again'
     """
     if error.errno not in UNWRITABLE and not (error.filename and error.errno in UNREACHABLE):
         return None
     assert error.errno is not None
     place = error.filename or where
     prefix = f"{place}: " if place else ""
+    key = _place_of(str(place))
+    remedy = {errno.EACCES: "have it made accessible", errno.EROFS: "have it made writable"}.get(
+        error.errno, "make room"
+    )
+    other = f"set {key} to another path" if key else "choose another path"
     # The system's own text: libraries word it differently.
-    return f"{prefix}{os.strerror(error.errno)}; make room or choose another path, then run the same command again"
+    return f"{prefix}{os.strerror(error.errno)}; {remedy} or {other}, then run the same command again"
+
+
+def name_place(key: str, path: str) -> None:
+    """Let `explain` name the key of the configuration that leads to what is below ``path``."""
+    PLACES[key] = path
+
+
+def readable(name: str | Path) -> str:
+    """A name as text. In a file system names are bytes: those that are not UTF-8 are shown as numbers.
+
+    >>> readable(os.fsdecode(b"caf\\xe9.wav"))
+    'caf\\\\xe9.wav'
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -42,12 +67,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Two writers of the same content do no harm. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}")  # within the 255 bytes of a name
     try:
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # libraries do not say where
     finally:
         aside.unlink(missing_ok=True)
 
@@ -95,6 +124,12 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
                 yield True
                 return
             # The file was removed during the wait: a lock on it excludes nobody.
+
+
+def _place_of(path: str) -> str | None:
+    """The key of the innermost place that a path is below."""
+    holding = [key for key, folder in PLACES.items() if path.startswith(f"{folder.rstrip('/')}/")]
+    return max(holding, key=lambda key: len(PLACES[key]), default=None)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -40,6 +40,7 @@ from ser_ray.runtime.pool import Pool
 from ser_ray.runtime.results_folder import check_excluded
 from ser_ray.runtime.scorer import Scorer
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole
 from ser_ray.training.probe import most_utterances
 
 PROBE: Final = "frozen backbone + linear"
@@ -111,7 +112,7 @@ def main(results_dir: Path) -> int:
     directory = results_dir.resolve()
     if not (directory / "trials.csv").is_file():
         raise UserError(f"{directory}: no trials.csv; this is not the results folder of a search")
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     with folder.alone(directory):
         cluster.connect()
         answer = evaluate(directory, config.load(directory / "search.yaml"), console, ["evaluate", str(results_dir)])

@@ -12,13 +12,12 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from rich.console import Console
-from rich.markup import escape
 
 from ser_ray import config
 from ser_ray.config.choices import NameIn
 from ser_ray.config.validation import existing, hint, with_values
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole, titled
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -55,7 +54,7 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
 
     Raises UserError where there is none.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     if wanted is not None and wanted.endswith((".yaml", ".yml")):  # no key, but a file
         overrides = [*([str(path)] if path is not None else []), *overrides]
         path, wanted = Path(wanted), None
@@ -67,11 +66,11 @@ def main(wanted: str | None, path: Path | None, overrides: list[str]) -> int:
         raise UserError(f"{wanted}: no such key{hint(wanted, parts, '; ser-ray config lists all')}")
     values = origins(path, overrides) if path is not None else {}
     for key in chosen:
-        console.print(f"[bold]{key.name}[/bold]: {escape(key.summary)}")
+        console.print(titled(key.name, f": {key.summary}"))
         if key.name in values:
             value, origin = values[key.name]
-            console.print(f"  here: {value!r} ({origin})", markup=False)
-        console.print(f"  {key.meaning}", markup=False)
+            console.print(f"  here: {value!r} ({origin})")
+        console.print(f"  {key.meaning}")
     return 0
 
 

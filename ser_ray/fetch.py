@@ -20,10 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from ser_ray import config
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole
 
 CACHE = "HF_HUB_CACHE"
 OFFLINE = "HF_HUB_OFFLINE"
@@ -41,7 +40,7 @@ def main(path: Path, overrides: list[str], to: Path | None = None) -> int:
 
     from ser_ray.models import backbones  # after HF_HUB_CACHE is set
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     for name in space.backbones():
         started = time.monotonic()
         console.print(f"backbone {name} ...")

@@ -33,6 +33,7 @@ from ser_ray.evaluation.predictions import Predictions, pooled
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.runtime import cluster, paths
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole
 from ser_ray.train import train
 
 DISJOINT = "speaker_kfold"
@@ -45,13 +46,13 @@ def main(path: Path, overrides: list[str]) -> int:
     """``ser-ray leakage``: the runs that are missing, and the comparison."""
     space = paths.resolve_paths(config.load(path, overrides))
     argv = ["leakage", str(path), *overrides]
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     cluster.connect(space)
     home = space.results_dir()
     predictions: dict[str, list[Predictions]] = {}
     plan = list(schemes(space))
     for number, (name, protocol) in enumerate(plan, start=1):
-        console.print(f"[bold]{number} of {len(plan)}: {name}[/bold]")
+        console.print(f"{number} of {len(plan)}: {name}", style="bold")
         tested = _test(space, home, name, protocol, console, argv)
         predictions.setdefault(protocol.scheme, []).append(tested)
     answer = compare({scheme: pool(parts) for scheme, parts in predictions.items()})

@@ -45,6 +45,8 @@ from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance, is_kno
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 from ser_ray.speech.fingerprint import path_of, write_fingerprints
+from ser_ray.speech.formats import ADVICE, FFMPEG_SUFFIXES, has_pyav
+from ser_ray.terminal import PlainConsole, one_line
 
 CHUNK: Final = 64
 """Approximate utterances per task and shard: 6 MB at 3 s each; seconds of work, which is the cost of a retry."""
@@ -65,7 +67,7 @@ CHUNK_SCHEMA: Final = pa.schema(
 
 def main(path: Path | None, overrides: list[str]) -> int:
     """``ser-ray prepare``: prepare every corpus of a search space."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     space = config.load(path or config.default_space(), overrides, needs_backbone=False)
     directories = prepare(paths.resolve_paths(space), console=console)
     console.print(summary(shards.read_index(directories)))
@@ -79,7 +81,7 @@ def prepare(space: config.SearchSpace, use_ray: bool = True, console: Console | 
 
     Raises UserError where a corpus has no usable recording.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     return [
         _prepare_corpus(name, _corpus_path(name, given, space.cache_dir(), console), space, use_ray, console)
         for name, given in space.experiment.corpora.items()
@@ -150,7 +152,9 @@ def write_chunk(chunk: pa.Table, corpus_directory: str, shard_directory: str, au
     path = Path(shard_directory) / name
     shards.write_shard(pa.Table.from_pylist(rows, schema=shards.SCHEMA), path)
     write_fingerprints(path)
-    write_json(path.with_suffix(".json"), {"utterances": len(rows), "rejected": rejected, "flagged": flagged})
+    file = {"bytes": path.stat().st_size, "sha256": shards.digest(path)}
+    note = {"utterances": len(rows), "rejected": rejected, "flagged": flagged, "file": file}
+    write_json(path.with_suffix(".json"), note)
     return pa.table({"shard": [name]})
 
 
@@ -219,10 +223,13 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
     chunks = _chunks(utterances, directory, audio)
     fingerprint = config.fingerprint(shards.FORMAT, list(chunks), [asdict(r) for r in rejected], labels)
     target = space.cache_dir() / "shards" / f"{name}-{fingerprint}"
+    if bad := shards.damaged(target) if shards.is_whole(target) else []:
+        console.print(f"{name}: {len(bad)} of {len(chunks)} shards are damaged, such as {target / bad[0]}; made again")
+        (target / shards.MANIFEST).unlink()
     if not shards.is_whole(target):
         target.mkdir(parents=True, exist_ok=True)
         work = {"corpus_directory": str(directory), "shard_directory": str(target), "audio": audio}
-        missing = [chunk for shard, chunk in chunks.items() if not _found(target, shard)]
+        missing = [chunk for shard, chunk in chunks.items() if shard in bad or not _found(target, shard)]
         _in_tasks(write_chunk, missing, work, use_ray, f"{name}: decoding", console)
         notes = _notes(target, chunks)
         unusable, flagged = (
@@ -231,7 +238,8 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
         if not any(note["utterances"] for note in notes):
             example = f"{unusable[0].path}: {unusable[0].reason}"
             raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording; for example {example}")
-        shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged)
+        files = {shard: note["file"] for shard, note in zip(chunks, notes, strict=True) if "file" in note}
+        shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged, files)
     _add_fingerprints(target, use_ray, f"{name}: fingerprints", console)
     console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
@@ -243,11 +251,16 @@ def _chunks(utterances: Sequence[Utterance], directory: Path, audio: config.Audi
     chunks = {}
     for run in _runs(utterances, directory, chunk_size(len(utterances))):
         metadata = [{name: getattr(utterance, name) for name in UTTERANCE} for utterance, _ in run]
-        stats = [stat and [stat.st_size, stat.st_mtime_ns] for _, stat in run]
+        stats = [stat and [stat.st_size, stat.st_mtime_ns, *_reader(utterance.path)] for utterance, stat in run]
         rows = [[*utterance.values(), stat] for utterance, stat in zip(metadata, stats, strict=True)]
         shard = f"{config.fingerprint(shards.FORMAT, audio, rows)}.parquet"
         chunks[shard] = pa.Table.from_pylist([{"shard": shard} | u for u in metadata], schema=CHUNK_SCHEMA)
     return chunks
+
+
+def _reader(path: str) -> list[bool]:
+    """What else decides whether a recording can be read: that PyAV is there, if its format needs it."""
+    return [has_pyav()] if path.lower().endswith(FFMPEG_SUFFIXES) else []
 
 
 def _runs(
@@ -348,6 +361,7 @@ def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 
 def _line(manifest: Mapping[str, Any], target: Path) -> str:
     differs = differences(manifest["corpus"], manifest)
+    lacking = sum(ADVICE in entry["reason"] for entry in manifest["rejected"])
     ties = manifest.get("ties", 0)  # older manifests lack it; a corpus without listeners has none
     unknown = manifest.get("unknown_speakers", 0)
     speakers = f"{manifest['speakers']} speakers" + (f" (not known for {unknown} utterances)" if unknown else "")
@@ -355,13 +369,14 @@ def _line(manifest: Mapping[str, Any], target: Path) -> str:
         f"{manifest['corpus']}: {manifest['utterances']} utterances, {speakers}, "
         f"{manifest['hours']:.2f} h, {_some('rejected', manifest)}, {_some('flagged', manifest)}, in {target}"
         + (f"\n{manifest['corpus']}: listeners tied on {ties} utterances; label: perceived omits them" if ties else "")
+        + (f"\n{manifest['corpus']}: {lacking} recordings need PyAV to be read: {ADVICE}" if lacking else "")
         + (f"\n{manifest['corpus']} differs from the published corpus: {', '.join(differs)}" if differs else "")
     )
 
 
 def _some(what: str, manifest: Mapping[str, Any]) -> str:
     """How many recordings were rejected or flagged, and the first few with their reasons."""
-    reasons = [f"{entry['path']}: {entry['reason']}" for entry in manifest[what]]
+    reasons = [one_line(f"{entry['path']}: {entry['reason']}") for entry in manifest[what]]
     shown = f" ({'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
     return f"{len(reasons)} {what}{shown}"
 
@@ -370,5 +385,5 @@ def _progress(console: Console, title: str) -> Progress:
     """A progress bar in a terminal; in a job's log, where a bar cannot move, the title as a line."""
     if not console.is_terminal:
         console.print(f"{title} ...", highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -24,8 +24,8 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ser_ray.disk import write_bytes, write_text
 from ser_ray.evaluation import comparison
@@ -49,6 +49,7 @@ from ser_ray.evaluation.plots import to_png
 from ser_ray.evaluation.results import Results, read_results
 from ser_ray.evaluation.verdicts import limits_of, p_of, signed, verdicts
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole, output_path, titled
 
 FILES = {
     "test": "evaluation/confusion_test.png",
@@ -91,30 +92,30 @@ def print_summary(results_dir: Path, console: Console) -> None:
     """Print the trials, the chosen configuration, its metrics with intervals, and where everything is."""
     results = read_results(results_dir)
     if results.leaky:
-        console.print("[bold red]LEAKY[/]: train and test share speakers or recordings; do not compare these metrics")
-    console.print(f"[bold]{escape(results.space.experiment.name)}[/]: {escape(trial_counts(results))}")
+        said = ": train and test share speakers or recordings; do not compare these metrics"
+        console.print(titled("LEAKY", said, "bold red"))
+    console.print(titled(results.space.experiment.name, f": {trial_counts(results)}"))
     if results.trials:
         console.print(_trials_table(results))
     if results.leader:
-        console.print(f"\n[bold]{'chosen' if results.choice else 'best so far'}[/]: {escape(named_leader(results))}")
+        console.print(titled("\nchosen" if results.choice else "\nbest so far", f": {named_leader(results)}"))
         for key, value in results.chosen_config.items():
-            console.print(f"  {key}: {escape(show(key, value))}", highlight=False)
+            console.print(f"  {key}: {show(key, value)}", highlight=False)
     if results.metrics:
         console.print(_metrics_table(results))
     for sentence in verdicts(results):
-        console.print(escape(sentence))
+        console.print(sentence)
     if not results.test:
-        console.print("[yellow]no test metrics yet[/]: the search was interrupted, or is still running")
+        console.print(titled("no test metrics yet", ": the search was interrupted, or is still running", "yellow"))
     if results.test:
-        console.print(escape(what_chose(results.test, results.metric)))
+        console.print(what_chose(results.test, results.metric))
     if results.openings:
         times = len(results.openings)
-        console.print(
-            "the test set was opened once" if times == 1 else f"[red]the test set was opened {times} times[/]"
-        )
+        said = "once" if times == 1 else f"{times} times"
+        console.print(f"the test set was opened {said}", style=None if times == 1 else "red")
     for name, path in (("best checkpoint", results.folder / "best"), ("report", results.folder / "report.html")):
         if path.exists():
-            console.print(f"{name}: {escape(str(path))}", soft_wrap=True, highlight=False)
+            console.print(f"{name}: {path!s}", soft_wrap=True, highlight=False)
 
 
 def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
@@ -125,15 +126,15 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
     table = Table("", *titles, "95 % over", "time", "", box=SIMPLE_HEAD)
     for name, results in zip(names, searches, strict=True):
         cells = [f"{show(key, results.answer.get(key))} {interval(results.test, key)}" for key in ("uar", "accuracy")]
-        stamp = "[bold red]LEAKY[/]" if results.leaky else ""
+        stamp = Text("LEAKY" if results.leaky else "", style="bold red")
         unit, seconds = results.test.get("ci95_unit") or "-", show("seconds", comparison.costs(results)["seconds"])
-        table.add_row(escape(name), *map(escape, cells), unit, seconds, stamp)
+        table.add_row(name, *cells, unit, seconds, stamp)
     console.print(table)
     differing = Table("", box=SIMPLE_HEAD)
     for name in names:
-        differing.add_column(escape(name), overflow="fold")
+        differing.add_column(name, overflow="fold")
     for key, values in comparison.differing(searches).items():
-        differing.add_row(escape(key), *(escape(value or "-") for value in values))
+        differing.add_row(key, *(value or "-" for value in values))
     if differing.row_count:
         console.print(differing)
     for gap in comparison.gaps(searches):
@@ -142,7 +143,7 @@ def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
             uar = gap.metrics["uar"]
             tested = f", {p_of(uar)}" if limits(uar) else ""
             said = f"{signed(uar['difference'])} points UAR {limits_of(uar)}{tested}"
-        console.print(escape(f"{gap.one} minus {gap.other}: {said}"))
+        console.print(f"{gap.one} minus {gap.other}: {said}")
 
 
 def main(results_dirs: list[Path], audio: bool = True, output: Path | None = None) -> int:
@@ -151,9 +152,9 @@ def main(results_dirs: list[Path], audio: bool = True, output: Path | None = Non
     ``audio``: with recordings. ``output``: the page of several, default comparison.html in their parent.
     """
     if len(results_dirs) > 1:
-        page = compare(results_dirs, output)
+        page = compare(results_dirs, output and output_path(output))
         print_comparison(results_dirs, console := terminal())
-        console.print(f"comparison: {escape(str(page))}", soft_wrap=True, highlight=False)
+        console.print(f"comparison: {page!s}", soft_wrap=True, highlight=False)
         return 0
     if output is not None:
         raise UserError("--output: the report of one search is report.html in its folder; name several to compare them")
@@ -164,7 +165,7 @@ def main(results_dirs: list[Path], audio: bool = True, output: Path | None = Non
 
 def terminal() -> Console:
     """A console for summaries, 110 columns wide where the output is not a terminal, because tables need a width."""
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+    return PlainConsole(width=None if sys.stdout.isatty() else 110)
 
 
 # -- below: how it is done
@@ -186,11 +187,11 @@ def _trials_table(results: Results) -> Table:
     for column in columns:
         searched = column in results.space.search
         title = column.replace(".", ".\n") if searched else TITLES.get(column, column)
-        table.add_column(escape(title), overflow="fold", no_wrap=not searched)
+        table.add_column(title, overflow="fold", no_wrap=not searched)
     for row in results.trials:
         # The last part of a hub id or a directory distinguishes backbones.
         short = row | {"backbone": row.get("backbone", "").rsplit("/", 1)[-1]}
-        cells = [escape(show(column, short.get(column))) for column in columns]
+        cells = [show(column, short.get(column)) for column in columns]
         winner = row["trial_id"] == results.leader.get("trial_id")
         table.add_row(*([f"* {cells[0]}", *cells[1:]] if winner else cells), style="bold green" if winner else None)
     return table
@@ -202,11 +203,11 @@ def _metrics_table(results: Results) -> Table:
         table = Table("", *(TITLES[name] for name in HEADLINE), "95 % over", box=SIMPLE_HEAD, pad_edge=False)
         for title, row in results.metrics.items():
             cells = [f"{show(name, row.get(name))}\n{interval(row, name)}".strip() for name in HEADLINE]
-            table.add_row(escape(title), *map(escape, cells), units[title])
+            table.add_row(title, *cells, units[title])
         return table
-    table = Table("", *map(escape, results.metrics), box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
+    table = Table("", *results.metrics, box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     for name in HEADLINE:
         cells = [f"{show(name, row.get(name))} {interval(row, name)}".strip() for row in results.metrics.values()]
-        table.add_row(TITLES[name], *map(escape, cells))
+        table.add_row(TITLES[name], *cells)
     table.add_row("95 % over", *(unit or "-" for unit in units.values()))
     return table

@@ -15,20 +15,19 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from ser_ray import config
 from ser_ray.schema import UserError
+from ser_ray.terminal import PlainConsole
 
 
 def main(name: str | None = None) -> int:
     """Print the space ``name`` with its comments; without a name, what there is. Raises UserError for another name."""
     spaces = config.built_in_spaces()
     if name is None:
-        console = Console(highlight=False, soft_wrap=True)
+        console = PlainConsole()
         for known, path in spaces.items():
-            console.print(f"[bold]{known}[/bold]")
-            console.print("  " + "\n  ".join(describe(path)) + "\n", markup=False)
+            console.print(known, style="bold")
+            console.print("  " + "\n  ".join(describe(path)) + "\n")
         return 0
     if name not in spaces:
         raise UserError(f"{name}: no such search space; there are {', '.join(spaces)}")

@@ -32,6 +32,7 @@ from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_trial
 from ser_ray.schema import MemoryShortageError
+from ser_ray.terminal import PlainConsole
 from ser_ray.trials.records import Trials
 
 LOOK_S: Final = 10.0
@@ -112,7 +113,7 @@ def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[Ru
 def main(path: Path, overrides: list[str], dry_run: bool = False) -> int:
     """``ser-ray train``: one trial; with ``dry_run`` only its plan."""
     space = paths.resolve_paths(config.load(path, overrides))
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     if space.resources.workers > 0:
         cluster.connect(space)
     if dry_run:
@@ -125,9 +126,9 @@ def main(path: Path, overrides: list[str], dry_run: bool = False) -> int:
 
 def show_plan(planned: RunPlan, console: Console) -> None:
     """What ``--dry-run`` prints."""
-    console.print(f"plan of {planned.space.experiment.name}; nothing is trained", markup=False)
+    console.print(f"plan of {planned.space.experiment.name}; nothing is trained")
     for line in planned.lines():
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
 
 
 # -- below: how it is done

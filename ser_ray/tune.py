@@ -35,6 +35,7 @@ from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.searchers import FixedQueue, OptunaSearcher, ReplayingASHA
 from ser_ray.schema import UserError
+from ser_ray.terminal import titled
 from ser_ray.train import make_plan, show_plan
 from ser_ray.trials.records import Trials
 
@@ -76,7 +77,7 @@ def load_space(path: Path, overrides: list[str]) -> SearchSpace:
 def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     """Run a search, or what is left of one: prepare, search, evaluate, report; returns its results folder."""
     started = time.monotonic()
-    console.print(f"[bold]ser-ray tune[/bold] {space.experiment.name} -> {space.results_dir()}")
+    console.print(titled("ser-ray tune", f" {space.experiment.name} -> {space.results_dir()}"))
     _check_backbones(space, console)
     cluster.connect(space)
     planned, task = make_plan(space, console, space.tune.trials)

@@ -69,7 +69,7 @@ def test_files_folders_and_arrays_are_predicted_alike(model, recording, tmp_path
     samples, rate = soundfile.read(recording, dtype="float32")
     integers, _ = soundfile.read(recording, dtype="int16")
     (by_file,) = model.predict(recording)
-    assert list(by_file) == ["path", "emotion", "p_angry", "p_happy", "p_sad", "reason"]
+    assert list(by_file) == ["path", "start", "end", "emotion", "p_angry", "p_happy", "p_sad", "reason"]
     assert by_file["path"] == str(recording)
     assert sum(by_file[f"p_{emotion}"] for emotion in model.emotions) == pytest.approx(1)
     assert by_file["emotion"] == max(model.emotions, key=lambda emotion: by_file[f"p_{emotion}"])

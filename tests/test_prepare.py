@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ser_ray.config import Audio, SearchSpace
 from ser_ray.prepare import main, prepare
 from ser_ray.protocols.folds import labelled
 from ser_ray.schema import UserError, Utterance
-from ser_ray.speech import fingerprint, shards
+from ser_ray.speech import fingerprint, formats, shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
 from ser_ray.speech.fingerprint import path_of, read_fingerprints
 
@@ -105,6 +107,67 @@ def test_a_second_run_does_nothing(tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "load_recording", None)  # calling it would fail
     assert prepare_here(tmp_path, tiny_corpus) == target
     assert times(target) == before
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_shard_is_made_again(tiny_corpus, tmp_path, damage):
+    target = prepare_here(tmp_path, tiny_corpus)
+    path = shards.shard_paths(target)[0]
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            whole[: len(whole) // 2] + (bytes(8) + whole[len(whole) // 2 + 8 :] if damage == "changed" else b"")
+        )
+    printed = io.StringIO()
+    assert prepare(space(tmp_path, tiny_corpus), use_ray=False, console=Console(file=printed, width=500)) == [target]
+    assert (
+        f"1 of {len(shards.shard_paths(target))} shards are damaged, such as {path}; made again" in printed.getvalue()
+    )
+    assert path.read_bytes() == whole
+    assert prepare_here(tmp_path, tiny_corpus) == target
+
+
+def test_what_only_the_disk_changed_is_named_when_it_is_read(tiny_corpus, tmp_path):
+    target = prepare_here(tmp_path, tiny_corpus)
+    path = shards.shard_paths(target)[0]
+    content, times_before = bytearray(path.read_bytes()), path.stat()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times_before.st_atime_ns, times_before.st_mtime_ns))
+    assert shards.damaged(target) == []
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(path))}: damaged .*; remove it, and run the same command again"
+    ):
+        list(shards.read_tables([target]))
+    path.unlink()
+    assert prepare_here(tmp_path, tiny_corpus) == target
+    assert sum(table.num_rows for table in shards.read_tables([target])) == UTTERANCES
+
+
+def test_recordings_that_need_pyav_are_counted_and_read_once_it_is_there(tmp_path, monkeypatch):
+    content = tmp_path / "corpus"
+    content.mkdir()
+    rows = ["path,speaker,emotion"]
+    for number in range(4):
+        suffix = ("wav", "m4a")[number % 2]
+        name = f"{number} [sad].{suffix}"
+        soundfile.write(content / name, 0.5 * np.sin(np.arange(16_000)), 16_000, format="WAV")
+        if suffix == "m4a":
+            (content / name).write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+        rows.append(f"{name},{number},sad")
+    (content / "mine.csv").write_text("\n".join(rows))
+    monkeypatch.setattr(formats, "has_pyav", lambda: False)
+    given = space(tmp_path / "cache", content / "mine.csv", corpus="mine")
+    targets = []
+    for has_pyav in (False, True):
+        monkeypatch.setattr(verb, "has_pyav", lambda has_pyav=has_pyav: has_pyav)
+        printed = io.StringIO()
+        targets += prepare(given, use_ray=False, console=Console(file=printed, width=500))
+        assert "mine: 2 recordings need PyAV to be read: pip install 'ser-ray[formats]'" in printed.getvalue()
+        assert "1 [sad].m4a: MP4 is read by PyAV, which is missing" in printed.getvalue()
+    assert targets[0] != targets[1], "they are decoded again"
 
 
 def test_a_changed_input_is_noticed(corpus, tmp_path):

@@ -22,6 +22,7 @@ VERBS = {
 }
 LEVELS = {
     "disk": 0,
+    "terminal": 1,
     "schema": 0,
     "config": 1,
     "corpora": 2,

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from ser_ray.disk import readable
 from ser_ray.schema import Rejected, Utterance
+from ser_ray.speech.formats import SUFFIXES
 
-SUFFIXES: Final = (".wav", ".flac")
+FIRST: Final = (".wav", ".flac")
+"""Of a recording that a corpus has in several formats, one of these is used."""
 
 
 def audio_files(directory: Path) -> list[Path]:
-    """All .wav and .flac files below ``directory``, at any depth, relative to it and sorted.
+    """All recordings below ``directory``, at any depth, relative to it and sorted: every format that can be read, or
+    could be with PyAV (`formats.SUFFIXES`).
 
     Hidden files and folders are skipped, including the ``._`` files that macOS leaves in archives. Links to folders
     are followed, each folder once: corpora on a cluster are often links to a shared copy.
@@ -39,13 +43,17 @@ def from_names(directory: Path, parse: Callable[[Path], Utterance]) -> tuple[lis
     """Utterances of all audio files below ``directory``, sorted by id, and the rejected files.
 
     ``parse`` gets a path relative to ``directory`` and raises ValueError, with the reason, for a name that it cannot
-    parse. Of files with the same utterance id the first is used; the others are rejected.
+    parse. Of files with the same utterance id the first is used, one of `FIRST` if there is; the others are rejected.
     """
     utterances: dict[str, Utterance] = {}
     rejected = []
-    for path in audio_files(directory):
+    for path in sorted(audio_files(directory), key=lambda path: (path.suffix.lower() not in FIRST, path)):
         try:
+            path.as_posix().encode()
             utterance = parse(path)
+        except UnicodeEncodeError:  # tables and shards are UTF-8
+            rejected.append(Rejected(readable(path), "the name is not UTF-8; rename the file"))
+            continue
         except ValueError as reason:
             rejected.append(Rejected(path.as_posix(), str(reason)))
             continue

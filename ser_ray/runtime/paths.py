@@ -8,6 +8,7 @@ from pathlib import Path
 from ser_ray import corpora
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
+from ser_ray.disk import name_place, readable
 from ser_ray.schema import UserError
 
 
@@ -30,6 +31,8 @@ def resolve_paths(space: SearchSpace) -> SearchSpace:
         if "results" not in storage.model_fields_set:
             storage = storage.model_copy(update={"results": "~/ser_ray/results"})
     storage = storage.model_copy(update={"results": _absolute(storage.results), "cache": _absolute(storage.cache)})
+    for key, path in (("storage.results", storage.results), ("storage.cache", storage.cache)):
+        name_place(key, path)
     search = {key: _resolve_conditions(distribution) for key, distribution in space.search.items()}
     if "backbone" in search and search["backbone"].choice is not None:
         choice = tuple(_absolute_backbone(name) for name in search["backbone"].choice)
@@ -83,7 +86,14 @@ def _is_file(given: object) -> bool:
 
 def _absolute(path: str) -> str:
     """Absolute, with links as they were given: one may be set to lead elsewhere when what it names moves."""
-    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 (Path.resolve follows links, absolute leaves ..)
+    absolute = os.path.abspath(Path(path).expanduser())  # noqa: PTH100 (Path.resolve follows links, absolute leaves ..)
+    try:
+        absolute.encode()
+    except UnicodeEncodeError:  # in the file of the search, and in tables
+        raise UserError(
+            f"{readable(absolute)}: this path is not UTF-8; give one that is, such as a link to it"
+        ) from None
+    return absolute
 
 
 def _absolute_corpus(given: str) -> str:

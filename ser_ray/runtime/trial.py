@@ -25,6 +25,7 @@ from ser_ray.runtime import failures, feature_cache, feed, nodes
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.schema import MemoryShortageError
 from ser_ray.speech import cached_features
+from ser_ray.terminal import PlainConsole
 
 # The model and its loop take seconds to import. They are imported where they run, as many processes only start and
 # watch a trial.
@@ -174,7 +175,7 @@ def run_trial(point: dict[str, Any], plan: RunPlan, kind: str, speech: Mapping[s
 
     trial_dir, values = plan.directory(kind) / point["trial_id"], point["values"]
     with _explained(trial_dir), (trial_dir / folder.NOTES).open("a", encoding="utf-8", buffering=1) as notes:
-        console = Console(file=notes, highlight=False, soft_wrap=True)
+        console = PlainConsole(file=notes)
         if len(nodes.alive()) > 1:
             console.print(f"runs on {socket.gethostname()} ({ray.util.get_node_ip_address()})")
         experiment = plan.space.trial(values)

@@ -13,13 +13,13 @@ from ray import tune
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.runtime import failures
 from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
+from ser_ray.terminal import titled
 from ser_ray.trials.logs import open_logs
 from ser_ray.trials.records import Trials
 
@@ -120,14 +120,14 @@ class Watch(tune.Callback):
         table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
         table.title = f"{over} of {self._total()} trials done{self._eta()}"
         for name in ("trial", "", "epoch", metric.replace("_", " "), *self.space.search, "time"):
-            table.add_column(escape(name), overflow="fold")
+            table.add_column(name, overflow="fold")
         order = sorted(self.trials, key=lambda t: (t.trial_id not in self.running, -t.best.get(metric, -1.0)))
         for trial in order[:ROWS]:
             started = self.running.get(trial.trial_id)
             seconds = trial.seconds if started is None else time.monotonic() - started
             status = "running" if started is not None else ("waiting" if not trial.over else trial.status)
             best = f"{trial.best[metric]:.3f}" if trial.best else ""
-            values = [escape(short(trial.values[key])) if key in trial.values else "" for key in self.space.search]
+            values = [short(trial.values[key]) if key in trial.values else "" for key in self.space.search]
             style = "bold" if started is not None else "dim" if status == "failed" else None
             minutes = f"{seconds / 60:.1f} min"
             table.add_row(
@@ -164,7 +164,7 @@ class Watch(tune.Callback):
 
     def _say(self, trial_id: str, text: str, always: bool = False) -> None:
         if self.live is None or always:  # the table shows the rest
-            self.console.print(f"[bold]trial {trial_id}[/bold]  {escape(text)}")
+            self.console.print(titled(f"trial {trial_id}", f"  {text}"))
         self.last_line = time.monotonic()
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +53,7 @@ SCHEMA: Final = pa.schema(
 )
 INDEX_COLUMNS: Final = tuple(name for name in SCHEMA.names if name != "audio")
 MANIFEST: Final = "manifest.json"
+NO_FILES: Final[Mapping[str, Any]] = {}
 
 
 def write_shard(table: pa.Table, path: Path) -> None:
@@ -66,7 +68,38 @@ def write_shard(table: pa.Table, path: Path) -> None:
             compression=compression,
             use_dictionary=columns,
             write_statistics=columns,
+            write_page_checksum=True,
         )
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(directory: Path) -> list[str]:
+    """Shards of a whole directory that are missing, cut, or no longer what was written.
+
+    Those that were written since the manifest was, as by a copy without the times, are read for it. What a disk alone
+    changes is noticed by the checksums in the file when it is read.
+    """
+    manifest = read_manifest(directory)
+    written = (directory / MANIFEST).stat().st_mtime_ns
+    found, changed = [], False
+    for name in manifest["shards"]:
+        path = directory / name
+        if not path.is_file():
+            found.append(name)
+        elif known := manifest.get("files", {}).get(name):  # older manifests have none
+            stat = path.stat()
+            changed = changed or stat.st_mtime_ns > written
+            if stat.st_size != known["bytes"] or (stat.st_mtime_ns > written and digest(path) != known["sha256"]):
+                found.append(name)
+    if changed and not found:
+        with suppress(OSError):  # of a cache that is only read
+            (directory / MANIFEST).touch()
+    return found
 
 
 def write_manifest(
@@ -76,13 +109,14 @@ def write_manifest(
     rejected: Iterable[Rejected],
     audio: Audio,
     flagged: Iterable[Rejected] = (),
+    files: Mapping[str, Any] = NO_FILES,
 ) -> dict[str, Any]:
     """Write the manifest, which marks the directory as complete, and return it.
 
     ``content_sha256`` covers every row in order of id, with the digest of its audio: equal data have equal digests,
     however the rows are divided among files. ``flagged`` recordings are used, but may be faulty. ``ties`` counts the
     recordings for which listeners preferred no single emotion, ``unknown_speakers`` the utterances of speakers who are
-    not known.
+    not known; ``files`` has the bytes and sha256 of each shard.
     """
     index = _concatenated(_read(directory / name) for name in shards).sort_by("utterance_id")
     speakers = index["speaker"].to_pylist()
@@ -99,6 +133,7 @@ def write_manifest(
         "flagged": _findings(flagged),
         "content_sha256": hashlib.sha256(json.dumps(index.to_pylist(), sort_keys=True).encode()).hexdigest(),
         "shards": list(shards),
+        "files": dict(files),
         "audio": to_dict(audio),
         "versions": {"ser_ray": ser_ray.__version__}
         | {name: version(name) for name in ("librosa", "numpy", "pyarrow", "soundfile", "soxr")},
@@ -152,13 +187,13 @@ def read_tables(directories: Iterable[Path]) -> Iterator[pa.Table]:
 def read_paths(paths: Iterable[Path]) -> Iterator[pa.Table]:
     """Parquet files one by one, with all columns."""
     for path in paths:
-        with pq.ParquetFile(path) as file:
+        with _opened(path) as file:
             yield file.read()
 
 
 def read_ids(path: Path) -> list[str]:
     """The utterance ids of one shard, or of its cached features, in the order of its rows."""
-    with pq.ParquetFile(path) as file:
+    with _opened(path) as file:
         ids: list[str] = file.read(columns=["utterance_id"])["utterance_id"].to_pylist()
     return ids
 
@@ -168,7 +203,7 @@ def read_rows(path: Path, row_N: np.ndarray, columns: Sequence[str]) -> pa.Table
 
     If these are all rows of those groups, the audio is not copied.
     """
-    with pq.ParquetFile(path) as file:
+    with _opened(path) as file:
         size_G = np.array([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
         first_G = np.cumsum(size_G) - size_G
         group_N = np.searchsorted(first_G, row_N, side="right") - 1
@@ -185,8 +220,21 @@ def _findings(findings: Iterable[Rejected]) -> list[dict[str, str]]:
 
 
 def _read(path: Path) -> pa.Table:
-    with pq.ParquetFile(path) as file:
+    with _opened(path) as file:
         return file.read(columns=list(INDEX_COLUMNS))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Raises UserError for a file that is not what was written, by its checksums."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of what is on it
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{path}: damaged ({reason}); remove it, and run the same command again") from error
 
 
 def _concatenated(parts: Iterable[pa.Table]) -> pa.Table:

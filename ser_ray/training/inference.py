@@ -1,9 +1,11 @@
-"""A trained model on recordings that are no corpus: files, or samples in memory."""
+"""A trained model on recordings that are no corpus: files, or samples in memory, of any length."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -11,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.speech import stream
-from ser_ray.speech.audio import Unusable, from_samples, load_waveform, to_int16
+from ser_ray.speech.audio import Unusable, from_samples, is_silent, load_waveform, to_int16
+from ser_ray.speech.long import Window, load_windows, split, windows_of
 from ser_ray.training.loop import predict_batches
 
-GROUP: Final = 256
-"""Recordings decoded at a time: they are sorted by length, and no others are held in memory."""
+GROUP: Final = 64
+"""Windows held at a time: they are sorted by length, and answered together. At most 60 MB."""
 SCHEMA: Final = pa.schema(
     {"utterance_id": pa.string(), "num_samples": pa.int32(), "audio": pa.large_binary(), "label": pa.int64()}
 )
@@ -33,12 +37,16 @@ Source = Path | tuple[np.ndarray, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """The result for one recording: probabilities by emotion, or the reason why there are none."""
+    """The result for one recording, or for one window of it: probabilities by emotion, or the reason why there are
+    none."""
 
     path: str
     """Of a file; empty for samples."""
     probabilities: dict[str, float]
     reason: str = ""
+    start: float | None = None
+    """Seconds into the recording at which the window begins, and ``end``: at which it ends; None for all of it."""
+    end: float | None = None
 
     @property
     def emotion(self) -> str:
@@ -48,41 +56,47 @@ class Answer:
     def row(self, emotions: Sequence[str]) -> dict[str, str | float | None]:
         """As a row of a table that has `answer_columns`; None where there is nothing."""
         probabilities = [self.probabilities.get(emotion) for emotion in emotions]
-        values = (self.path or None, self.emotion or None, *probabilities, self.reason or None)
+        values = (self.path or None, self.start, self.end, self.emotion or None, *probabilities, self.reason or None)
         return dict(zip(answer_columns(emotions), values, strict=True))
 
 
 def answer_columns(emotions: Sequence[str]) -> list[str]:
-    """The columns of a table with a row for each recording: text, but for the probabilities."""
-    return ["path", "emotion", *(PROBABILITY + emotion for emotion in emotions), "reason"]
+    """The columns of a table with a row for each recording and window: text, but for times and probabilities."""
+    return ["path", "start", "end", "emotion", *(PROBABILITY + emotion for emotion in emotions), "reason"]
 
 
 def predict(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Answer]:
-    """An answer for every recording, in the order given; decoding in groups bounds the memory."""
-    for start in range(0, len(sources), GROUP):
-        group = sources[start : start + GROUP]
-        table, reasons = _read(model, group)
-        probabilities: dict[int, list[float]] = {}
-        for batch, logits_BK in predict_batches(model, stream.short_to_long(table, model.experiment.batch_seconds)):
-            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
-                if values_K.isfinite().all():
-                    probabilities[number] = values_K.tolist()
-                else:
-                    reasons[number] = NOT_FINITE
-        for number, source in enumerate(group):
-            known = dict(zip(model.experiment.emotions, probabilities.get(number, []), strict=False))
-            yield Answer(str(source) if isinstance(source, Path) else "", known, reasons.get(number, ""))
+    """An answer for every recording, in the order given; memory is bounded, whatever their number and length.
+
+    A recording that is longer than ``audio.max_seconds`` of the model's experiment is cut into equal windows, as
+    ``audio.too_long: split`` cuts the training data. Each has an answer with its times; that for the whole follows,
+    and is their mean.
+    """
+    pieces = _pieces(model, sources)
+    windows: list[Answer] = []
+    while group := list(islice(pieces, GROUP)):
+        for piece, answer in zip(group, _answers(model, group), strict=True):
+            if piece.of == 1 and not windows:
+                yield Answer(answer.path, answer.probabilities, answer.reason)
+                continue
+            windows.append(answer)
+            if answer.start is not None:
+                yield answer
+            if piece.number == piece.of:
+                yield _whole(windows)
+                windows = []
 
 
 @torch.inference_mode()
 def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
-    """The pooled vector of every recording that the classifier sees: (N, P) float32; NaN for one that is not usable."""
+    """The pooled vector of every recording that the classifier sees: (N, P) float32; NaN for one that is not usable, or
+    longer than ``audio.max_seconds``."""
     model.eval()
     device = next(model.head.parameters()).device
     embedding_NP = np.full((len(sources), model.head.embedding_width), np.nan, np.float32)
     for start in range(0, len(sources), GROUP):
-        table, _ = _read(model, sources[start : start + GROUP])
-        for batch in stream.short_to_long(table, model.experiment.batch_seconds):
+        group = [_alone(source, model) for source in sources[start : start + GROUP]]
+        for batch in stream.short_to_long(_table(group), model.experiment.batch_seconds):
             batch = batch.to(device)
             with autocast(model.experiment.precision, device):
                 pooled_BP = model.head.embed(*model.hidden_states(batch.inputs, batch.lengths_B))
@@ -94,20 +108,81 @@ def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
 # -- below: how it is done
 
 
-def _read(model: EmotionClassifier, group: Sequence[Source]) -> tuple[pa.Table, dict[int, str]]:
-    """What is usable, as a table whose ids are positions in the group; and why the others are not."""
-    rows, reasons = [], {}
-    for number, source in enumerate(group):
+@dataclass(frozen=True)
+class _Piece:
+    """A window that waits for its answer, or the reason why there is none."""
+
+    path: str
+    samples: np.ndarray | None
+    """(T,) int16."""
+    reason: str = ""
+    start: float | None = None
+    end: float | None = None
+    number: int = 1
+    of: int = 1
+
+
+def _pieces(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[_Piece]:
+    """The windows of all recordings; whatever is wrong with one recording, the others follow."""
+    for source in sources:
+        path = readable(source) if isinstance(source, Path) else ""
         try:
-            samples = to_int16(_waveform(source, model))
+            for window in _windows(source, model):
+                times = (window.start, window.end, window.number, window.of)
+                if window.of > 1 and is_silent(window.waveform):
+                    yield _Piece(path, None, "silent: the window's peak is below -60 dBFS", *times)
+                else:
+                    yield _Piece(path, to_int16(window.waveform), "", *times)
         except Unusable as error:
-            reasons[number] = str(error)
-            continue
-        rows.append({"utterance_id": str(number), "num_samples": len(samples), "audio": samples.tobytes(), "label": 0})
-    return pa.Table.from_pylist(rows, SCHEMA), reasons
+            yield _Piece(path, None, str(error))
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename and error.filename != str(source) else ""
+            yield _Piece(path, None, f"cannot be read: {place}{os.strerror(error.errno or 0)}")
 
 
-def _waveform(source: Source, model: EmotionClassifier) -> np.ndarray:
+def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
     if isinstance(source, Path):
-        return load_waveform(source, model.experiment.audio)
-    return from_samples(*source, model.experiment.audio)
+        return load_windows(source, model.experiment.audio)
+    return windows_of(from_samples(*source, split(model.experiment.audio)))
+
+
+def _answers(model: EmotionClassifier, group: Sequence[_Piece]) -> Iterator[Answer]:
+    probabilities: dict[int, list[float]] = {}
+    table = _table([piece.samples for piece in group])
+    for batch, logits_BK in predict_batches(model, stream.short_to_long(table, model.experiment.batch_seconds)):
+        for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
+            probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
+    for number, piece in enumerate(group):
+        values = probabilities.get(number, [])
+        known = dict(zip(model.experiment.emotions, values, strict=False))
+        reason = piece.reason or ("" if values else NOT_FINITE)
+        yield Answer(piece.path, known, reason, piece.start, piece.end)
+
+
+def _whole(windows: Sequence[Answer]) -> Answer:
+    """The answer for all of a recording, from those for its windows, which are of equal length."""
+    usable = [answer.probabilities for answer in windows if answer.probabilities]
+    if windows[-1].start is None or not usable:  # it could not be read to its end
+        return Answer(windows[0].path, {}, windows[-1].reason)
+    return Answer(windows[0].path, {e: sum(each[e] for each in usable) / len(usable) for e in usable[0]})
+
+
+def _table(samples: Sequence[np.ndarray | None]) -> pa.Table:
+    """Those that are there, with their places as ids."""
+    rows = [
+        {"utterance_id": str(number), "num_samples": len(array), "audio": array.tobytes(), "label": 0}
+        for number, array in enumerate(samples)
+        if array is not None
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _alone(source: Source, model: EmotionClassifier) -> np.ndarray | None:
+    """The samples of a recording that is one window."""
+    try:
+        if isinstance(source, Path):
+            return to_int16(load_waveform(source, model.experiment.audio))
+        whole = model.experiment.audio.model_copy(update={"too_long": "reject"})
+        return to_int16(from_samples(*source, whole).windows[0])
+    except Unusable:
+        return None

@@ -1,5 +1,6 @@
 """The walk, the table of corpora, and what a user is told where a directory is not a corpus."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,28 @@ def parse_any(path):
 
 def test_audio_files_are_found_at_any_depth_in_order(tmp_path):
     touch(tmp_path, "b.WAV", "a/deep/er/c.flac", "a/z.Flac", "a/notes.txt", "d.mp3", "wav", ".hidden.wav", "a/._c.flac")
-    touch(tmp_path, ".git/x.wav", "__MACOSX/._b.wav")
-    assert audio_files(tmp_path) == [Path("a/deep/er/c.flac"), Path("a/z.Flac"), Path("b.WAV")]
+    touch(tmp_path, ".git/x.wav", "__MACOSX/._b.wav", "e.M4A")
+    found = ["a/deep/er/c.flac", "a/z.Flac", "b.WAV", "d.mp3", "e.M4A"]
+    assert audio_files(tmp_path) == [Path(name) for name in found]
+
+
+def test_of_several_formats_of_a_recording_wav_is_used(tmp_path):
+    touch(tmp_path, "a/1.m4a", "a/2.mp3", "wav/1.wav")
+    utterances, rejected = from_names(tmp_path, parse_any)
+    assert [utterance.path for utterance in utterances] == ["wav/1.wav", "a/2.mp3"]
+    assert [(each.path, each.reason) for each in rejected] == [
+        ("a/1.m4a", "the same utterance as wav/1.wav, which is used")
+    ]
+
+
+def test_a_name_that_is_not_utf8_is_rejected_and_named(tmp_path):
+    touch(tmp_path, "1.wav")
+    (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()
+    utterances, rejected = from_names(tmp_path, parse_any)
+    assert [utterance.path for utterance in utterances] == ["1.wav"]
+    assert [(each.path, each.reason) for each in rejected] == [
+        ("caf\\xe9.wav", "the name is not UTF-8; rename the file")
+    ]
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
