@@ -142,8 +142,8 @@ def _check_saved(path: Path, backbone: Backbone, expected: Mapping[str, Any]) ->
             agree = not isinstance(value, str | list | dict) or not value
         if not agree and key not in _FREE:
             raise UserError(
-                f"{path}: {key} is {str(value)[:80]}, but experiment.yaml describes {str(ours)[:80]}; the two belong "
-                "together, take both as they were saved"
+                f"{path}: {key} is {str(value)[:80]}, but experiment.yaml describes {str(ours)[:80]}; take both as "
+                "they were saved (a backbone that has moved is given by --backbone DIR)"
             )
 
 

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 from backbone_fixtures import experiment
 
 from ser_ray import predict
@@ -162,3 +163,18 @@ def test_an_hour_takes_no_more_memory_than_a_minute(tmp_path):
     assert count == 120
     assert tracemalloc.get_traced_memory()[1] < 80_000_000, "all of it is 230 MB"
     tracemalloc.stop()
+
+
+def test_what_is_not_finite_is_no_probability():
+    """Loud recordings may overflow where others do not, as in fp16."""
+    model = build(experiment("embedded/tiny-whisper", adapter={"method": "frozen"})).eval()
+    forward = model.forward
+    model.forward = lambda inputs, lengths: forward(inputs, lengths) + torch.tensor([[0.0], [torch.nan]])
+    tones = [np.sin(np.arange(length) / 10).astype(np.float32) for length in (16_000, 24_000)]
+    answers = list(inference.predict(model, [(tone, 16_000) for tone in tones]))
+    assert [bool(answer.probabilities) for answer in answers] == [True, False]
+    assert [answer.reason for answer in answers] == ["", inference.NOT_FINITE]
+    file = io.StringIO()
+    predict._FORMATS["jsonl"](answers, model.experiment.emotions, file)
+    for line in file.getvalue().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
