@@ -63,3 +63,11 @@ def normalise(hidden_BFD: torch.Tensor) -> torch.Tensor:
 def uniform_weights(mask_BF: torch.Tensor) -> torch.Tensor:
     """The same weight for all real frames of an utterance, with sum 1; 0 for padding."""
     return mask_BF / mask_BF.sum(-1, keepdim=True)
+
+
+@in_fp32
+def weighted_statistics(hidden_BFD: torch.Tensor, weights_BF: torch.Tensor) -> torch.Tensor:
+    """Weighted mean and standard deviation over frames (arXiv 1803.10963, equations 5 and 6): (B, 2 D)."""
+    mean_BD = torch.einsum("bf,bfd->bd", weights_BF, hidden_BFD)
+    square_BD = torch.einsum("bf,bfd->bd", weights_BF, (hidden_BFD - mean_BD[:, None]).square())
+    return torch.cat([mean_BD, (square_BD + 1e-6).sqrt()], dim=-1)

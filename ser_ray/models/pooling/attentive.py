@@ -7,8 +7,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from ser_ray.models.pooling import Pooling
-from ser_ray.models.pooling.statistics import weighted_statistics
+from ser_ray.models.pooling import Pooling, weighted_statistics
 
 HIDDEN: Final = 128
 """Width of the layer that scores frames: a few per cent of what a backbone's layer computes for a frame."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ser_ray.models.moments import mixed_statistics
-from ser_ray.models.pooling import Pooling, uniform_weights
+from ser_ray.models.pooling import Pooling, uniform_weights, weighted_statistics
 from ser_ray.models.precision import in_fp32
 
 
@@ -32,11 +32,3 @@ class StatisticsPooling(Pooling):
 def masked_statistics(hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
     """Mean and standard deviation over real frames: (B, 2 D)."""
     return weighted_statistics(hidden_BFD, uniform_weights(mask_BF))
-
-
-@in_fp32
-def weighted_statistics(hidden_BFD: torch.Tensor, weights_BF: torch.Tensor) -> torch.Tensor:
-    """Weighted mean and standard deviation over frames (arXiv 1803.10963, equations 5 and 6): (B, 2 D)."""
-    mean_BD = torch.einsum("bf,bfd->bd", weights_BF, hidden_BFD)
-    square_BD = torch.einsum("bf,bfd->bd", weights_BF, (hidden_BFD - mean_BD[:, None]).square())
-    return torch.cat([mean_BD, (square_BD + 1e-6).sqrt()], dim=-1)
