@@ -103,6 +103,8 @@ def test_yaml_reads_as_people_mean_it(text, value):
         ("experiment.emotions=[angry]", ["at least two"]),
         ("experiment.merge={calm: fine}", ["fine"]),
         ("experiment.corpora={}", ["experiment.corpora", "at least one"]),
+        ("experiment.exclude=[duplicats]", ["experiment.exclude", "neither a .csv file nor one of duplicates", "mean"]),
+        ("search.exclude={choice: [duplicates]}", ["search.exclude", "all trials use the same data"]),
         ("experiment.protocol.fold=5", ["experiment.protocol.fold", "0 to 4, not 5"]),
         ("experiment.protocol.scheme=given_folds", ["protocol.given"]),
         ("experiment.protocol.scheme=leave_one_corpus_out", ["protocol.held_out"]),

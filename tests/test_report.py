@@ -351,6 +351,16 @@ def test_the_audit_of_several_folds_says_so(complete, tmp_path):
     assert "The audit covers the 2 folds that are trained: fold 0, fold 1." in page
 
 
+def test_what_is_excluded_is_counted_and_what_to_set_is_said(tmp_path):
+    folder = write_results(tmp_path / "x")
+    gone = [{"utterance_id": f"a/{n}", "by": "duplicates" if n else "mine.csv"} for n in range(3)]
+    _rewrite(folder / "audit.json", lambda audit: audit.update(excluded=gone, advice=["experiment.seed=1"]))
+    page = " ".join(Page(build(folder)).text.split())
+    assert "3 utterances are in no split (experiment.exclude)" in page
+    assert "2 by duplicates, 1 by mine.csv" in page
+    assert "To mend it: experiment.seed=1." in page
+
+
 def test_command_writes_the_page_and_prints_where(tmp_path, capsys):
     folder = write_results(tmp_path / "search")
     assert main([folder]) == 0
