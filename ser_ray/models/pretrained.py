@@ -230,5 +230,5 @@ def _how_to_convert(name: str) -> str:
     )
     return (
         f"backbone {name}: its weights are in pytorch_model.bin only, a pickle, which is never loaded here; if you "
-        f'trust it, convert it to safetensors: python -c "{code}"'
+        f"trust it, convert it to safetensors: python -c {json.dumps(code)}"
     )
