@@ -258,6 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     if COMPLETE in os.environ:  # asked by the shell, for what may follow
         app(prog_name="ser-ray")
     try:
+        if name != "predict" and (
+            bad := [one for one in arguments if one != os.fsencode(one).decode(errors="replace")]
+        ):
+            raise UserError(f"{disk.readable(bad[0])}: this name is not UTF-8, as records and Ray need it; rename it")
         return _run(arguments) if arguments else (_run(["--help"]) or 2)
     except UserError as error:
         print(printable(f"{said}: {error}"), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,14 @@ def test_a_renamed_verb_works_and_says_its_name(capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "ser-ray premium is called ser-ray leakage now"
     assert said[1].startswith("ser-ray leakage: nowhere.yaml: no such file")
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(capsys):
+    """But by predict, which writes no record of itself."""
+    assert main(["train", os.fsdecode(b"caf\xe9.yaml")]) == 2
+    assert capsys.readouterr().err == (
+        "ser-ray train: caf\\xe9.yaml: this name is not UTF-8, as records and Ray need it; rename it\n"
+    )
 
 
 def test_every_verb_is_a_module_of_its_name_or_of_what_it_does():
