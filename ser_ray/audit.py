@@ -40,7 +40,7 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     shard_dirs = prepare.prepare(space, use_ray=space.resources.workers > 0, console=console)
     task = load_task(space.experiment, shard_dirs)
     if task.absent:
-        console.print(task.absent, markup=False)
+        console.print(task.absent)
     result = audited(space, task, console, shard_dirs)
     console.print(task.fold.description)
     console.print(_sizes(result["splits"]))

@@ -32,7 +32,6 @@ import pyarrow as pa
 import ray.data
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -101,7 +100,7 @@ def summary(index: pa.Table) -> Table:
         for row in counts.to_pylist():
             table.add_row(
                 row["corpus"],
-                escape(row.get("emotion", "all")),
+                row.get("emotion", "all"),
                 str(row["utterance_id_count"]),
                 str(row["speaker_count_distinct"]),
                 f"{row['duration_sum'] / 3600:.2f}",
@@ -217,7 +216,7 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
     utterances, rejected = corpora.read(name, path, labels)
     for line in (raters(name, utterances, rejected), left_out(name, utterances, space.experiment)):
         if line:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(line)
     directory = corpora.folder_of(path)
     audio = space.experiment.audio
     chunks = _chunks(utterances, directory, audio)
@@ -241,7 +240,7 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
         files = {shard: note["file"] for shard, note in zip(chunks, notes, strict=True) if "file" in note}
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged, files)
     _add_fingerprints(target, use_ray, f"{name}: fingerprints", console)
-    console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
+    console.print(_line(shards.read_manifest(target), target))
     return target
 
 

@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-
 from ser_ray.config.words import emotion_of
 from ser_ray.corpora.files import audio_files
 from ser_ray.corpora.guess import Guess, by_looks, by_pattern, word_counts
 from ser_ray.corpora.rows import COLUMNS
 from ser_ray.schema import EMOTIONS, UserError
+from ser_ray.terminal import PlainConsole
 
 SHOWN: Final = 20
 """Maximum number of words in a list."""
@@ -36,7 +35,7 @@ def main(directory: Path, pattern: str | None = None) -> int:
     """``ser-ray table``. Raises UserError for a folder without recordings, or a pattern that fits none of them."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=True)
     found, unreadable = _recordings(directory)
     guess = by_pattern(found, pattern) if pattern else by_looks(found)
     if not guess.rows:
@@ -47,7 +46,7 @@ def main(directory: Path, pattern: str | None = None) -> int:
     for row in guess.rows:
         writer.writerow(dict(row) | {"path": os.path.join(directory, row["path"])})  # noqa: PTH118  (as it was given)
     for line in (*_lines(guess), *unreadable):
-        console.print(line, markup=False)
+        console.print(line)
     return 0
 
 

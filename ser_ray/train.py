@@ -106,7 +106,7 @@ def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[Ru
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
     if task.absent:
-        console.print(task.absent, markup=False)
+        console.print(task.absent)
     return plan.make(space, allocation, shard_dirs, task), task
 
 

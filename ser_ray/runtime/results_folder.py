@@ -44,9 +44,9 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
         style = "dim" if finding["level"] == "note" else "bold red"
         console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
     if findings["excluded"]:
-        console.print(f"audit: excluded: {audit_findings.counted(findings['excluded'])}", markup=False)
+        console.print(f"audit: excluded: {audit_findings.counted(findings['excluded'])}")
     for line in findings["advice"]:
-        console.print(f"audit: to mend it: {line}", markup=False)
+        console.print(f"audit: to mend it: {line}")
     for finding in findings["findings"]:
         if finding["level"] == "error":
             raise UserError(f"audit: {finding['what']}: {finding['detail']}")
