@@ -216,7 +216,7 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
     utterances, rejected = corpora.read(name, path, labels)
     for line in (raters(name, utterances, rejected), left_out(name, utterances, space.experiment)):
         if line:
-            console.print(line)
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     directory = corpora.folder_of(path)
     audio = space.experiment.audio
     chunks = _chunks(utterances, directory, audio)
@@ -240,7 +240,7 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
         files = {shard: note["file"] for shard, note in zip(chunks, notes, strict=True) if "file" in note}
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged, files)
     _add_fingerprints(target, use_ray, f"{name}: fingerprints", console)
-    console.print(_line(shards.read_manifest(target), target))
+    console.print(_line(shards.read_manifest(target), target), soft_wrap=True, highlight=False, markup=False)
     return target
 
 

@@ -57,17 +57,20 @@ class PlainConsole(Console):
 
 
 def output_path(path: Path) -> Path:
-    """Where a file that the user names is written to: through links. To be called before the work.
+    """Where a file that the user names is written to: through links, in a folder that is made if it is not there. To be
+    called before the work.
 
-    Raises UserError for a directory, a device, or a folder that is not there.
+    Raises UserError for a directory, a device, or a folder that cannot be made.
     """
     target = path.expanduser().resolve()
     if target.is_dir():
         raise UserError(f"--output: {readable(path)} is a directory; give the name of a file in it")
     if target.exists() and not target.is_file():
         raise UserError(f"--output: {readable(path)} is a device or a pipe, not a file; use > in place of --output")
-    if not target.parent.is_dir():
-        raise UserError(f"--output: {readable(target.parent)}: no such folder; make it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {readable(target.parent)}: {error.strerror}; name another folder") from None
     return target
 
 

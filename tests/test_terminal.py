@@ -47,8 +47,13 @@ def test_output_goes_through_links(tmp_path):
     assert output_path(tmp_path / "dangling.csv") == tmp_path / "made.csv"
 
 
+def test_the_folder_of_an_output_is_made(tmp_path):
+    assert output_path(tmp_path / "new" / "a.csv") == tmp_path / "new" / "a.csv"
+    assert (tmp_path / "new").is_dir()
+
+
 @pytest.mark.parametrize(
-    ("name", "said"), [(".", "is a directory"), ("pipe", "is a device"), ("no/x", "no such folder")]
+    ("name", "said"), [(".", "is a directory"), ("pipe", "is a device"), ("pipe/x", "name another folder")]
 )
 def test_output_to_anything_else_is_refused(tmp_path, name, said):
     os.mkfifo(tmp_path / "pipe")
