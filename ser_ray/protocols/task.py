@@ -165,4 +165,4 @@ def _emotions(index: pa.Table, experiment: Experiment) -> tuple[tuple[str, ...],
             f"experiment.emotions: of the default, the corpora have only {left[0]}; name two or more of what they "
             f"have: {', '.join(sorted(present))}"
         )
-    return left, f"left out, as no utterance is one: {', '.join(absent)} (to make this an error, set experiment.emotions)"
+    return left, f"left out, as no utterance is one: {', '.join(absent)} (an error if experiment.emotions names them)"
