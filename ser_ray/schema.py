@@ -65,6 +65,17 @@ class ProcessDiedError(UserError):
     """A process was killed from outside, as by a lost machine or Ray's memory monitor: trying again may help."""
 
 
+def reason_of(error: Exception, most: int | None = None) -> str:
+    """What an error of a library says, in one line of at most ``most`` characters.
+
+    >>> reason_of(ValueError("line 3:\\n   no colon"))
+    'line 3: no colon'
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 @dataclass(frozen=True, slots=True)
 class Utterance:
     """One recording of one speaker, as a corpus describes it.

@@ -90,9 +90,8 @@ def _emotions(guess: Guess) -> str:
             "--pattern '{speaker}_{emotion}_{text}.wav'"
         )
     counts = word_counts(guess.rows, "emotion")
-    shown = [_meaning(word, n) for word, n in counts.most_common(SHOWN)]
-    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    return f"emotion, from {guess.origins['emotion']}: {', '.join(shown)}{more}"
+    words = _some([_meaning(word, n) for word, n in counts.most_common()])
+    return f"emotion, from {guess.origins['emotion']}: {words}"
 
 
 def _meaning(word: str, n: int) -> str:
@@ -110,6 +109,11 @@ def _speakers(guess: Guess) -> str:
             "with {speaker}"
         )
     counts = word_counts(guess.rows, "speaker")
-    shown = ", ".join(f"{word} {n}" for word, n in sorted(counts.items())[:SHOWN])
-    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    return f"speaker, from {guess.origins['speaker']}: {len(counts)} of them: {shown}{more}"
+    words = _some([f"{word} {n}" for word, n in sorted(counts.items())])
+    return f"speaker, from {guess.origins['speaker']}: {len(counts)} of them: {words}"
+
+
+def _some(words: list[str]) -> str:
+    """The first `SHOWN`, and how many more there are."""
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return f"{', '.join(words[:SHOWN])}{more}"

@@ -135,13 +135,13 @@ def test_little_speech_takes_few_actors(load, monkeypatch, seconds, actors):
         raise Made(size)
 
     monkeypatch.setattr(feature_cache, "Pool", pool)
-    monkeypatch.setattr(feature_cache, "_size", lambda sources: (seconds, 1000))
     space = load(LORA)
     found = planned(space, ON_RAY)
     shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
     work = [(path, path) for directory in shard_dirs for path in shards.shard_paths(directory)]
+    wanted, console = found.prefix(space.experiment), Console(file=io.StringIO())
     with pytest.raises(Made, match=f"^{actors}$"):
-        list(feature_cache.by_pool(found)(found.prefix(space.experiment), work * 9, Console(file=io.StringIO())))
+        list(feature_cache.by_pool(found)(wanted, work * 9, seconds, console))
 
 
 def test_it_is_made_once_and_a_missing_part_alone_again(load):

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ser_ray.config.experiment import Experiment
 from ser_ray.config.space import SearchSpace
 from ser_ray.config.validation import Place, key_parts, to_dict, validated, with_values
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, reason_of
 
 UNSPECIFIED: Final = "unspecified"
 """The backbone of a space that names none, where none is needed."""
@@ -134,7 +134,7 @@ def _read(path: Path) -> tuple[Any, dict[Place, int]]:
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path}: not readable as YAML: {reason_of(error, 300)}") from None
 
 
 def _parse(text: str) -> tuple[Any, dict[Place, int]]:

@@ -21,6 +21,7 @@ from typing import Final
 from ser_ray.config.words import emotion_of
 from ser_ray.corpora import table
 from ser_ray.corpora.files import from_names
+from ser_ray.corpora.rows import example_of
 from ser_ray.schema import Rejected, UserError, Utterance
 
 MODULES: Final = {
@@ -133,7 +134,7 @@ def read(name: str, given: str | Path, labels: Mapping[str, str] = NO_LABELS) ->
         raise UserError(f"{path}: no such directory; set experiment.corpora.{name} to the directory of {name}")
     utterances, rejected = from_names(path, module.parse)
     if not utterances:
-        such = f" ({len(rejected)} rejected, such as {rejected[0].path}: {rejected[0].reason})" if rejected else ""
+        such = f" ({len(rejected)} rejected{example_of(rejected)})" if rejected else ""
         raise UserError(
             f"{path}: no recording (.wav, .flac) is named like those of {name}{such}; "
             f"set experiment.corpora.{name} to the directory of {name}"

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.config import read_yaml
-from ser_ray.corpora.rows import SPLITS, Row, utterances_of
+from ser_ray.corpora.rows import SPLITS, Row, example_of, utterances_of
 from ser_ray.corpora.table import text_rows
-from ser_ray.schema import Rejected, UserError, Utterance
+from ser_ray.schema import Rejected, UserError, Utterance, reason_of
 
 HEADER: Final = "db.yaml"
 MEANINGS: Final = {"gender": ("gender", "sex"), "text": ("transcription", "text"), "language": ("language",)}
@@ -32,8 +32,7 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
     """As `ser_ray.corpora.table.read`. Raises UserError for a folder that is no database of emotions."""
     utterances, rejected = utterances_of(name, _rows(path), labels, path, path)
     if not utterances:
-        such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{path}: no recording can be used{such}")
+        raise UserError(f"{path}: no recording can be used{example_of(rejected)}")
     return utterances, rejected
 
 
@@ -109,7 +108,7 @@ def _tables(path: Path) -> list[_Table]:
     except OSError:
         raise UserError(f"{path}: no {HEADER} in it; give the folder of a database in audformat") from None
     except Exception as error:  # whatever a stranger's YAML holds in place of what belongs there
-        raise UserError(f"{file}: not the header of a database: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file}: not the header of a database: {reason_of(error)}") from None
     if not any("emotion" in table.schemes.values() for table in tables):
         raise UserError(f"{file}: no table has a column emotion; it has {', '.join(t.name for t in tables) or 'none'}")
     return tables
@@ -139,7 +138,7 @@ def _content(path: Path, name: str) -> Iterator[dict[str, str]]:
         else:
             raise UserError(f"{path}: the table {name} is in no file {text.name} or {parquet.name}")
     except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the table {name} is not readable: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: the table {name} is not readable: {reason_of(error)}") from None
     for row in rows:
         if row.get("file"):
             given = {key: "" if value in (None, "NaT") else value for key, value in row.items()}

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from ser_ray.corpora.rows import SPLITS, Row, utterances_of
+from ser_ray.corpora.rows import SPLITS, Row, example_of, utterances_of
 from ser_ray.schema import Rejected, UserError, Utterance
 
 FIRST: Final = 100
@@ -25,8 +25,7 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
     """As `ser_ray.corpora.table.read`. Raises UserError for a folder that is none of EmoBox's."""
     utterances, rejected = utterances_of(name, _rows(path), labels, folder_of(path), path)
     if not utterances:
-        such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{path}: no recording can be used{such}")
+        raise UserError(f"{path}: no recording can be used{example_of(rejected)}")
     return utterances, rejected
 
 

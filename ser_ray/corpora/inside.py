@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ser_ray.corpora.rows import COLUMNS, SPLITS
 from ser_ray.corpora.table import text_rows
 from ser_ray.disk import replacing
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, reason_of
 
 VERSION: Final = 1
 """Raised when what `unpack` writes changes."""
@@ -97,7 +97,7 @@ def unpack(path: Path, directory: Path, on_progress: Callable[[int], None] = lam
         except (pa.ArrowException, OSError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk
-            raise UserError(f"{file}: not readable: {' '.join(str(error).split())}") from None
+            raise UserError(f"{file}: not readable: {reason_of(error)}") from None
     with replacing(target) as aside:
         columns = [column for column in COLUMNS if any(column in row for row in rows)]
         pq.write_table(pa.table({c: pa.array([row.get(c, "") for row in rows], pa.string()) for c in columns}), aside)

@@ -89,6 +89,11 @@ def utterances_of(
     return sorted(utterances, key=lambda utterance: utterance.utterance_id), rejected
 
 
+def example_of(rejected: Sequence[Rejected]) -> str:
+    """For a message that nothing can be used: the first that is not used, and why; empty if there is none."""
+    return f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+
+
 # -- below: how it is done
 
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.corpora.rows import COLUMNS, REQUIRED, Row, utterances_of
-from ser_ray.schema import Rejected, UserError, Utterance
+from ser_ray.corpora.rows import COLUMNS, REQUIRED, Row, example_of, utterances_of
+from ser_ray.schema import Rejected, UserError, Utterance, reason_of
 
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
 SUFFIXES: Final = (*DELIMITERS, ".parquet")
@@ -40,8 +40,7 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
     """
     utterances, rejected = utterances_of(name, rows_of(path), labels, path.parent, path)
     if not utterances:
-        such = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{path}: no row can be used{such}; fix the table")
+        raise UserError(f"{path}: no row can be used{example_of(rejected)}; fix the table")
     return utterances, rejected
 
 
@@ -67,7 +66,7 @@ def rows_of(path: Path) -> Iterator[Row]:
                 yield {column: (fields[column] or "").strip() for column in wanted}, f"line {reader.line_num}"
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         kind = path.suffix[1:].lower()
-        raise UserError(f"{path}: not readable as {kind}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as {kind}: {reason_of(error)}") from None
 
 
 def as_text(value: object) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from ser_ray.config import Experiment
 from ser_ray.disk import locked, read_json, write_json, write_text
 from ser_ray.evaluation.results import read_history
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, reason_of
 
 Record = dict[str, Any]
 NOTES = "notes.txt"
@@ -178,7 +178,7 @@ def _read_trial(path: Path) -> TrialRecord:
     try:
         record = TrialRecord(**read_json(path), history=tuple(trial_history(path.parent)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the record of a trial ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{path}: not the record of a trial ({reason_of(error, 120)})") from None
     if record.trial_id != path.parent.name:
         raise UserError(f"{path}: its trial_id is {str(record.trial_id)[:80]!r}; it has to be that of its folder")
     return record

@@ -31,8 +31,8 @@ from ser_ray.models.adapters import load_updates
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import autocast
 from ser_ray.models.pretrained import MissingBackboneError
-from ser_ray.models.weights import one_line, read_weights
-from ser_ray.schema import SAMPLING_RATE, UserError
+from ser_ray.models.weights import REASON, read_weights
+from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
 
 
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def _check_runs(model: EmotionClassifier, directory: Path) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a configuration that nobody foresaw makes torch raise
-        raise UserError(f"{directory}: its model does not run: {one_line(error)}") from None
+        raise UserError(f"{directory}: its model does not run: {reason_of(error, REASON)}") from None
     if not logits_BK.isfinite().all():
         raise UserError(f"{directory}: what its model predicts is not finite: its weights or its backbone are damaged")
 

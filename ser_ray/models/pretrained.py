@@ -21,8 +21,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file, find_adapter_config_file
 
 from ser_ray.models.logmel import HOP, N_FFT
-from ser_ray.models.weights import one_line
-from ser_ray.schema import SAMPLING_RATE, UserError
+from ser_ray.models.weights import REASON
+from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
 
 FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
 ASSETS: Final = Path(__file__).parent.parent / "assets"
@@ -69,7 +69,7 @@ def describe(name: str) -> tuple[Any, Any]:
             raise ValueError(f"conv_stride makes a frame of every {math.prod(config.conv_stride)} samples")
         return config, extractor.from_dict(dict(audio))
     except Exception as error:  # transformers raises errors of many kinds for values that it does not expect
-        raise UserError(f"backbone {name}: its configuration is not usable: {one_line(error)}") from None
+        raise UserError(f"backbone {name}: its configuration is not usable: {reason_of(error, REASON)}") from None
 
 
 def identity(name: str) -> str:
@@ -111,7 +111,7 @@ def check_files(name: str, config: Any) -> None:
     try:
         sizes = [size for path in _weight_files(name) for size in _sizes(path)]
     except Exception as error:
-        raise UserError(f"backbone {name}: its weights are not readable: {one_line(error)}") from None
+        raise UserError(f"backbone {name}: its weights are not readable: {reason_of(error, REASON)}") from None
     if not sizes:
         return  # there are no safetensors: transformers says so, or finds those that the hub has converted
     try:
@@ -121,7 +121,7 @@ def check_files(name: str, config: Any) -> None:
         with torch.device("meta"):
             needed = sum(p.numel() for p in architecture(config)(config).parameters()) - config.hidden_size
     except Exception as error:
-        raise UserError(f"backbone {name}: its config.json is not usable: {one_line(error)}") from None
+        raise UserError(f"backbone {name}: its config.json is not usable: {reason_of(error, REASON)}") from None
     if needed > sum(sizes):  # all but masked_spec_embed, which may be missing
         raise UserError(
             f"backbone {name}: its weights do not fit its config.json, which describes {needed} numbers; its files "
@@ -134,11 +134,11 @@ def unreachable(name: str, error: Exception) -> UserError:
     if any(_cached(name, file) for file in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         return UserError(_how_to_convert(name))
     if _directory(name) is not None:
-        return UserError(f"backbone {name}: {one_line(error)}")
+        return UserError(f"backbone {name}: {reason_of(error, REASON)}")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     return MissingBackboneError(
         f"backbone {name}: no such directory, and not available from the hub{offline}; "
-        f"give a local directory, or download it where there is a network ({one_line(error)})"
+        f"give a local directory, or download it where there is a network ({reason_of(error, REASON)})"
     )
 
 
@@ -154,7 +154,7 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from None
     except Exception as error:
-        raise UserError(f"backbone {name}: its configuration is not readable: {one_line(error)}") from None
+        raise UserError(f"backbone {name}: its configuration is not readable: {reason_of(error, REASON)}") from None
     if not isinstance(content, dict) or not isinstance(audio, dict):
         raise UserError(f"backbone {name}: config.json and preprocessor_config.json are no JSON objects")
     return content, audio

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
 
 from ser_ray.disk import read_json
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, reason_of
+
+REASON: Final = 160
+"""Characters of what a library says of a stranger's file: some quote it whole."""
 
 
 def read_weights(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -27,7 +30,7 @@ def read_weights(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, to
     except OSError:
         raise  # of the disk
     except Exception as error:  # of a damaged file safetensors and torch raise errors of several kinds
-        raise UserError(f"{path}: not readable as safetensors: {one_line(error)}") from None
+        raise UserError(f"{path}: not readable as safetensors: {reason_of(error, REASON)}") from None
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}")
     if foreign := sorted(found.keys() - wanted.keys()):
@@ -49,17 +52,10 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {one_line(error)}") from None
+        raise UserError(f"{path}: not readable as JSON: {reason_of(error, REASON)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not readable as JSON: it is no object")
     return content
-
-
-def one_line(error: Exception) -> str:
-    """An error of a library in one line, and a short one."""
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
 
 
 def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -52,8 +52,9 @@ LINE_S: Final = 10.0
 ACTOR_S: Final = 120.0
 """Seconds of speech for each actor of a pool: for less, an actor's start, eight seconds of a core, is not worth it."""
 
-Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], Console], Iterable[object]]
-"""Writes the cached features: pairs of a shard and the file to write -> an item for each file that is done."""
+Extract = Callable[[Prefix, Sequence[tuple[Path, Path]], float, Console], Iterable[object]]
+"""Writes the cached features: pairs of a shard and the file to write, and how many seconds of speech the shards hold ->
+an item for each file that is done."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Itera
 def by_pool(planned: RunPlan) -> Extract:
     """Extraction by Ray actors, each with the resources of a training worker."""
 
-    def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
-        worker, (seconds, _) = planned.allocation.worker, _size(source for source, _ in work)
+    def extract(
+        wanted: Prefix, work: Sequence[tuple[Path, Path]], seconds: float, console: Console
+    ) -> Iterator[object]:
+        worker = planned.allocation.worker
         size = min(planned.allocation.pool, len(work), math.ceil(seconds / ACTOR_S))
         arguments = (wanted, max(1, int(worker.cpus)), worker.gpus)
         with Pool(_RemoteExtractor, arguments, size, worker, console) as pool:
@@ -136,7 +139,9 @@ def by_pool(planned: RunPlan) -> Extract:
 def by_this_process(planned: RunPlan) -> Extract:
     """Extraction in this process, on the device that it holds."""
 
-    def extract(wanted: Prefix, work: Sequence[tuple[Path, Path]], console: Console) -> Iterator[object]:
+    def extract(
+        wanted: Prefix, work: Sequence[tuple[Path, Path]], seconds: float, console: Console
+    ) -> Iterator[object]:
         worker = planned.allocation.worker
         extractor = Extractor(wanted, max(1, int(worker.cpus)), worker.gpus)
         for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (its own order)
@@ -241,7 +246,7 @@ def _make(
             )
             return None
         console.print(f"frozen prefix {wanted}: making {needed:.2f} GB in {directory}")
-        _show(extract(wanted, work, console), len(work), f"frozen prefix {wanted}", console)
+        _show(extract(wanted, work, seconds, console), len(work), f"frozen prefix {wanted}", console)
         (directory / PLANNED).unlink(missing_ok=True)
     return CachedFeatures(wanted, tuple(targets.values()), len(work), time.monotonic() - started)
 
