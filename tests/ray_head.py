@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
@@ -33,8 +35,11 @@ def _free_port() -> int:
 
 
 @contextmanager
-def ray_head(home: Path, *, gpus: int = 0) -> Iterator[Head]:
-    """Three CPUs, two for trials and one for data, and ``gpus`` that are declared whether or not they are there."""
+def ray_head(home: Path, *, gpus: int = 0, jobs: bool = False) -> Iterator[Head]:
+    """Three CPUs, two for trials and one for data, and ``gpus`` that are declared whether or not they are there.
+
+    ``jobs``: whether it takes submitted jobs; its dashboard, which does, needs some seconds.
+    """
     token = home / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
@@ -49,6 +54,7 @@ def ray_head(home: Path, *, gpus: int = 0) -> Iterator[Head]:
         *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", f"--num-gpus={gpus}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
         f"--ray-client-server-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}", "--block",
+        f"--include-dashboard={jobs}",
     ]  # fmt: skip
     log = home / "head.log"
     with log.open("w") as said, subprocess.Popen(command, env=environment, stdout=said, stderr=said) as process:
@@ -60,6 +66,9 @@ def ray_head(home: Path, *, gpus: int = 0) -> Iterator[Head]:
                 time.sleep(0.5)
             yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
         finally:
-            process.terminate()
+            # Ray's own end of a head waits half a minute for processes that are idle.
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
             process.wait(60)
             shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -83,6 +82,12 @@ def cluster_of(gpus: int, home: Path, corpus: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def no_gpu(tmp_path_factory, tiny_corpus) -> Iterator[Cluster]:
+    with cluster_of(0, tmp_path_factory.mktemp("none"), tiny_corpus) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory, tiny_corpus) -> Iterator[Cluster]:
     with cluster_of(1, tmp_path_factory.mktemp("one"), tiny_corpus) as cluster:
         yield cluster
@@ -146,12 +151,11 @@ def test_searches_end_on_two_gpus(two_gpus, name):
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_trials_that_take_every_cpu_end(tmp_path, tiny_corpus, name):
+def test_trials_that_take_every_cpu_end(no_gpu, name):
     """Two cores and no GPU: a trial of two CPUs holds all that there is for trials."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    alone = Cluster(environment | {"PYTHONPATH": str(CHECKOUT)}, tmp_path, tiny_corpus)
     space, *own = SPACES[name]
-    alone.ended(name, alone.search(space, name, "resources.cpus_per_worker=2", "tune.trials=2", *own))
+    no_gpu.ended(name, no_gpu.search(space, name, "resources.cpus_per_worker=2", "tune.trials=2", *own))
+    check_plan(no_gpu, name, trials_at_once=1, worker={"cpus": 2.0, "gpus": 0.0})
 
 
 def cached_by(cluster: Cluster, arguments: Sequence[str]) -> str:

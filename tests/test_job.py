@@ -1,5 +1,5 @@
 """The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with half of its
-trials."""
+trials and a quarter of their epochs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ray_head import RAY, ray_head
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRIALS = 4
 """Two points that the demo's file names, and two that the sampler chooses."""
+EPOCHS = 2
+"""After the probe, with which the head starts."""
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], str]]:
         patch.setenv("HOME", str(tmp_path))
         # A job's "python" is the head's.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        with ray_head(tmp_path) as started:
+        with ray_head(tmp_path, jobs=True) as started:
             yield started.environment, started.dashboard
 
 
@@ -65,7 +67,8 @@ def wait_for(environment: dict[str, str], address: str) -> None:
 def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
     environment, address = head
     wait_for(environment, address)
-    done = submit(environment, address, f"storage.cache={tmp_path / 'cache'}", f"tune.trials={TRIALS}")
+    smaller = [f"tune.trials={TRIALS}", f"experiment.epochs={EPOCHS}"]
+    done = submit(environment, address, f"storage.cache={tmp_path / 'cache'}", *smaller)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = tmp_path / "ser_ray" / "results" / "demo"
     assert str(results) in done.stdout, "the job says where its results go"

@@ -181,6 +181,7 @@ class Holder:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_that_is_full_is_waited_for_and_said(tiny_corpus, tiny_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(ser_ray.train, "LOOK_S", 1.0)

@@ -139,7 +139,8 @@ def test_many_small_batches_in_one_step_are_the_step_of_one_large_one(space, one
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("data", ["resident", pytest.param("streamed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["resident", "streamed"])
 def test_two_workers_take_the_step_of_one_large_batch(space, one_batch, data, ray_cluster):
     two = ["resources.workers=2", "resources.cpus_per_worker=1", f"resources.data={data}"]
     shared = train(space, f"two-{data}", *two, *ONE_STEP, "experiment.batch_seconds=2.5")
@@ -286,6 +287,7 @@ def test_a_second_opening_of_the_test_set_is_counted(tuned):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_a_finished_search_is_extended(tuned, space, capsys):
     """In a copy, as other tests look at the search of three trials."""
@@ -435,7 +437,7 @@ def test_an_interrupted_trial_continues_to_the_same_numbers(space, local, monkey
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("workers", "trained"), [(0, "local"), (1, "worker")])
+@pytest.mark.parametrize(("workers", "trained"), [(0, "local"), pytest.param(1, "worker", marks=pytest.mark.slow)])
 def test_a_last_epoch_that_is_told_again_is_not_written_again(space, local, worker, workers, trained):
     """Who watched may have died before it heard; the trial is over all the same."""
     name = f"told-{workers}"

@@ -91,7 +91,12 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("point", "status", "attempts"),
-    [("first", "failed", ATTEMPTS), ("epoch", "finished", 3), ("save", "finished", 3), ("line", "finished", 4)],
+    [
+        ("first", "failed", ATTEMPTS),
+        pytest.param("epoch", "finished", 3, marks=pytest.mark.slow),
+        pytest.param("save", "finished", 3, marks=pytest.mark.slow),
+        pytest.param("line", "finished", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_search_ends_wherever_a_process_of_it_dies(dying, point, status, attempts):
     trials, said = dying(point)
