@@ -87,6 +87,7 @@ class Model:
 
     def embed(self, recordings: Recordings, sampling_rate: int | None = None) -> np.ndarray:
         """The pooled vector of each recording, which the classifier sees: (N, P) float32, NaN where it is not usable.
+        That of a recording longer than ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into.
 
         Arguments and errors: as `predict`.
         """

@@ -40,6 +40,7 @@ from ser_ray.corpora import inside, synthetic
 from ser_ray.corpora.describe import differences, left_out, raters
 from ser_ray.disk import read_json, replacing, write_json
 from ser_ray.runtime import cluster, paths
+from ser_ray.runtime.allocation import Worker
 from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance, is_known
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
@@ -329,19 +330,22 @@ def _in_tasks(
     """Run ``task`` on each chunk, as tasks of Ray on all nodes or here, with a progress bar."""
     if not chunks:
         return
-    done = _with_ray(task, chunks, work) if use_ray else (task(chunk, **work) for chunk in chunks)
+    done = _with_ray(task, chunks, work, console) if use_ray else (task(chunk, **work) for chunk in chunks)
     with _progress(console, title) as progress:
         for _ in progress.track(done, total=len(chunks), description=title):
             pass
 
 
-def _with_ray(task: Callable[..., pa.Table], chunks: Sequence[pa.Table], work: dict[str, Any]) -> Iterator[object]:
+def _with_ray(
+    task: Callable[..., pa.Table], chunks: Sequence[pa.Table], work: dict[str, Any], console: Console
+) -> Iterator[object]:
     """One block per chunk and one task per block."""
     cluster.connect()
+    cluster.wait_for_room(Worker(cpus=1, gpus=0), 1, "a CPU", console)
     dataset = ray.data.from_arrow(list(chunks)).map_batches(
         task, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=work
     )
-    return iter(dataset.iter_rows())
+    yield from dataset.iter_rows()
 
 
 def _notes(target: Path, names: Iterable[str]) -> list[dict[str, Any]]:

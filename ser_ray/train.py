@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Final
 
 from rich.console import Console
 
@@ -34,9 +33,6 @@ from ser_ray.runtime.trial import fit_here, fit_on_ray, memory_explained, open_t
 from ser_ray.schema import MemoryShortageError
 from ser_ray.terminal import PlainConsole
 from ser_ray.trials.records import Trials
-
-LOOK_S: Final = 10.0
-"""Seconds between looks whether workers wait for room on the cluster: about when a user wonders if a command hangs."""
 
 
 def train(space: SearchSpace, console: Console, argv: list[str]) -> Path:
@@ -75,6 +71,8 @@ def _train_in(directory: Path, planned: RunPlan, task: Task, console: Console, a
                 with memory_explained(trial):
                     fit_here(trial, show)
             else:
+                allocation = planned.allocation
+                cluster.wait_for_room(allocation.worker, allocation.workers, allocation.wanted, console)
                 with _following(planned, trial_dir, show, console):
                     fit_on_ray(trial)
 
@@ -152,14 +150,13 @@ def _following(
     planned: RunPlan, directory: Path, show: Callable[[folder.Record], None], console: Console
 ) -> Iterator[None]:
     """While the body trains, show every line that is added to a trial's history; before the first, say now and then
-    that the workers wait for room on the cluster, if they do."""
-    workers, worker = planned.allocation.workers, planned.allocation.worker
-    wanted = f"{workers} x ({worker.cpus:g} CPUs, {worker.gpus:g} GPUs), each on one node"
+    that the workers wait for room on the cluster, if others took it just before them."""
+    allocation = planned.allocation
     ended = threading.Event()
     seen = len(folder.trial_history(directory))
 
     def follow() -> None:
-        shown, next_look = seen, time.monotonic() + LOOK_S
+        shown, next_look = seen, time.monotonic() + cluster.LOOK_S
         while True:
             last_look = ended.wait(0.5)
             for record in folder.trial_history(directory)[shown:]:
@@ -168,10 +165,10 @@ def _following(
             if last_look:
                 return
             if shown == seen and time.monotonic() > next_look:
-                waits = cluster.trainer_waits()
+                waits = cluster.trainers_waiting(allocation.workers)
                 if waits:
-                    console.print(f"  ... {cluster.waiting_for(wanted)}")
-                next_look = time.monotonic() + (cluster.REPEAT_S if waits else LOOK_S)
+                    console.print(f"  ... {cluster.waiting_for(allocation.wanted)}")
+                next_look = time.monotonic() + (cluster.REPEAT_S if waits else cluster.LOOK_S)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

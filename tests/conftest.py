@@ -163,3 +163,18 @@ def ray_cluster(untrained: Path) -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def full_cluster(ray_cluster: None) -> Iterator[Callable[[], None]]:
+    """The session's Ray while other work holds all of its CPUs; returns what ends that work."""
+    import ray
+
+    @ray.remote
+    class Holder:
+        """Holds what it was given until it is killed."""
+
+    holder = Holder.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    ray.get(holder.__ray_ready__.remote())
+    yield lambda: ray.kill(holder)
+    ray.kill(holder)

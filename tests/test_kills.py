@@ -12,11 +12,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 import stub_trainable
+from ray_head import ray_head
 from test_verbs import results_of, train, write_space
 
 from ser_ray.evaluation.folder import trial_history
@@ -33,27 +35,46 @@ def stub(untrained) -> dict[str, str]:
     return stub_trainable.environment(untrained, epoch_s=0.5)
 
 
-def start_tune(space: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def start(verb: str, space: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
     settings = [f"experiment.name={name}", "storage.prefix_gb=0", *overrides]
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), *settings]
+    command = [sys.executable, "-m", f"ser_ray.{verb}", str(space), *settings]
     return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_line(driver: subprocess.Popen[str], text: str) -> str:
-    """All that it has said until then."""
+def start_tune(space: Path, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    return start("tune", space, name, *overrides, **environment)
+
+
+def wait_for_line(driver: subprocess.Popen[str], text: str, at_most_s: float = 900.0) -> str:
+    """All that it has said until then. Fails, showing that, if it ends without the line; it is ended after a while."""
     said = ""
-    for line in driver.stdout:
-        said += line
-        if text in line:
-            break
-    return said
+    ends = threading.Timer(at_most_s, driver.kill)
+    ends.start()
+    try:
+        for line in driver.stdout:
+            said += line
+            if text in line:
+                return said
+    finally:
+        ends.cancel()
+    pytest.fail(f"it ended without a line that has {text!r}, or was ended after {at_most_s:g} s; it said:\n{said}")
 
 
 def processes(driver: subprocess.Popen[str], word: str) -> list[psutil.Process]:
     """Those of its Ray with that on their command lines."""
     started = psutil.Process(driver.pid).children(recursive=True)
     return [process for process in started if word in " ".join(process.cmdline())]
+
+
+@pytest.mark.parametrize("goes_on", ["", "; import time; time.sleep(600)"])
+def test_a_wait_for_a_line_that_does_not_come_ends_and_shows_the_others(goes_on):
+    command = [sys.executable, "-c", f"print('first', flush=True){goes_on}"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver,
+        pytest.raises(pytest.fail.Exception, match=r"without a line that has 'second'.*\nfirst\n"),
+    ):
+        wait_for_line(driver, "second", at_most_s=5.0)
 
 
 @pytest.mark.ray
@@ -132,3 +153,33 @@ def test_an_interrupted_search_says_so_and_keeps_the_test_set_closed(space, stub
     text, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, text
     assert not (results_of(space, name) / "evaluation").exists()
+
+
+HOLD = """
+import ray, time
+ray.init(log_to_driver=False)
+class Holder: pass
+holder = ray.remote(Holder).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+ray.get(holder.__ray_ready__.remote())
+print("held", flush=True)
+time.sleep(3600)
+"""
+"""Other work, which holds all CPUs of a cluster."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_command_that_waits_for_a_full_cluster_ends_with_ctrl_c(tiny_corpus, tiny_cache, tmp_path):
+    space = write_space(tmp_path, tiny_corpus, tiny_cache)
+    with ray_head(tmp_path) as head:
+        there = head.environment | {"RAY_ADDRESS": head.address}
+        command = [sys.executable, "-c", HOLD]
+        with subprocess.Popen(command, env=there, stdout=subprocess.PIPE, text=True) as other:
+            wait_for_line(other, "held", at_most_s=300.0)
+            driver = start("train", space, "waiting", "search={}", "tune.first=[]", **there)
+            said = wait_for_line(driver, "waiting for 1 x (1 CPUs, 0 GPUs), each on one node; 0 of 3 CPUs", 300.0)
+            driver.send_signal(signal.SIGINT)
+            rest, _ = driver.communicate(timeout=120)
+            other.kill()
+    assert driver.returncode == 130, said + rest
+    assert rest.splitlines()[-1] == "ser-ray train: interrupted; the same command continues"

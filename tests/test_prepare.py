@@ -7,6 +7,8 @@ import io
 import os
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from ser_ray import prepare as verb
 from ser_ray.config import Audio, SearchSpace
 from ser_ray.prepare import main, prepare
 from ser_ray.protocols.folds import labelled
+from ser_ray.runtime import cluster
 from ser_ray.schema import UserError, Utterance
 from ser_ray.speech import fingerprint, formats, shards
 from ser_ray.speech.audio import Recording, from_int16, load_recording, load_waveform, to_int16
@@ -83,6 +86,23 @@ def test_with_ray_as_without(tiny_corpus, tmp_path):
     assert one.equals(other)
     for one, other in zip(shards.read_tables([with_ray]), shards.read_tables([without]), strict=True):
         assert one.equals(other)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_full_is_waited_for_and_said(tiny_corpus, tmp_path, monkeypatch, full_cluster):
+    monkeypatch.setattr(cluster, "LOOK_S", 1.0)
+    said = io.StringIO()
+    with ThreadPoolExecutor() as executor:
+        preparing = executor.submit(prepare, space(tmp_path, tiny_corpus), console=Console(file=said, width=400))
+        while "waiting for" not in said.getvalue() and not preparing.done():
+            time.sleep(0.1)
+        full_cluster()
+        (target,) = preparing.result()
+    _, first, second, *rest = said.getvalue().splitlines()
+    assert first == "ravdess: decoding ..."
+    assert second.startswith("  ... waiting for a CPU; 0 of ")
+    assert "waiting" not in "".join(rest)
+    assert shards.read_manifest(target)["utterances"] == UTTERANCES
 
 
 @pytest.mark.ray

@@ -23,6 +23,7 @@ from ser_ray import config, disk
 from ser_ray.__main__ import main
 from ser_ray.evaluation.folder import trial_history
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.runtime import cluster
 
 LOCAL = ("resources.workers=0", "storage.prefix_gb=0")
 SHORT = {
@@ -175,28 +176,20 @@ def test_data_that_changed_since_a_run_began_are_refused(tiny_corpus, tmp_path, 
     assert train(space, "another", "experiment.epochs=1") == 0
 
 
-@ray.remote
-class Holder:
-    """Other work, which holds what it was given until it is killed."""
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_cluster_that_is_full_is_waited_for_and_said(tiny_corpus, tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(ser_ray.train, "LOOK_S", 1.0)
+def test_a_cluster_that_is_full_is_waited_for_and_said(tiny_corpus, tiny_cache, tmp_path, monkeypatch, full_cluster):
+    monkeypatch.setattr(cluster, "LOOK_S", 1.0)
     path = write_space(tmp_path, tiny_corpus, tiny_cache)
     space = config.load(path, ["search={}", "tune.first=[]", "experiment.epochs=1", "resources.gpus_per_worker=0"])
-    everything, said = ray.cluster_resources()["CPU"], io.StringIO()
-    holder = Holder.options(num_cpus=everything).remote()
-    ray.get(holder.__ray_ready__.remote())
+    said = io.StringIO()
     with ThreadPoolExecutor() as executor:
         training = executor.submit(ser_ray.train.train, space, Console(file=said, width=400), ["train"])
         while "waiting for" not in said.getvalue() and not training.done():
             time.sleep(0.1)
-        ray.kill(holder)
+        full_cluster()
         assert training.result() == results_of(path, "tiny")
-    free = f"0 of {everything:g} CPUs and 0 of 0 GPUs are free, other work holds the rest"
+    free = f"0 of {ray.cluster_resources()['CPU']:g} CPUs and 0 of 0 GPUs are free, other work holds the rest"
     assert said.getvalue().count(f"waiting for 1 x (1 CPUs, 0 GPUs), each on one node; {free}") == 1
     assert said.getvalue().count("waiting for") == 1
     assert [record["epoch"] for record in history(path, "tiny")] == [1]

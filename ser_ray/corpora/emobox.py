@@ -3,22 +3,27 @@
 DIR is a corpus's folder, ``EmoBox/data/NAME``: all of its recordings, from ``NAME.jsonl``; with the split of its only
 fold, if it has one. Or it is the folder of a fold, ``EmoBox/data/NAME/fold_2``: the splits of that fold, from
 ``NAME_train_fold_2.jsonl`` and the like, for ``protocol.scheme: official``. Where there is no valid split, dev is taken
-from train. ``label_map.json`` says what the labels mean. EmoBox names no speakers: they are not known.
+from train; files with other names are not read, as EmoBox keeps older ones beside its own. ``label_map.json`` says what
+the labels mean. Speakers are not known: the lists of recordings name none, and ``data.seg.wrd.stm`` gives both people
+of an IEMOCAP dialogue one name, and every recording of MER2023 its own.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from ser_ray.corpora.rows import SPLITS, Row, example_of, utterances_of
+from ser_ray.corpora.rows import Row, example_of, utterances_of
 from ser_ray.schema import Rejected, UserError, Utterance
 
 FIRST: Final = 100
 """Recordings of which one must exist below a folder for it to be the one that all paths are relative to."""
+OF_FOLD: Final = re.compile(r".+_(train|valid|test)_fold_\d+")
+"""The names, without suffix, of the files of a fold."""
 
 
 def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utterance], list[Rejected]]:
@@ -66,7 +71,7 @@ def _number(value: object) -> str:
 
 def _files(path: Path) -> list[Path]:
     folds = [path] if path.name.startswith("fold_") else sorted(path.glob("fold_*"))
-    if len(folds) == 1 and (files := sorted(folds[0].glob("*.jsonl"))):
+    if len(folds) == 1 and (files := [file for file in sorted(folds[0].glob("*.jsonl")) if _split_of(file)]):
         return files
     whole = path / f"{path.name}.jsonl"
     if not whole.is_file():
@@ -91,8 +96,8 @@ def _entries(path: Path) -> Iterator[tuple[dict[str, Any], tuple[Path, int]]]:
 
 def _split_of(file: Path) -> str:
     """``iemocap_train_fold_1.jsonl``: train; of a whole corpus, none."""
-    words = file.stem.partition("_fold_")[0].split("_") if "_fold_" in file.stem else []
-    return next((word for word in reversed(words) if word in SPLITS), "")
+    of_fold = OF_FOLD.fullmatch(file.stem)
+    return of_fold[1] if of_fold else ""
 
 
 def _label_map(path: Path) -> dict[str, str]:

@@ -1,16 +1,20 @@
 """Tables that hold the recordings themselves: Parquet with a column ``audio``, and a saved folder of Hugging Face's
 datasets (``hf:DIR``). They are unpacked once, to files and a table that `ser_ray.corpora.table` reads.
 
-``audio`` is the bytes of a file (WAV, FLAC, ...), or a struct with ``bytes`` and ``path``, as the datasets library
-writes it. A folder that ``Dataset.save_to_disk`` wrote has .arrow files; one that was downloaded from the hub has
-.parquet files; the split is in the name of their folder or of the file. Numbers of a ``ClassLabel`` become its names,
-which the file's own metadata has. Nothing of a dataset is run.
+``audio`` is the bytes of a file (WAV, FLAC, ...), its path, or a struct with ``bytes`` and ``path``, as the datasets
+library writes it; where it leaves the bytes out (``Dataset.to_parquet``), the file at ``path`` is linked. A folder that
+``Dataset.save_to_disk`` wrote has .arrow files; one that was downloaded from the hub has .parquet files; the split is
+in the name of their folder or of the file. Numbers of a ``ClassLabel`` become its names, which the file's own metadata
+has. Nothing of a dataset is run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -19,12 +23,14 @@ import pyarrow.parquet as pq
 
 from ser_ray.corpora.rows import COLUMNS, SPLITS
 from ser_ray.corpora.table import text_rows
-from ser_ray.disk import replacing
+from ser_ray.disk import read_json, replacing
 from ser_ray.schema import UserError, reason_of
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raised when what `unpack` writes changes."""
 TABLE: Final = "table.parquet"
+STATE: Final = "state.json"
+"""Of a saved folder: which of the files in it are its own. Saving again leaves the files of before."""
 AUDIO: Final = "audio"
 SUFFIXES: Final = (".arrow", ".parquet")
 NAMES: Final = {
@@ -65,10 +71,12 @@ def files_of(path: Path) -> dict[Path, str]:
     """
     if path.is_file():
         return {path: ""}
+    own = cache(_own_files)
     files = sorted(
         file
         for file in path.rglob("*")
         if file.suffix in SUFFIXES and not file.name.startswith((".", "cache-"))  # cache-: what the library computed
+        if (names := own(file.parent)) is None or file.name in names
     )
     if not files:
         raise UserError(f"{path}: no {' or '.join(SUFFIXES)} file in it; give the folder that save_to_disk wrote")
@@ -91,7 +99,7 @@ def unpack(path: Path, directory: Path, on_progress: Callable[[int], None] = lam
             for batch in _batches(file):
                 audio = _contents(batch)
                 for (content, named), row in zip(audio, text_rows(_wanted(batch)), strict=True):
-                    place = "" if content is None else _write(directory, content, named, len(rows) + 1, used)
+                    place = _place(directory, content, named, len(rows) + 1, used, file.parent)
                     rows.append({"split": split, "speaker": "unknown"} | row | {"path": place})
                     on_progress(len(rows))
         except (pa.ArrowException, OSError, KeyError) as error:
@@ -105,6 +113,17 @@ def unpack(path: Path, directory: Path, on_progress: Callable[[int], None] = lam
 
 
 # -- below: how it is done
+
+
+def _own_files(folder: Path) -> set[str] | None:
+    """The files that `STATE` names; None without it."""
+    state = folder / STATE
+    if not state.is_file():
+        return None
+    try:
+        return {str(entry["filename"]) for entry in read_json(state)["_data_files"]}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{state}: does not name the files of a saved dataset") from None
 
 
 def _split_of(file: Path, folder: Path) -> str:
@@ -139,9 +158,10 @@ def _check(file: Path, schema: pa.Schema) -> None:
 
 
 def _chosen(names: Sequence[str]) -> dict[str, str]:
-    """Column of ours -> its name in a file, for those that are there."""
+    """Column of ours -> its name in a file, in small or capital letters, for those that are there."""
     candidates = {column: NAMES.get(column, (column,)) for column in COLUMNS if column != "path"}
-    found = {column: [name for name in known if name in names] for column, known in candidates.items()}
+    ours = {name.lower(): name for name in reversed(names)}
+    found = {column: [ours[name] for name in known if name in ours] for column, known in candidates.items()}
     return {column: known[0] for column, known in found.items() if known}
 
 
@@ -177,20 +197,32 @@ def _contents(batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str]]:
     """The bytes and the name of every recording."""
     names = batch.column("path").to_pylist() if "path" in batch.schema.names else [None] * batch.num_rows
     for value, name in zip(batch.column(AUDIO).to_pylist(), names, strict=True):
+        value = {"path": value} if isinstance(value, str) else value
         content, named = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         yield content if isinstance(content, bytes) else None, str(named or name or "")
 
 
-def _write(directory: Path, content: bytes, named: str, number: int, used: set[str]) -> str:
-    """Write one recording; returns its name. Of the name in the table only the last part is used, once each."""
+def _place(directory: Path, content: bytes | None, named: str, number: int, used: set[str], folder: Path) -> str:
+    """Write one recording, or link the file that it is; returns its name. That of a file which is not there is kept,
+    for the message."""
+    if content is None and not (named and os.path.isfile(folder / named)):  # noqa: PTH113  (false for impossible names)
+        return named
+    target = directory / _name(content or b"", named, number, used)
+    if content is None:
+        with suppress(FileExistsError):  # of an unpacking that was interrupted, as below
+            target.symlink_to((folder / named).resolve())
+    elif not (target.is_file() and target.stat().st_size == len(content)):
+        with replacing(target) as aside:
+            aside.write_bytes(content)
+    return target.name
+
+
+def _name(content: bytes, named: str, number: int, used: set[str]) -> str:
+    """A name for a recording, once each. Of that in the table only the last part is used."""
     name = PurePosixPath(named.replace("\\", "/")).name
     if not name or name.startswith(".") or len(name.encode()) > LONGEST or not name.isprintable():
         name = str(number) + next((suffix for magic, suffix in MAGIC.items() if content.startswith(magic)), "")
     if name.lower() in used or name == TABLE:
         name = f"{Path(name).stem}-{number}{Path(name).suffix}"
     used.add(name.lower())
-    target = directory / name
-    if not (target.is_file() and target.stat().st_size == len(content)):  # of an unpacking that was interrupted
-        with replacing(target) as aside:
-            aside.write_bytes(content)
     return name

@@ -30,6 +30,9 @@ LOWEST: Final = {"kappa": -1.0}
 ROUNDING: Final = 1e-9
 """A standard error below this counts as 0: rounding makes some 1e-16, one utterance in a million makes 1e-6."""
 
+BLOCK: Final = 2**21
+"""Units times draws that are held at once: 32 MB. 45,000 recordings whose speakers are not known are as many units."""
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -170,10 +173,13 @@ def _over_speakers(
     """Headline metrics (draws,) of samples of whole speakers; the draws depend only on the speakers and the seed."""
     names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
     cells = (speaker * num_labels + np.asarray(labels)) * num_labels + np.asarray(predicted)
-    by_speaker = np.bincount(cells, minlength=len(names) * num_labels**2).reshape(len(names), -1)
-    times_drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
-    flat = times_drawn.astype(np.float64) @ by_speaker.astype(np.float64)
+    by_speaker = np.bincount(cells, minlength=len(names) * num_labels**2).reshape(len(names), -1).astype(np.float64)
+    flat = np.empty((draws, num_labels**2))
+    rng, shares, block = np.random.default_rng(seed), np.full(len(names), 1 / len(names)), max(1, BLOCK // len(names))
+    for start in range(0, draws, block):
+        times_drawn = rng.multinomial(len(names), shares, size=min(block, draws - start))
+        # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
+        flat[start : start + block] = times_drawn.astype(np.float64) @ by_speaker
     return dict(headline(flat.reshape(draws, num_labels, num_labels)))
 
 

@@ -52,6 +52,11 @@ class Allocation:
     """What ``precision: auto`` resolves to on a worker."""
 
     @property
+    def wanted(self) -> str:
+        """The resources of a trial, for messages."""
+        return f"{self.workers} x ({self.worker.cpus:g} CPUs, {self.worker.gpus:g} GPUs), each on one node"
+
+    @property
     def gpus_in_use(self) -> float:
         """GPUs used by all concurrent trials."""
         return self.trials_at_once * max(1, self.workers) * self.worker.gpus

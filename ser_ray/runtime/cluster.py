@@ -30,6 +30,8 @@ RAYS_OWN_PORTS = frozenset({6379, 8265, 10001, 44217, 44227, 52365})
 """Default ports of Ray's components; 52365, the dashboard agent's, is one that the system may assign to any program."""
 PATIENCE_S = 20.0
 """Seconds of waiting before a line says what is waited for: a process that has its resources may take ten to start."""
+LOOK_S = 10.0
+"""The same where it is known that nothing was given yet: about when a user wonders if a command hangs."""
 REPEAT_S = 60.0
 """Seconds until the line comes again: other work may hold a cluster for hours."""
 ANSWERS_WITHIN_S = 10.0
@@ -131,12 +133,30 @@ def waiting_for(wanted: str) -> str:
     return f"waiting for {wanted}; {cpus} and {gpus} are free, other work holds the rest"
 
 
-def trainer_waits() -> bool:
-    """Whether workers of this command's trainer wait for room on the cluster. Ray Train requests the resources of all
-    its workers as one placement group, and the id of a placement group ends with the id of its job."""
+def wait_for_room(worker: Worker, count: int, wanted: str, console: Console) -> None:
+    """Wait until the cluster has room for ``count`` workers at once; after a while, and then again, say so.
+
+    The room is not kept: it is for a call of Ray that would wait without a line, and not end with Ctrl-C.
+    """
+    resources = {"CPU": worker.cpus, "GPU": worker.gpus}
+    group = ray.util.placement_group([{name: amount for name, amount in resources.items() if amount}] * count)
+    next_line = time.monotonic() + LOOK_S
+    try:
+        while not group.wait(timeout_seconds=1):
+            if time.monotonic() > next_line:
+                console.print(f"  ... {waiting_for(wanted)}")
+                next_line = time.monotonic() + REPEAT_S
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def trainers_waiting(workers: int) -> int:
+    """How many trainers of this command wait for room on the cluster for their ``workers``. Ray Train requests the
+    resources of all workers as one placement group, and the id of a placement group ends with the id of its job."""
     job = ray.get_runtime_context().get_job_id()
-    groups = ray.util.placement_group_table()
-    return any(name.endswith(job) and group["state"] == "PENDING" for name, group in groups.items())
+    groups = ray.util.placement_group_table().items()
+    waiting = [group for name, group in groups if name.endswith(job) and group["state"] == "PENDING"]
+    return sum(len(group["bundles"]) == workers for group in waiting)
 
 
 def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:

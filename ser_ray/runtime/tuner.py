@@ -46,7 +46,7 @@ def run(
     KeyboardInterrupt where the user stopped it.
     """
     at_once = planned.allocation.trials_at_once
-    watch = Watch(planned.space, trials, at_once, console)
+    watch = Watch(planned.space, trials, planned.allocation, console)
     trainable = tune.with_resources(
         tune.with_parameters(_trainable(), plan=planned, kind=trials.kind, speech=speech),
         _resources(planned.allocation),

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
-from ser_ray.runtime import failures
+from ser_ray.runtime import cluster, failures
+from ser_ray.runtime.allocation import Allocation
 from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.terminal import titled
 from ser_ray.trials.logs import open_logs
@@ -34,13 +35,18 @@ ROWS: Final = 12
 class Watch(tune.Callback):
     """Passes Tune's events on: to `Trials`, which writes them down, to the logs, and to the console."""
 
-    def __init__(self, space: SearchSpace, trials: Trials, at_once: int, console: Console) -> None:
-        self.space, self.trials, self.at_once, self.console = space, trials, at_once, console
+    def __init__(self, space: SearchSpace, trials: Trials, allocation: Allocation, console: Console) -> None:
+        self.space, self.trials, self.allocation, self.console = space, trials, allocation, console
         self.logs = open_logs(space, trials.results_dir)
         self.live: Live | None = None
         self.last_line = self.started = time.monotonic()
         self.noted: dict[str, int] = {}
         self.running: dict[str, float] = {}
+        self.silent: set[str] = set()
+        """Of the running trials those that have told nothing since they started: their workers may wait for room."""
+        self.waiting = 0
+        """How many trials wait for room for their workers."""
+        self.next_look = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks with its state, which is never read; a terminal cannot be pickled."""
@@ -61,6 +67,7 @@ class Watch(tune.Callback):
         trial_id, values = trial.config["trial_id"], trial.config["values"]
         record = self.trials.start(trial_id)
         self.running[trial_id] = time.monotonic()
+        self.silent.add(trial_id)
         how = f"continues after epoch {record.history[-1]['epoch']}: " if record.history else "starts: "
         self._say(trial_id, how + ", ".join(f"{key}={short(value)}" for key, value in values.items()))
 
@@ -69,6 +76,7 @@ class Watch(tune.Callback):
     ) -> None:
         """Log and print the metrics of an epoch."""
         trial_id = trial.config["trial_id"]
+        self.silent.discard(trial_id)
         record = self.trials.update(trial_id, result.get("time_total_s"))
         for log in self.logs:
             log(trial_id, record.values, record.history[-1])
@@ -77,7 +85,7 @@ class Watch(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print how a trial ended: by itself, or stopped by the scheduler."""
         trial_id, last = trial.config["trial_id"], trial.last_result or {}
-        self.running.pop(trial_id, None)
+        self._ends(trial_id)
         status = "finished" if last.get("last", False) else "stopped"
         self.trials.update(trial_id, last.get("time_total_s"), status=status)
         how = "finished" if status == "finished" else "stopped by the scheduler"
@@ -86,7 +94,7 @@ class Watch(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print why a trial failed; a trial whose processes died continues."""
         trial_id, reason = trial.config["trial_id"], _reason(Path(trial.error_file))
-        self.running.pop(trial_id, None)
+        self._ends(trial_id)
         kind, _, message = reason.partition(": ")
         if kind == _name(StorageError):  # every other trial would fail too; the next command continues them
             self.trials.error = StorageError(message)
@@ -105,13 +113,13 @@ class Watch(tune.Callback):
         """Print the notes of trials before their first epoch, and a heartbeat during long epochs."""
         for trial_id in self.running:
             self._pass_on_notes(trial_id)
-        if self.running and not self.live and time.monotonic() - self.last_line > HEARTBEAT_S:
-            waiting = ", ".join(f"{i} in epoch {self._epochs(i) + 1}" for i in self.running)
-            self.console.print(f"  ... running: trial {waiting}{self._eta()}", style="dim")
-            self.last_line = time.monotonic()
-        if not self.running and not self.live and time.monotonic() - self.last_line > HEARTBEAT_S:
-            self.console.print("  ... waiting for room on the cluster: other work holds it", style="dim")
-            self.last_line = time.monotonic()
+        now = time.monotonic()
+        if self.allocation.workers > 1 and now > self.next_look:
+            self.waiting = cluster.trainers_waiting(self.allocation.workers)
+            self.next_look = now + cluster.LOOK_S
+        if not self.live and now - self.last_line > HEARTBEAT_S:
+            self.console.print(f"  ... {self._doing()}", style="dim")
+            self.last_line = now
 
     def table(self) -> Table:
         """The running trials, and the best of the others."""
@@ -125,7 +133,8 @@ class Watch(tune.Callback):
         for trial in order[:ROWS]:
             started = self.running.get(trial.trial_id)
             seconds = trial.seconds if started is None else time.monotonic() - started
-            status = "running" if started is not None else ("waiting" if not trial.over else trial.status)
+            runs = started is not None and trial.trial_id not in self._held_up()
+            status = "running" if runs else ("waiting" if not trial.over else trial.status)
             best = f"{trial.best[metric]:.3f}" if trial.best else ""
             values = [short(trial.values[key]) if key in trial.values else "" for key in self.space.search]
             style = "bold" if started is not None else "dim" if status == "failed" else None
@@ -134,6 +143,27 @@ class Watch(tune.Callback):
                 trial.trial_id, status, str(self._epochs(trial.trial_id)), best, *values, minutes, style=style
             )
         return table
+
+    def _ends(self, trial_id: str) -> None:
+        self.running.pop(trial_id, None)
+        self.silent.discard(trial_id)
+
+    def _held_up(self) -> set[str]:
+        """The trials that wait for room for their workers, where that is certain: all that are silent do."""
+        return self.silent if self.waiting >= len(self.silent) else set()
+
+    def _doing(self) -> str:
+        """What there is to say after a while without an event."""
+        if not self.running:
+            return "waiting for room on the cluster: other work holds it"
+        held_up = self._held_up()
+        epochs = ", ".join(f"{i} in epoch {self._epochs(i) + 1}" for i in self.running if i not in held_up)
+        parts = [f"running: trial {epochs}{self._eta()}"] if epochs else []
+        if self.waiting:
+            names = ", ".join(i for i in self.running if i in held_up)
+            who = f"trial {names}" if names else f"{self.waiting} of these trials"
+            parts.append(f"{who}: {cluster.waiting_for(self.allocation.wanted)}")
+        return "; ".join(parts)
 
     def _total(self) -> int:
         return self.space.tune.trials if self.trials.kind == "trials" else len(self.trials.known)
@@ -148,7 +178,7 @@ class Watch(tune.Callback):
         left = self._total() - sum(trial.over for trial in self.trials) - len(self.running) / 2
         if not over or left <= 0:
             return ""
-        minutes = sum(over) / len(over) * left / self.at_once / 60
+        minutes = sum(over) / len(over) * left / self.allocation.trials_at_once / 60
         return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
     def _pass_on_notes(self, trial_id: str) -> None:

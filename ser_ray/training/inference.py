@@ -18,7 +18,7 @@ from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.speech import stream
-from ser_ray.speech.audio import Unusable, from_samples, is_silent, load_waveform, to_int16
+from ser_ray.speech.audio import Unusable, from_samples, is_silent, to_int16
 from ser_ray.speech.long import Window, load_windows, split, windows_of
 from ser_ray.training.loop import predict_batches
 
@@ -89,20 +89,22 @@ def predict(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Ans
 
 @torch.inference_mode()
 def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
-    """The pooled vector of every recording that the classifier sees: (N, P) float32; NaN for one that is not usable, or
-    longer than ``audio.max_seconds``."""
+    """The pooled vector of every recording, which the classifier sees: (N, P) float32; NaN for one that is not usable.
+
+    That of a recording longer than ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into;
+    those that are silent do not count, as there.
+    """
     model.eval()
-    device = next(model.head.parameters()).device
-    embedding_NP = np.full((len(sources), model.head.embedding_width), np.nan, np.float32)
-    for start in range(0, len(sources), GROUP):
-        group = [_alone(source, model) for source in sources[start : start + GROUP]]
-        for batch in stream.short_to_long(_table(group), model.experiment.batch_seconds):
-            batch = batch.to(device)
-            with autocast(model.experiment.precision, device):
-                pooled_BP = model.head.embed(*model.hidden_states(batch.inputs, batch.lengths_B))
-            rows = [start + int(utterance_id) for utterance_id in batch.utterance_ids]
-            embedding_NP[rows] = pooled_BP.float().cpu().numpy()
-    return embedding_NP
+    vectors_RP: list[np.ndarray] = []
+    windows: list[np.ndarray] = []
+    pieces = _pieces(model, sources)
+    while group := list(islice(pieces, GROUP)):
+        for piece, vector_P in zip(group, _pooled(model, group), strict=True):
+            windows.append(vector_P)
+            if piece.number == piece.of:
+                vectors_RP.append(vector_P if piece.start is None else _mean(windows))
+                windows = []
+    return np.stack(vectors_RP) if vectors_RP else np.empty((0, model.head.embedding_width), np.float32)
 
 
 # -- below: how it is done
@@ -159,6 +161,25 @@ def _answers(model: EmotionClassifier, group: Sequence[_Piece]) -> Iterator[Answ
         yield Answer(piece.path, known, reason, piece.start, piece.end)
 
 
+def _pooled(model: EmotionClassifier, group: Sequence[_Piece]) -> np.ndarray:
+    """The pooled vector of every window, NaN where there is nothing to pool."""
+    vector_NP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
+    device = next(model.head.parameters()).device
+    table = _table([piece.samples for piece in group])
+    for batch in stream.short_to_long(table, model.experiment.batch_seconds):
+        batch = batch.to(device)
+        with autocast(model.experiment.precision, device):
+            pooled_BP = model.head.embed(*model.hidden_states(batch.inputs, batch.lengths_B))
+        vector_NP[list(map(int, batch.utterance_ids))] = pooled_BP.float().cpu().numpy()
+    return vector_NP
+
+
+def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of the vectors that are finite; if none is, one of NaN."""
+    finite = [vector_P for vector_P in windows if np.isfinite(vector_P).all()]
+    return np.mean(finite, axis=0) if finite else np.full_like(windows[0], np.nan)
+
+
 def _whole(windows: Sequence[Answer]) -> Answer:
     """The answer for all of a recording, from those for its windows, which are of equal length."""
     usable = [answer.probabilities for answer in windows if answer.probabilities]
@@ -175,14 +196,3 @@ def _table(samples: Sequence[np.ndarray | None]) -> pa.Table:
         if array is not None
     ]
     return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def _alone(source: Source, model: EmotionClassifier) -> np.ndarray | None:
-    """The samples of a recording that is one window."""
-    try:
-        if isinstance(source, Path):
-            return to_int16(load_waveform(source, model.experiment.audio))
-        whole = model.experiment.audio.model_copy(update={"too_long": "reject"})
-        return to_int16(from_samples(*source, whole).windows[0])
-    except Unusable:
-        return None

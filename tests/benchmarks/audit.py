@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from rich.console import Console
 
 from ser_ray import audit, config
 from ser_ray.config import Audio
@@ -31,6 +30,7 @@ from ser_ray.corpora import synthetic
 from ser_ray.speech import fingerprint as fp
 from ser_ray.speech import matching
 from ser_ray.speech.audio import from_int16, load_waveform, to_int16
+from ser_ray.terminal import PlainConsole
 
 RATE = 16_000
 EVERY = 8
@@ -99,7 +99,7 @@ def print_audit(space: Path, overrides: list[str], scratch: Path) -> None:
     """The command and what it says, without the folders."""
     out = io.StringIO()
     storage = [f"storage.cache={scratch}/cache", f"storage.results={scratch}/results", "resources.workers=0"]
-    console = Console(file=out, highlight=False, soft_wrap=True, width=100)
+    console = PlainConsole(file=out, width=100)
     audit.run(config.load(space, [*overrides, *storage]), console)
     lines = [
         line.rstrip() for line in out.getvalue().splitlines() if str(scratch) not in line and "decoding" not in line

@@ -3,7 +3,8 @@
     python tests/benchmarks/plan.py SHARDS > results/benchmarks/plan.md
 
 SHARDS: a directory of prepared speech (``ser-ray prepare`` prints it). Made-up indexes, fingerprints and trials stand
-for large ones; every size runs in a process of its own, so that its peak of memory is its own.
+for large ones; every size runs in a process of its own, so that its peak of memory is its own. Time is processor time,
+which other work on the machine does not change.
 """
 
 from __future__ import annotations
@@ -129,12 +130,12 @@ def control(trials: int, directory: Path) -> dict[str, float]:
 
 
 def part(name: str, size: int, source: Path, scratch: Path) -> dict[str, float]:
-    """Seconds, the peak of memory in GiB, and what else one part says, in this process."""
+    """Processor seconds, the peak of memory in GiB, and what else one part says, in this process."""
     directory = scratch / f"{name}-{size}"
     if name == "task" and not directory.is_dir():
         index(size, directory)
     tables = audio(source) if name == "read" else None
-    before, started = peak(), time.perf_counter()
+    before, started = peak(), time.process_time()
     said: dict[str, float] = {}
     if name == "task":
         task(size, directory)
@@ -150,7 +151,7 @@ def part(name: str, size: int, source: Path, scratch: Path) -> dict[str, float]:
                     pass
     else:
         said = control(size, directory)
-    return said | {"seconds": time.perf_counter() - started, "gib": peak() - before}
+    return said | {"seconds": time.process_time() - started, "gib": peak() - before}
 
 
 def audio(source: Path) -> pa.Table:
@@ -214,8 +215,8 @@ def page(measure: Callable[[str, int], dict[str, float]], hours: float) -> str:
             "python tests/benchmarks/plan.py SHARDS > results/benchmarks/plan.md",
             "```",
             "",
-            "Made-up indexes, fingerprints and trials; memory is what comes to the process, for the audit with what of",
-            "its files is mapped into it: 750 bytes a second of fingerprints. "
+            "Made-up indexes, fingerprints and trials. Seconds are of one core, busy; memory is what comes to the",
+            "process, for the audit with what of its files is mapped into it: 750 bytes a second of fingerprints. "
             f"{PLANNED:,} hours in utterances of {SECONDS:g} s are {utterances:,}.",
             "",
             "| what | size | seconds | GiB |",

@@ -1,6 +1,7 @@
 """The intervals against plain loops, against Student's t where that is exact, and against the truth of simulations."""
 
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
 
+from ser_ray.evaluation import intervals
 from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
 
@@ -118,6 +120,23 @@ def test_equal_seeds_give_equal_intervals_and_other_seeds_others():
     case = (*_judged(np.random.default_rng(3)), 4)
     assert bootstrap_ci95(*case, seed=1) == bootstrap_ci95(*case, seed=1)
     assert bootstrap_ci95(*case, draws=50, seed=1) != bootstrap_ci95(*case, draws=50, seed=2)
+
+
+def test_draws_are_made_in_blocks_and_are_the_same(monkeypatch):
+    """Golden: the limits of an earlier version, which held all draws at once."""
+    rng = np.random.default_rng(8)
+    labels, predicted, _ = _judged(rng, speakers=40, each=50)
+    speakers = [f"r{n}" for n in range(2000)]
+    golden = bootstrap_ci95(labels, predicted, speakers, 4, draws=500)[0]
+    assert golden["uar"] == pytest.approx((0.5224085925186285, 0.56707803152763), abs=1e-12)
+    assert golden["kappa"] == pytest.approx((0.36247266305717507, 0.4220231019029117), abs=1e-12)
+    for block in (1, 2000 * 7, 2000 * 499):
+        monkeypatch.setattr(intervals, "BLOCK", block)
+        tracemalloc.start()
+        assert bootstrap_ci95(labels, predicted, speakers, 4, draws=500)[0] == golden
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * block + 2_500_000, "all draws at once are 16 MB"
 
 
 @pytest.mark.parametrize(("n", "speakers"), [(0, 0), (3, 2)])

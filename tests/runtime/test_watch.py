@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from search_fixtures import SEARCH, record, space
 
 import ser_ray.runtime.watch
 from ser_ray.evaluation import folder
-from ser_ray.runtime import failures
+from ser_ray.runtime import cluster, failures
+from ser_ray.runtime.allocation import Allocation, Node, Worker
 from ser_ray.runtime.watch import Watch
 from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.trials.records import ATTEMPTS, Trials
@@ -36,13 +38,16 @@ def failed(number: int, error: BaseException, directory: Path) -> Any:
     return SimpleNamespace(config={"trial_id": f"{number:03d}", "values": VALUES}, error_file=str(path))
 
 
-def watch(directory: Path, terminal: bool = False) -> tuple[Watch, io.StringIO]:
+ALONE = Allocation(1, Worker(1.0, 0.0), pool=1, trials_at_once=1, total=Node(2.0))
+
+
+def watch(directory: Path, terminal: bool = False, allocation: Allocation = ALONE) -> tuple[Watch, io.StringIO]:
     settings, text = space(SEARCH, trials=3), io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, highlight=False, color_system=None)
     trials = Trials(directory, settings.search)
     for number in (1, 2):
         trials.add(f"{number:03d}", VALUES)
-    return Watch(settings, trials, 1, console), text
+    return Watch(settings, trials, allocation, console), text
 
 
 def epoch(seen: Watch, number: int, uar: float, last: bool = False) -> None:
@@ -227,3 +232,36 @@ def test_a_log_says_that_epochs_run_and_that_a_full_cluster_is_waited_for(tmp_pa
     seen.on_trial_start(0, [], trial(1))
     seen.on_step_end(0, [])
     assert text.getvalue().splitlines()[-1].startswith("  ... running: trial 001 in epoch 1")
+
+
+def test_trials_whose_workers_wait_are_not_called_running(tmp_path, monkeypatch):
+    """Several workers have resources of their own, which their trial asks for after it has started."""
+    pending = 2
+    monkeypatch.setattr(ser_ray.runtime.watch, "HEARTBEAT_S", -1.0)
+    monkeypatch.setattr(cluster, "LOOK_S", -1.0)
+    monkeypatch.setattr(cluster, "trainers_waiting", lambda workers: pending * (workers == 2))
+    monkeypatch.setattr(cluster, "waiting_for", lambda wanted: f"waiting for {wanted}; 0 of 4 CPUs are free")
+    two = replace(ALONE, workers=2, trials_at_once=2, total=Node(4.0))
+    seen, text = watch(tmp_path, allocation=two)
+    seen.console.width = 200
+
+    def beat() -> str:
+        seen.on_step_end(0, [])
+        return text.getvalue().splitlines()[-1]
+
+    def statuses() -> list[str]:
+        return list(seen.table().columns[1].cells)
+
+    wanted = "waiting for 2 x (1 CPUs, 0 GPUs), each on one node; 0 of 4 CPUs are free"
+    seen.on_trial_start(0, [], trial(1))
+    seen.on_trial_start(0, [], trial(2))
+    assert beat() == f"  ... trial 001, 002: {wanted}"
+    assert statuses() == ["waiting", "waiting"]
+    pending = 1
+    assert beat() == f"  ... running: trial 001 in epoch 1, 002 in epoch 1; 1 of these trials: {wanted}"
+    epoch(seen, 1, 0.4)
+    assert beat() == f"  ... running: trial 001 in epoch 2; trial 002: {wanted}"
+    assert statuses() == ["running", "waiting"]
+    pending = 0
+    assert beat() == "  ... running: trial 001 in epoch 2, 002 in epoch 1"
+    assert statuses() == ["running", "running"]

@@ -104,6 +104,25 @@ def test_a_window_without_sound_is_left_out_of_the_whole(model):
     )
 
 
+def test_the_embedding_of_a_long_recording_is_the_mean_over_its_windows(model, tmp_path, monkeypatch):
+    """Those that sound, embedded one by one, each as a recording."""
+    samples = speech(7)
+    samples[RATE * 7 // 4 : RATE * 7 // 2] = 0
+    soundfile.write(tmp_path / "long.wav", samples, RATE, subtype="FLOAT")
+    parts = [samples[RATE * 7 // 4 * number :][: RATE * 7 // 4] for number in (0, 2, 3)]
+    alone = [inference.embed(model, [(part, RATE)])[0] for part in parts]
+    sources = [(speech(1, seed=1), RATE), tmp_path / "long.wav", (np.zeros(RATE), RATE), (samples, RATE)]
+    short = inference.embed(model, sources[:1])[0]
+    for size in (1, 3, 64):
+        monkeypatch.setattr(inference, "GROUP", size)
+        found = inference.embed(model, sources)
+        assert found.dtype == np.float32
+        assert np.isnan(found[2]).all()
+        for row, expected in ((0, short), (1, np.mean(alone, axis=0)), (3, np.mean(alone, axis=0))):
+            np.testing.assert_allclose(found[row], expected, atol=2e-3)
+    assert inference.embed(model, []).shape == (0, len(short))
+
+
 def test_groups_end_anywhere(model, monkeypatch):
     sources = [(speech(seconds, seed), RATE) for seed, seconds in enumerate((1, 7, 0.01, 5, 2))]
     together = list(inference.predict(model, sources))
@@ -133,6 +152,9 @@ def test_one_bad_recording_costs_no_other_its_answer(model, tmp_path, monkeypatc
     reasons = ["", "no such file", "cannot be read: Input/output error", "cannot be read: File name too long"]
     assert [answer.reason for answer in wholes] == [*reasons, "no such file", "a folder without recordings", ""]
     assert [bool(answer.probabilities) for answer in wholes] == [True, *[False] * 5, True]
+    embedded = inference.embed(model, [tmp_path / name for name in names])
+    assert np.isfinite(embedded).all(1).tolist() == [True, *[False] * 5, True]
+    assert np.isnan(embedded).all(1).tolist() == [False, *[True] * 5, False]
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
