@@ -34,9 +34,10 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     Raises UserError for a finding that makes training pointless.
     """
     findings = audited(space, task, console, shard_dirs)
-    sizes = (
-        f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
-    )
+    sizes = []
+    for split, part in findings["splits"].items():
+        speakers = f"{part['speakers']} speaker{'s' * (part['speakers'] != 1)}"
+        sizes.append(f"{split} {part['utterances']} ({speakers})")
     console.print(f"split: {task.fold.description}: {', '.join(sizes)}")
     print_audit(findings, console)
     for finding in findings["findings"]:
