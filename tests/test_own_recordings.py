@@ -172,7 +172,7 @@ def test_a_pattern_without_a_speaker_says_so(tmp_path, table):
 def test_the_page_in_its_five_commands(tmp_path):
     """As they stand there, in an empty directory; but for a smaller search."""
     nemo_like(tmp_path / "recordings")
-    (block,) = re.findall(r"```bash\n(ser-ray table.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    block = re.search(r"```bash\n(ser-ray table.*?)```", PRINTED, re.S)[1]
     commands = [line.partition("  #")[0] for line in block.splitlines()]
     assert len(commands) == 5
     small = " experiment.backbone=embedded/tiny-whisper tune.trials=2 tune.finalists=1 experiment.epochs=1"
