@@ -25,14 +25,11 @@ from rich.table import Column, Table
 
 from ser_ray import config, prepare
 from ser_ray.config import SearchSpace
-from ser_ray.protocols.findings import counted
 from ser_ray.protocols.task import load_task
 from ser_ray.runtime import paths
-from ser_ray.runtime.results_folder import audited, write_audit
+from ser_ray.runtime.results_folder import audited, print_audit, write_audit
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole
-
-STYLES = {"error": "bold red", "leak": "bold red", "note": "dim"}
 
 
 def run(space: SearchSpace, console: Console) -> dict[str, Any]:
@@ -42,18 +39,9 @@ def run(space: SearchSpace, console: Console) -> dict[str, Any]:
     if task.absent:
         console.print(task.absent)
     result = audited(space, task, console, shard_dirs)
-    console.print(task.fold.description)
+    console.print(f"split: {task.fold.description}")
     console.print(_sizes(result["splits"]))
-    if folds := result.get("folds"):
-        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}")
-    for finding in result["findings"]:
-        line = f"{finding['level']:5}  {finding['what']}: {finding['detail']}"
-        console.print(line, style=STYLES[finding["level"]])
-    if result["excluded"]:
-        console.print(f"excluded: {counted(result['excluded'])}")
-    for line in result["advice"]:
-        console.print(f"to mend it: {line}")
-    console.print("LEAKY: metrics of this split are too high" if result["leaky"] else "no leak found")
+    print_audit(result, console)
     if target := _write(space, result):
         console.print(f"written to {target}; all findings as a table: {target.with_suffix('.csv')}")
     return result

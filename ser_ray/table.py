@@ -16,19 +16,21 @@ if __name__ == "__main__":
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from ser_ray.config.words import emotion_of
 from ser_ray.corpora.files import audio_files
-from ser_ray.corpora.guess import Guess, by_looks, by_pattern, word_counts
+from ser_ray.corpora.guess import FIELDS, Guess, by_looks, by_pattern, word_counts
 from ser_ray.corpora.rows import COLUMNS
 from ser_ray.schema import EMOTIONS, UserError
 from ser_ray.terminal import PlainConsole
 
 SHOWN: Final = 20
 """Maximum number of words in a list."""
+PLACE_SHOWN: Final = 8
+"""The same for a place of the names: these tell what it holds."""
 
 
 def main(directory: Path, pattern: str | None = None) -> int:
@@ -70,50 +72,70 @@ def _recordings(directory: Path) -> tuple[list[Path], list[str]]:
 def _lines(guess: Guess) -> Iterator[str]:
     """What was found, by field, with counts; and what could not be known."""
     yield f"{len(guess.rows)} recordings"
-    yield from (_emotions(guess), _speakers(guess))
+    yield from _emotions(guess)
+    yield _speakers(guess)
     for field, origin in guess.origins.items():
         if field not in ("speaker", "emotion"):
             yield f"{field}: {len(word_counts(guess.rows, field))} different, from {origin}"
     if guess.unmatched:
         examples = ", ".join(guess.unmatched[:3])
         yield f"left out: {len(guess.unmatched)} recordings that do not fit the pattern, such as {examples}"
+    if unknown := [field for field in ("emotion", "speaker") if field not in guess.origins]:
+        yield from _places(guess, unknown)
+        return
     yield (
-        "check these before training. Paths begin with the folder as you gave it: keep the table where you ran this. "
-        "Then: experiment.corpora: {mine: mine.csv}"
+        "check these before training, and keep the table where you ran this: its paths begin with the folder as you "
+        "gave it. Then: ser-ray new mine > mine.yaml"
     )
 
 
-def _emotions(guess: Guess) -> str:
+def _emotions(guess: Guess) -> Iterator[str]:
     if "emotion" not in guess.origins:
-        return (
-            "emotion: not known, no folder or part of the names has words for emotions: fill the column, or give "
-            "--pattern '{speaker}_{emotion}_{text}.wav'"
-        )
+        yield "emotion: not known: no folder and no part of the names has words for emotions"
+        return
     counts = word_counts(guess.rows, "emotion")
     words = _some([_meaning(word, n) for word, n in counts.most_common()])
-    return f"emotion, from {guess.origins['emotion']}: {words}"
+    yield f"emotion, from {guess.origins['emotion']}: {words}"
+    emotions = sorted({emotion_of(word) for word in counts if word})
+    if others := [emotion for emotion in emotions if emotion not in EMOTIONS]:
+        yield (
+            f"not among the emotions of the default: {_some(others)}. To train on them write emotions: "
+            f"[{_some(emotions)}] in the section experiment of the search space"
+        )
 
 
 def _meaning(word: str, n: int) -> str:
     emotion = emotion_of(word)
     if not word:
         return f"(nothing) {n}: left out"
-    known = "" if emotion in EMOTIONS else ", an emotion of its own: experiment.labels says otherwise"
-    return f"{word} {n}" + (f" (counts as {emotion}{known})" if emotion != word or known else "")
+    return f"{word} {n}" + (f" (counts as {emotion})" if emotion != word else "")
 
 
 def _speakers(guess: Guess) -> str:
     if "speaker" not in guess.origins:
-        return (
-            "speaker: not known; splits are then by recording, and stamped LEAKY. Fill the column, or give --pattern "
-            "with {speaker}"
-        )
+        return "speaker: not known; splits are then by recording, and stamped LEAKY"
     counts = word_counts(guess.rows, "speaker")
     words = _some([f"{word} {n}" for word, n in sorted(counts.items())])
     return f"speaker, from {guess.origins['speaker']}: {len(counts)} of them: {words}"
 
 
-def _some(words: list[str]) -> str:
-    """The first `SHOWN`, and how many more there are."""
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return f"{', '.join(words[:SHOWN])}{more}"
+def _places(guess: Guess, unknown: Sequence[str]) -> Iterator[str]:
+    """How to say where the fields are that are not known: the words of every place in folders and names."""
+    fields = " and ".join(f"{{{field}}}" for field in unknown)
+    if not guess.places:  # a pattern was given, and names no speaker
+        yield f"add {fields} to the pattern, or fill the column"
+        return
+    yield f"folders and names have, where {guess.rows[0]['path']} is {guess.skeleton}:"
+    for number, counts in guess.places.items():
+        words = [word for word, _ in counts.most_common()]
+        yield f"  {{{number}}}: {len(words)} different: {_some(words, PLACE_SHOWN)}"
+    yield (
+        f"run this again with {' and '.join(f'{{{field}}}' for field in FIELDS[:2])} in place of their numbers: "
+        f"--pattern '{guess.skeleton}'; or fill the column"
+    )
+
+
+def _some(words: Sequence[str], shown: int = SHOWN) -> str:
+    """The first words, and how many more there are."""
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return f"{', '.join(words[:shown])}{more}"

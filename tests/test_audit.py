@@ -89,7 +89,7 @@ def test_a_clean_corpus_has_no_leak(clean, tmp_path, capsys):
     assert result["splits"]["test"]["emotions"] == dict.fromkeys(EMOTIONS.values(), 6)
     out = capsys.readouterr().out
     assert "no leak found" in out
-    assert "note   few speakers in test: 3" in out
+    assert "audit note: few speakers in test: 3" in out
     assert "angry" in out
 
 
@@ -140,7 +140,7 @@ def test_a_copy_that_only_a_final_fold_splits_is_a_leak_of_the_search(corpus, tm
     shutil.copy(corpus / name(7, "05", 1), corpus / name(10, "05", 1))
     space = write_space(tmp_path, corpus)
     assert not audited(space)["leaky"]
-    assert "audited:" not in capsys.readouterr().out
+    assert "folds that are trained" not in capsys.readouterr().out
     result = audited(space, "tune.final_folds=all")
     assert result["leaky"]
     assert list(result["folds"]) == ["fold 0", "fold 1", "fold 2", "fold 3"]
@@ -149,8 +149,8 @@ def test_a_copy_that_only_a_final_fold_splits_is_a_leak_of_the_search(corpus, tm
     assert leak["folds"] == dict.fromkeys(["fold 1", "fold 2", "fold 3"], detail)
     assert not [finding for finding in result["findings"] if "few speakers" in finding["what"]], "12 in all folds"
     out = capsys.readouterr().out
-    assert f"leak   identical audio across splits: fold 1 / fold 2 / fold 3: {detail}" in out
-    assert "audited: 4 folds that are trained, fold 0, fold 1, fold 2, fold 3" in out
+    assert f"audit leak: identical audio across splits: fold 1 / fold 2 / fold 3: {detail}" in out
+    assert "audit: 4 folds that are trained: fold 0, fold 1, fold 2, fold 3" in out
     assert "LEAKY" in out
 
 

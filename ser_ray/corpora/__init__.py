@@ -136,7 +136,7 @@ def read(name: str, given: str | Path, labels: Mapping[str, str] = NO_LABELS) ->
     if not utterances:
         such = f" ({len(rejected)} rejected{example_of(rejected)})" if rejected else ""
         raise UserError(
-            f"{path}: no recording (.wav, .flac) is named like those of {name}{such}; "
+            f"{path}: no recording is named like those of {name}{such}; "
             f"set experiment.corpora.{name} to the directory of {name}"
         )
     if hasattr(module, "annotate"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from ser_ray.config.words import MEANINGS, WORDS, plain
-from ser_ray.corpora.rows import OPTIONAL
+from ser_ray.corpora.rows import OPTIONAL, SPLITS
 from ser_ray.schema import UserError
 
 FIELDS: Final = ("speaker", "emotion", *OPTIONAL)
@@ -24,6 +24,8 @@ SPEAKER: Final = re.compile(r"[a-z]{1,10}[-_ ]?\d{1,4}[a-z]?", re.IGNORECASE)
 """What names of speakers often look like: Actor_01, spk12, SM1, f03."""
 PER_SPEAKER: Final = 2
 """Fewest recordings of a speaker, on average: a place with a word of its own in nearly every name numbers them."""
+BETWEEN: Final = re.compile(r"([_\-. ]+)")
+"""What separates the parts of a name."""
 
 Slot = tuple[str, int]
 """A place in a path: ``folder``, counted from the recording upwards, or ``name``, a part of the name; from 0."""
@@ -38,6 +40,10 @@ class Guess:
     origins: Mapping[str, str]
     """Field -> where it was found."""
     unmatched: tuple[str, ...]
+    skeleton: str = ""
+    """A pattern of the first recording with a number for every place, such as ``{1}/{2}-{3}.*``, to name them in."""
+    places: Mapping[str, Counter[str]] = field(default_factory=dict)
+    """The numbers of the skeleton -> the words of all recordings at that place."""
 
 
 def by_pattern(paths: Sequence[Path], pattern: str) -> Guess:
@@ -60,7 +66,7 @@ def by_pattern(paths: Sequence[Path], pattern: str) -> Guess:
             rows.append({"path": path.as_posix(), "speaker": "unknown"} | match.groupdict())
         else:
             unmatched.append(path.as_posix())
-    return Guess(tuple(rows), {field: f"{{{field}}}" for field in regexp.groupindex}, tuple(unmatched))
+    return Guess(tuple(rows), {field: f"{{{field}}} of the pattern" for field in regexp.groupindex}, tuple(unmatched))
 
 
 def by_looks(paths: Sequence[Path]) -> Guess:
@@ -75,7 +81,7 @@ def by_looks(paths: Sequence[Path]) -> Guess:
     slots = sorted({slot for words in places for slot in words})
     columns = {slot: [words.get(slot, "") for words in places] for slot in slots}
     emotion = _emotion_slot(columns)
-    speaker = _speaker_slot({slot: words for slot, words in columns.items() if slot != emotion})
+    speaker = _speaker_slot({slot: words for slot, words in columns.items() if slot != emotion}, emotion is not None)
     rows = tuple(
         {
             "path": path.as_posix(),
@@ -85,7 +91,9 @@ def by_looks(paths: Sequence[Path]) -> Guess:
         for path, words in zip(paths, places, strict=True)
     )
     found = {"emotion": emotion, "speaker": speaker}
-    return Guess(rows, {field: _in_words(slot) for field, slot in found.items() if slot}, ())
+    skeleton, numbered = _skeleton(paths[0])
+    counts = {number: Counter(filter(None, columns[slot])) for number, slot in numbered.items()}
+    return Guess(rows, {field: _in_words(slot) for field, slot in found.items() if slot}, (), skeleton, counts)
 
 
 # -- below: how it is done
@@ -117,7 +125,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def _places(path: Path) -> dict[Slot, str]:
     """Every word of a path, by its place."""
     folders = {("folder", number): name for number, name in enumerate(reversed(path.parts[:-1]))}
-    words = re.split(r"[_\-. ]+", path.stem)
+    words = BETWEEN.split(path.stem)[::2]
     return folders | {("name", number): word for number, word in enumerate(words) if word}
 
 
@@ -136,17 +144,50 @@ def _emotion_slot(columns: Mapping[Slot, Sequence[str]]) -> Slot | None:
     return best if best is not None and shares[best] >= UNDERSTOOD else None
 
 
-def _speaker_slot(columns: Mapping[Slot, Sequence[str]]) -> Slot | None:
+def _speaker_slot(columns: Mapping[Slot, Sequence[str]], is_emotion_known: bool) -> Slot | None:
     """A place where every recording has a word, and several share it: one that looks like the name of a speaker, a
-    folder before a part of the name; else a folder."""
+    folder before a part of the name; else a folder. None where two could be.
+
+    Numbers alone may count anything. They are speakers only in a folder, and if the emotion is known: where that is a
+    number too, nothing tells the two from the number of a sentence.
+    """
     possible = [
         slot
         for slot, words in columns.items()
-        if all(words) and 1 < len(set(words)) <= len(words) / PER_SPEAKER and not any(map(_is_emotion, words))
+        if all(words)
+        and 1 < len(set(words)) <= len(words) / PER_SPEAKER
+        and sum(map(_is_emotion, words)) < UNDERSTOOD * len(words)  # some people have the name Joy
+        and not all(word.lower() in SPLITS for word in words)
+        and (is_emotion_known or not all(word.isdecimal() for word in words))
     ]
     named = [slot for slot in possible if all(SPEAKER.fullmatch(word) for word in columns[slot])]
     folders = [slot for slot in possible if slot[0] == "folder"]
+    if named and named[0] not in folders and any(_crosses(columns[named[0]], columns[slot]) for slot in folders):
+        return None
     return next(iter((*named, *folders)), None)
+
+
+def _crosses(words: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether a word is in several folders, as the number of a sentence is where every speaker has a folder."""
+    return len(set(zip(words, folders, strict=True))) > len(set(words))
+
+
+def _skeleton(path: Path) -> tuple[str, dict[str, Slot]]:
+    """A path as a pattern that numbers its places, and which they are.
+
+    >>> _skeleton(Path("0/12-f.wav"))[0]
+    '{1}/{2}-{3}.*'
+    """
+    slots: list[Slot] = [("folder", number) for number in reversed(range(len(path.parts) - 1))]
+    parts = BETWEEN.split(path.stem)
+    slots += [("name", number) for number, word in enumerate(parts[::2]) if word]
+    numbered = {str(number): slot for number, slot in enumerate(slots, start=1)}
+    number_of = {slot: f"{{{number}}}" for number, slot in numbered.items()}
+    folders = "".join(f"{number_of[slot]}/" for slot in slots if slot[0] == "folder")
+    name = "".join(
+        part if number % 2 else number_of.get(("name", number // 2), "") for number, part in enumerate(parts)
+    )
+    return f"{folders}{name}.*", numbered
 
 
 def _in_words(slot: Slot) -> str:

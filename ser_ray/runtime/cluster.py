@@ -118,6 +118,11 @@ def _join() -> None:
             logging.getLogger(f"ray.{name}").setLevel(level)
 
 
+def is_own() -> bool:
+    """Whether this project started the Ray that this process is in, so that all of it is on this machine."""
+    return OWN in ray.cluster_resources()
+
+
 def describe() -> str:
     """One line on the cluster: nodes, cores, GPUs."""
     total, alive = ray.cluster_resources(), nodes.alive()

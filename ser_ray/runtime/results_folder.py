@@ -34,23 +34,30 @@ def audit_task(space: SearchSpace, task: Task, console: Console, shard_dirs: Ite
     Raises UserError for a finding that makes training pointless.
     """
     findings = audited(space, task, console, shard_dirs)
-    sizes = (
-        f"{split} {part['utterances']} ({part['speakers']} speakers)" for split, part in findings["splits"].items()
-    )
+    sizes = []
+    for split, part in findings["splits"].items():
+        speakers = f"{part['speakers']} speaker{'s' * (part['speakers'] != 1)}"
+        sizes.append(f"{split} {part['utterances']} ({speakers})")
     console.print(f"split: {task.fold.description}: {', '.join(sizes)}")
-    if folds := findings.get("folds"):
-        console.print(f"audited: {len(folds)} folds that are trained, {', '.join(folds)}")
-    for finding in findings["findings"]:
-        style = "dim" if finding["level"] == "note" else "bold red"
-        console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
-    if findings["excluded"]:
-        console.print(f"audit: excluded: {audit_findings.counted(findings['excluded'])}")
-    for line in findings["advice"]:
-        console.print(f"audit: to mend it: {line}")
+    print_audit(findings, console)
     for finding in findings["findings"]:
         if finding["level"] == "error":
             raise UserError(f"audit: {finding['what']}: {finding['detail']}")
     return findings
+
+
+def print_audit(audit: Mapping[str, Any], console: Console) -> None:
+    """What an audit found, and what to do about it."""
+    if folds := audit.get("folds"):
+        console.print(f"audit: {len(folds)} folds that are trained: {', '.join(folds)}")
+    for finding in audit["findings"]:
+        style = "dim" if finding["level"] == "note" else "bold red"
+        console.print(f"audit {finding['level']}: {finding['what']}: {finding['detail']}", style=style)
+    if audit["excluded"]:
+        console.print(f"audit: excluded: {audit_findings.counted(audit['excluded'])}")
+    for line in audit["advice"]:
+        console.print(f"audit: to mend it: {line}")
+    console.print(f"audit: {'LEAKY: metrics of this split are too high' if audit['leaky'] else 'no leak found'}")
 
 
 def write_audit(space: SearchSpace, audit: Mapping[str, Any]) -> None:

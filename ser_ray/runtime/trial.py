@@ -21,7 +21,7 @@ from ser_ray import config
 from ser_ray.config import Experiment
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task
-from ser_ray.runtime import failures, feature_cache, feed, nodes
+from ser_ray.runtime import cluster, failures, feature_cache, feed, nodes
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.schema import MemoryShortageError
 from ser_ray.speech import cached_features
@@ -128,9 +128,12 @@ def fit_on_ray(
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ser_ray.runtime.rendezvous import ByFile
+
     if datasets is None:
         datasets = feed.load_resident(trial.load()[1], trial.resident, *trial.files())
     directory = Path(trial.directory)
+    group = ByFile if cluster.is_own() else TorchConfig
     trainer = TorchTrainer(
         _work_explained if callback is None else lambda settings: _work_explained(settings, callback),
         train_loop_config=asdict(trial),
@@ -140,7 +143,7 @@ def fit_on_ray(
             resources_per_worker={"CPU": trial.cpus} | ({"GPU": trial.gpus} if trial.gpus else {}),
         ),
         # Ray would go by the GPUs declared to it; and NCCL does not allow two processes on one GPU.
-        torch_config=TorchConfig(backend="nccl" if trial.cuda and trial.gpus >= 1 else "gloo"),
+        torch_config=group(backend="nccl" if trial.cuda and trial.gpus >= 1 else "gloo"),
         datasets=dict(datasets),
         # Ray's split gives blocks to whichever worker asks first, and drops rows to make shares equal.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),

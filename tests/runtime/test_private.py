@@ -2,38 +2,139 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import ray
+import ray.train
+import torch
+import torch.distributed as dist
 from ray._private import ray_constants
+from ray.train.torch import TorchTrainer
 
-from ser_ray.runtime import private
+from ser_ray.runtime import cluster, private
+from ser_ray.runtime.rendezvous import ByFile
 from ser_ray.schema import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOOPBACK = re.compile(r"127\.0\.0\.1|::1|::ffff:127\.0\.0\.1")
+ROLES = {
+    "gcs_server": "gcs_server",
+    "raylet": "raylet/raylet",
+    "monitor": "monitor.py",
+    "dashboard": "dashboard/dashboard.py",
+    "ray::DashboardAgent": "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent": "ray::RuntimeEnvAgent",
+    "worker": "ray::",
+}
+"""A process of SECURITY.md's table -> what its command line has; the first that fits."""
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/CheckAlive",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.ReporterService/HealthCheck",
+)
+"""One method of each of Ray's gRPC services."""
+
+Listener = tuple[str, str, str]
+"""Process, what it speaks, what it asks for."""
+
+
+def listening() -> list[tuple[str, str, int]]:
+    """Process, address and port of all that listens in the Ray of this process."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    of_pid = {child.pid: child for child in psutil.Process().children(recursive=True)}
+    of_pid |= {p.pid: p for p in psutil.process_iter(["cmdline"]) if session in " ".join(p.info["cmdline"] or ())}
+    for pid, process in (of_pid | {os.getpid(): psutil.Process()}).items():
+        command = " ".join(process.cmdline())
+        role = "driver" if pid == os.getpid() else next((r for r, part in ROLES.items() if part in command), command)
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.append((role, connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def asked_without_a_token(port: int) -> tuple[str, str]:
+    """What a port speaks and asks for, by what it answers to somebody without the token."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            return "HTTP: metrics for Prometheus" if b"# HELP" in answer.read() else "HTTP", "nothing"
+    except urllib.error.HTTPError as refused:
+        return "HTTP", "the token" if refused.code == 401 else f"{refused.code}"
+    except (http.client.HTTPException, OSError):
+        pass
+    answers = []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in METHODS:
+            try:
+                channel.unary_unary(method)(b"", timeout=30)
+                answers.append(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                answers.append(error.code())
+    # A server says of services that are another's that it has none.
+    left = {answer for answer in answers if answer is not grpc.StatusCode.UNIMPLEMENTED}
+    return "gRPC", "the token" if left == {grpc.StatusCode.UNAUTHENTICATED} else f"{left}"
+
+
+def documented() -> dict[Listener, str]:
+    """The rows of SECURITY.md, and the ports of each."""
+    rows = re.findall(
+        r"^\| `([^`]+)`[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (REPOSITORY / "SECURITY.md").read_text(), re.M
+    )
+    return {(process, speaks, asks.partition(", but")[0]): ports for process, ports, speaks, asks in rows}
 
 
 @pytest.mark.ray
-def test_every_port_of_a_ray_of_ours_is_on_loopback(ray_cluster):
-    """Ray's own processes, a worker that it started, and this one."""
+def test_what_listens_is_what_the_security_page_lists(ray_cluster):
+    """Of Ray's own processes, of a worker and of this process; on loopback, with the check that is named."""
 
     @ray.remote(num_cpus=0)
-    def worker() -> int:
-        return os.getpid()
+    class Worker:
+        def pid(self) -> int:
+            return os.getpid()
 
-    ours = {os.getpid(), ray.get(worker.remote())}
-    session = ray._private.worker._global_node.get_session_dir_path()
-    for process in psutil.Process().children(recursive=True):
-        ours.add(process.pid)
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if session in " ".join(process.info["cmdline"] or ()):
-            ours.add(process.pid)
-    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
-    assert len(listening) >= 5, "the GCS, the raylet, the dashboard, its agent, a worker"
-    elsewhere = [c for c in listening if not re.fullmatch(r"127\.0\.0\.1|::1|::ffff:127\.0\.0\.1", c.laddr.ip)]
-    assert elsewhere == []
+    worker = Worker.remote()
+    ray.get(worker.pid.remote())
+    found = listening()
+    assert [one for one in found if not LOOPBACK.fullmatch(one[1])] == []
+    rows = documented()
+    observed = {(role, *asked_without_a_token(port)) for role, _, port in found}
+    assert observed - rows.keys() == set()
+    by_chance = {row for row, ports in rows.items() if "where it is free" in ports}
+    assert rows.keys() - observed - by_chance == set()
+
+
+@pytest.mark.ray
+def test_workers_of_a_trial_meet_without_a_port_for_everybody(ray_cluster, tmp_path):
+    def work() -> None:
+        value = torch.ones(1) * (dist.get_rank() + 1)
+        dist.all_reduce(value)
+        ports = psutil.Process().net_connections("tcp")
+        addresses = [port.laddr.ip for port in ports if port.status == psutil.CONN_LISTEN]
+        (tmp_path / f"{dist.get_rank()}.json").write_text(json.dumps([value.item(), addresses]))
+
+    assert cluster.is_own()
+    TorchTrainer(
+        work,
+        torch_config=ByFile(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path / "runs")),
+    ).fit()
+    for rank in (0, 1):
+        total, addresses = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert total == 3
+        assert addresses
+        assert all(LOOPBACK.fullmatch(address) for address in addresses), addresses
 
 
 @pytest.mark.ray
