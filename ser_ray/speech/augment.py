@@ -66,15 +66,34 @@ def mask(features_BCF: torch.Tensor, frames_B: torch.Tensor, channel_share: floa
     """SpecAugment (arXiv 1904.08779) without time warping: masked values become the mean of their utterance.
 
     Two masks along each axis, each up to the given share of the channels C, or of the utterance's own frames; frames
-    beyond ``frames_B`` stay as they are. Returns a copy.
+    beyond ``frames_B`` stay as they are. Returns a copy. All on the device, for all utterances at once: none is asked
+    for its length, for which the host would have to wait.
     """
-    masked_BCF = features_BCF.clone()
-    bands = int(channel_share * features_BCF.shape[1])
-    for row, frames in enumerate(frames_B.tolist()):
-        own_CF = features_BCF[row, :, :frames].float()
-        mean = float(own_CF.mean())
-        for _ in range(NUM_MASKS):
-            own_CF = functional.mask_along_axis(own_CF, bands, mean, axis=0)
-            own_CF = functional.mask_along_axis(own_CF, int(time_share * frames), mean, axis=1)
-        masked_BCF[row, :, :frames] = own_CF
-    return masked_BCF
+    channels, frames = features_BCF.shape[1:]
+    own_B1F = _below(frames_B, frames)[:, None]
+    own_BCF = features_BCF.detach().float().masked_fill(~own_B1F, 0)
+    mean_B11 = own_BCF.sum((1, 2), keepdim=True) / (channels * frames_B)[:, None, None]
+    bands_BC = _stretches(torch.full_like(frames_B, channels), channel_share, channels)
+    stretches_BF = _stretches(frames_B, time_share, frames)
+    masked_BCF = (bands_BC[:, :, None] | stretches_BF[:, None]) & own_B1F
+    return torch.where(masked_BCF, mean_B11.to(features_BCF.dtype), features_BCF)
+
+
+# -- below: how it is done
+
+
+def _stretches(sizes_B: torch.Tensor, share: float, longest: int) -> torch.Tensor:
+    """`NUM_MASKS` stretches of the first ``sizes_B`` places of every row, each shorter than ``share`` of them: (B,
+    longest), True where masked."""
+    # In fp64: the share of a size must not be rounded up to the next whole number.
+    size_B1 = sizes_B[:, None].double()
+    width_draw_BM, place_draw_BM = torch.rand(2, len(sizes_B), NUM_MASKS, device=sizes_B.device)
+    width_BM = width_draw_BM * (share * size_B1).floor()
+    first_BM = (place_draw_BM * (size_B1 - width_BM)).long()
+    end_BM = first_BM + width_BM.long()
+    return (_below(end_BM, longest) & ~_below(first_BM, longest)).any(1)
+
+
+def _below(ends: torch.Tensor, longest: int) -> torch.Tensor:
+    """(..., longest), True on the first ``ends`` of every row."""
+    return torch.arange(longest, device=ends.device) < ends[..., None]
