@@ -1,7 +1,8 @@
 """Augmentation of training speech: gain, noise, speed and crops on the waveform, masks on the features.
 
-The random values for a waveform depend on the epoch's seed and the utterance alone, so that order, batches and readers
-do not matter. Masks on features are drawn from torch's own generator, which the loop seeds every epoch.
+The random values for a waveform depend on the epoch's seed and the utterance alone, so that order, batches, readers and
+threads do not matter. Waveforms are NumPy's: it leaves other threads of Python free meanwhile, and starts none of its
+own, as torch would. Masks on features are drawn from torch's own generator, which the loop seeds every epoch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Final
 import numpy as np
 import soxr
 import torch
-from torchaudio import functional
 
 from ser_ray.config import Augment
 from ser_ray.schema import SAMPLING_RATE
@@ -36,20 +36,26 @@ def augmented(waveform_T: np.ndarray, utterance_id: str, settings: Augment, seed
     rng = np.random.default_rng([seed, zlib.crc32(utterance_id.encode())])
     # All are drawn, used or not, so that switching one on does not change the others.
     start, way, level, snr = rng.uniform(size=4)
-    waveform = torch.from_numpy(waveform_T)
+    waveform = waveform_T
     if settings.crop_seconds is not None:
         surplus = max(0, len(waveform) - int(settings.crop_seconds * SAMPLING_RATE))
         first = int(start * (surplus + 1))
         waveform = waveform[first : first + len(waveform) - surplus]
     if settings.speed:
-        waveform = torch.from_numpy(at_speed(waveform.numpy(), 1 + (int(way * 3) - 1) * settings.speed)[:MAX_SAMPLES])
+        waveform = at_speed(waveform, 1 + (int(way * 3) - 1) * settings.speed)[:MAX_SAMPLES]
     if settings.noise_snr_db is not None:
         low, high = settings.noise_snr_db
-        noise = torch.from_numpy(rng.standard_normal(len(waveform), dtype=np.float32))
-        waveform = functional.add_noise(waveform, noise, torch.tensor(low + (high - low) * snr, dtype=torch.float32))
+        noise = rng.standard_normal(len(waveform), dtype=np.float32)
+        waveform = waveform + noise * np.float32(noise_scale(waveform, noise, low + (high - low) * snr))
     if settings.gain_db:
-        waveform = waveform * 10 ** (settings.gain_db * (2 * level - 1) / 20)
-    return np.ascontiguousarray(waveform.numpy(), dtype=np.float32)
+        waveform = waveform * np.float32(10 ** (settings.gain_db * (2 * level - 1) / 20))
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def noise_scale(waveform_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> float:
+    """What the noise is multiplied with, so that the energy of the waveform is ``snr_db`` dB above its own."""
+    signal, noise = (np.square(x).sum(dtype=np.float64) for x in (waveform_T, noise_T))
+    return float(np.sqrt(signal / noise) * 10 ** (-snr_db / 20))
 
 
 def at_speed(waveform_T: np.ndarray, factor: float) -> np.ndarray:
