@@ -51,6 +51,8 @@ class Allocation:
     """Whether workers see a CUDA device: GPUs declared to Ray may not exist."""
     precision: str = "fp32"
     """What ``precision: auto`` resolves to on a worker."""
+    sharing: str = ""
+    """How many trials share a GPU and why, where ``gpus_per_worker: auto`` chose it."""
 
     @property
     def gpus_in_use(self) -> float:
