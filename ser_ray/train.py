@@ -97,10 +97,11 @@ def make_plan(space: SearchSpace, console: Console, trials: int = 1) -> tuple[Ru
     """
     plan.check(space)
     here = space.resources.workers == 0
-    allocation = cluster.allocate_here() if here else cluster.allocate(space, trials, console)
+    allocation = cluster.allocate_here() if here else cluster.allocate(space, trials, console, share=True)
     if not here:
         at_once = f"{allocation.trials_at_once} trial{'s' * (allocation.trials_at_once != 1)} at once"
-        console.print("; ".join((f"Ray: {cluster.describe()}", at_once, *allocation.idle)))
+        said = (f"Ray: {cluster.describe()}", at_once, allocation.sharing, *allocation.idle)
+        console.print("; ".join(filter(None, said)))
     shard_dirs = prepare.prepare(space, use_ray=not here, console=console)
     task = load_task(space.experiment, shard_dirs)
     if task.absent:

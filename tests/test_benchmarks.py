@@ -34,6 +34,7 @@ from ser_ray.speech.matching import same_recordings
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+import feed
 import gpu
 import order
 import reference_rehearsal
@@ -134,6 +135,16 @@ def test_gpu_script_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert {tuple(row[:2]) for row in rows} == {(b, m) for b in ("wav2vec2", "whisper") for m in gpu.METHODS}
     for row in rows:
         assert all(math.isfinite(float(figure)) and float(figure) > 0 for figure in row[3:]), row
+
+
+def test_feed_script_at_a_small_size(capsys: pytest.CaptureFixture[str]) -> None:
+    feed.main(["--utterances", "8", "--threads", "1", "2", "--rounds", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [tuple(row[:2]) for row in rows[1:]] == [
+        *((name, threads) for name in feed.WAYS for threads in ("1", "2")),
+        ("read from a file", "1"),
+    ]
+    assert all(math.isfinite(float(figure)) and float(figure) > 0 for row in rows[1:] for figure in row[2:])
 
 
 def test_the_order_of_an_epoch_is_told_before_and_now() -> None:

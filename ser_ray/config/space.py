@@ -94,7 +94,9 @@ class Resources(Section):
     """auto: 1 without a GPU (many small trials beat one trial on many threads); with GPUs an even share of the node's
     cores for each, at most 4."""
     gpus_per_worker: Annotated[float | Literal["auto"], Unit("GPUs")] = "auto"
-    """auto: 1 if the cluster has a GPU, else 0. 0.25 puts four trials on one GPU."""
+    """auto: 0 without a GPU, with GPUs 1. But where there are several trials of one worker for each GPU, up to four
+    share it if they take at most half of its memory, which is measured on a step when the plan is made: the card is
+    idle between the kernels of a small model. 0.25 always puts four trials on one GPU."""
     data: Literal["auto", "resident", "streamed"] = "auto"
     """resident: a trial's data stay in Ray's object store between epochs. streamed: every epoch reads them from the
     files. auto: resident if they take at most 30 % of the store; else dev alone is, if it takes no more than that."""

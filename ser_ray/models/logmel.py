@@ -49,11 +49,6 @@ class LogMel(nn.Module):
         # The floor is 8 below the utterance's own maximum; the silence after it has the lowest possible value.
         floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0
         features_BMF = (torch.maximum(mel_BMF, floor_B11) + 4.0) / 4.0
-        frames_B = _ceil_divide(lengths_B, HOP)
+        frames_B = (lengths_B + HOP - 1) // HOP
         own_BF = torch.arange(mel_BMF.shape[-1], device=mel_BMF.device) < frames_B[:, None]
-        most = _ceil_divide(torch.tensor(longest), HOP)
-        return (features_BMF * own_BF[:, None])[..., : int(most)], frames_B
-
-
-def _ceil_divide(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
-    return (numerator + denominator - 1) // denominator
+        return (features_BMF * own_BF[:, None])[..., : -(-longest // HOP)], frames_B

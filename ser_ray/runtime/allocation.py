@@ -13,7 +13,8 @@ from ser_ray.schema import UserError
 DATA_CPUS: Final = 1
 """Logical CPUs of a node that trials leave free: Ray Data's tasks would wait forever if trainers held all of them."""
 MOST_CPUS: Final = 4.0
-"""Maximum CPUs of a worker with a GPU: its threads decode and collate, and more CPUs do not make that faster."""
+"""Maximum CPUs of a worker with a GPU: its threads decode, augment and collate. With every augmentation on, three make
+2280 utterances of 4 s a second, three times what a large card takes (results/benchmarks/feed.md)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Allocation:
     """Whether workers see a CUDA device: GPUs declared to Ray may not exist."""
     precision: str = "fp32"
     """What ``precision: auto`` resolves to on a worker."""
+    sharing: str = ""
+    """How many trials share a GPU and why, where ``gpus_per_worker: auto`` chose it."""
 
     @property
     def wanted(self) -> str:

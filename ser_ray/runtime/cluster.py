@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import ray.data
 from rich.console import Console
 
 from ser_ray.config import SearchSpace
-from ser_ray.runtime import allocation, nodes, private
+from ser_ray.runtime import allocation, nodes, private, sharing
 from ser_ray.runtime.allocation import DATA_CPUS, Allocation, Node, Worker
 from ser_ray.schema import UserError
 
@@ -164,17 +166,24 @@ def trainers_waiting(workers: int) -> int:
     return sum(len(group["bundles"]) == workers for group in waiting)
 
 
-def allocate(space: SearchSpace, trials: int, console: Console) -> Allocation:
+def allocate(space: SearchSpace, trials: int, console: Console, share: bool = False) -> Allocation:
     """How ``trials`` of a space share this cluster, with the device and precision of their workers.
 
-    Raises UserError where not even one trial fits.
+    ``share``: ``gpus_per_worker: auto`` may put several trials on a GPU (`ser_ray.runtime.sharing`), for which a step
+    is measured on one. Raises UserError where not even one trial fits.
     """
     offers = [node["Resources"] for node in nodes.alive()]
-    shared = allocation.allocate([Node(o.get("CPU", 0.0), o.get("GPU", 0.0)) for o in offers], space, trials)
-    if not shared.worker.gpus:
-        return shared
-    cuda, precision = _device(shared.worker, console)
-    return dataclasses.replace(shared, cuda=cuda, precision=precision)
+    offered = [Node(o.get("CPU", 0.0), o.get("GPU", 0.0)) for o in offers]
+    whole = allocation.allocate(offered, space, trials)
+    if not whole.worker.gpus:
+        return whole
+    cuda, precision = _device(whole.worker, console)
+    if not (share and cuda and space.resources.gpus_per_worker == "auto"):
+        return dataclasses.replace(whole, cuda=cuda, precision=precision)
+    gpus, reason = sharing.chosen(space, offered, trials, partial(_measured, console=console))
+    resources = space.resources.model_copy(update={"gpus_per_worker": gpus})
+    shared = allocation.allocate(offered, space.model_copy(update={"resources": resources}), trials)
+    return dataclasses.replace(shared, cuda=cuda, precision=precision, sharing=reason)
 
 
 def allocate_here() -> Allocation:
@@ -197,13 +206,25 @@ def _device(worker: Worker, console: Console) -> tuple[bool, str]:
     """
     if (own := _look_at_device())[0]:
         return own
-    asked = ray.remote(_look_at_device).options(num_cpus=0, num_gpus=worker.gpus).remote()
+    answer: tuple[bool, str] = _on_gpus(worker.gpus, console, _look_at_device)
+    return answer
+
+
+def _measured(space: SearchSpace, console: Console) -> sharing.Footprint:
+    """`sharing.measured`, by a process that ends with it: what it holds of the GPU is free for the trials."""
+    console.print("resources.gpus_per_worker: auto; measuring the memory of a step on a GPU")
+    footprint: sharing.Footprint = _on_gpus(1.0, console, sharing.measured, space)
+    return footprint
+
+
+def _on_gpus(gpus: float, console: Console, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own that holds so many GPUs; says if it has to wait for them."""
+    asked = ray.remote(function).options(num_cpus=0, num_gpus=gpus, max_calls=1).remote(*arguments)
     patience = PATIENCE_S
     while not ray.wait([asked], timeout=patience)[0]:
-        console.print(f"  ... {waiting_for(f'{worker.gpus:g} GPUs')}")
+        console.print(f"  ... {waiting_for(f'{gpus:g} GPUs')}")
         patience = REPEAT_S
-    answer: tuple[bool, str] = ray.get(asked)
-    return answer
+    return ray.get(asked)
 
 
 def _look_at_device() -> tuple[bool, str]:

@@ -138,11 +138,18 @@ class Streamed:
 
 
 def data(
-    experiment: Experiment, train: Source, dev: Source, content: Content, rank: int = 0, size: int = 1
+    experiment: Experiment,
+    train: Source,
+    dev: Source,
+    content: Content,
+    rank: int = 0,
+    size: int = 1,
+    threads: int = 1,
 ) -> loop.Data:
     """Batches for one of ``size`` processes: those of its optimiser steps, and every ``size``-th batch of dev.
 
-    A thread prepares them while the previous step runs; on a machine with a GPU they are in page-locked memory.
+    A thread prepares them while the previous step runs; ``threads`` decode and augment the utterances of a batch for
+    it. On a machine with a GPU batches are in page-locked memory.
     """
     import torch
 
@@ -150,6 +157,7 @@ def data(
     from ser_ray.training import loop
 
     label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
+    made = partial(stream.batches, content=content, threads=threads)
 
     @lru_cache(maxsize=2)
     def ordered(number: int) -> list[Window]:
@@ -177,7 +185,7 @@ def data(
         return prefetched(
             batch
             for table, packed in train.read(share(number), following)
-            for batch in stream.batches(table, packed, augmentation=augmentation, content=content)
+            for batch in made(table, packed, augmentation=augmentation)
         )
 
     dev_order = epoch(dev.rows, experiment.batch_seconds, None)
@@ -185,9 +193,7 @@ def data(
 
     def dev_batches() -> Iterator[Batch]:
         return prefetched(
-            batch
-            for table, packed in dev.read(own_dev, lambda: own_dev)
-            for batch in stream.batches(table, packed, content=content)
+            batch for table, packed in dev.read(own_dev, lambda: own_dev) for batch in made(table, packed)
         )
 
     return loop.Data(train_batches, dev_batches, counts)

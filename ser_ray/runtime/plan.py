@@ -140,6 +140,8 @@ class RunPlan:
             if own.total.gpus:
                 there = "" if own.cuda else "; no CUDA device is there, so trials run on the CPU"
                 yield f"GPUs: {own.gpus_in_use:g} of {own.total.gpus:g} in use{there}"
+            if own.sharing:
+                yield f"resources.gpus_per_worker: auto: {own.sharing}"
             yield from own.idle
         counts = " / ".join(f"{count} {name}" for name, count in self.splits.items())
         yield f"split: {self.fold}; utterances {counts}"

@@ -207,7 +207,7 @@ def fit_here(trial: Trial, callback: EpochCallback = lambda record: None) -> Non
     model, content = trial.model(experiment, choose_device())
     files = {split: stream.Files(task.rows(split), *trial.files()) for split in ("train", "dev")}
     train, dev = (own.hold() if split in trial.resident else own for split, own in files.items())
-    data = feed.data(experiment, train, dev, content)
+    data = feed.data(experiment, train, dev, content, threads=max(1, int(trial.cpus)))
     loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
 
 
@@ -224,7 +224,8 @@ def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> No
 
     trial = Trial(**settings)
     experiment, task = trial.load()
-    torch.set_num_threads(max(1, int(trial.cpus)))
+    threads = max(1, int(trial.cpus))
+    torch.set_num_threads(threads)
     bound_memory(trial.gpus)
     rank, size, directory = 0, 1, Path(trial.directory)
     if callback is None:
@@ -244,7 +245,7 @@ def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> No
 
     loop.forget_peak()  # that of the previous trial, if this process trained one
     model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
-    data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size)
+    data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size, threads)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
     finally:

@@ -6,10 +6,13 @@ Nothing here depends on Ray; `ser_ray.runtime.feed` passes Ray's tables to the s
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -85,14 +88,20 @@ def batches(
     *,
     augmentation: Augmentation | None = None,
     content: Content = SPEECH,
+    threads: int = 1,
 ) -> Iterator[Batch]:
     """The batches of one table, each given in ``packed`` as its row numbers.
 
     ``table`` has the columns utterance_id, label, and that of ``content``. ``augmentation`` may change the length of a
-    waveform: the bound on padded seconds is for the lengths in the table.
+    waveform: the bound on padded seconds is for the lengths in the table. ``threads`` of them share the utterances of
+    a batch; batches are the same for any number.
     """
-    for rows in packed:
-        yield _batch(table, rows, augmentation, content)
+    read = partial(_arrays, table, augmentation=augmentation, content=content)
+    with ThreadPoolExecutor(threads) as pool:  # its threads start when they get work
+        for rows in packed:
+            parts = np.array_split(rows, min(threads, len(rows)))
+            found = pool.map(read, parts) if len(parts) > 1 else map(read, parts)
+            yield _batch(table, rows, list(itertools.chain.from_iterable(found)))
 
 
 def short_to_long(table: pa.Table, batch_seconds: float, content: Content = SPEECH) -> Iterator[Batch]:
@@ -240,21 +249,26 @@ class _End:
     error: BaseException | None
 
 
-def _batch(table: pa.Table, rows: np.ndarray, augmentation: Augmentation | None, content: Content) -> Batch:
-    # One scalar at a time is a view of the window's bytes; take() would copy them. NumPy fills the rows: torch would
-    # start threads for copies of 100 kB, which takes ten times as long on busy cores.
+def _arrays(table: pa.Table, rows: np.ndarray, augmentation: Augmentation | None, content: Content) -> list[np.ndarray]:
+    """The model's input of these rows, decoded and augmented."""
+    # One scalar at a time is a view of the window's bytes; take() would copy them.
     column = table[content.column]
     arrays = [content.read(column[int(row)].as_buffer()) for row in rows]
+    if augmentation is None:
+        return arrays
+    ids = table["utterance_id"].take(rows).to_pylist()
+    return [augmentation(array, utterance_id) for array, utterance_id in zip(arrays, ids, strict=True)]
+
+
+def _batch(table: pa.Table, rows: np.ndarray, arrays: Sequence[np.ndarray]) -> Batch:
+    # NumPy fills the rows: torch would start threads for copies of 100 kB, which takes ten times as long on busy cores.
     chosen = table.select(["utterance_id", "label"]).take(rows)
-    utterance_ids = chosen["utterance_id"].to_pylist()
-    if augmentation is not None:
-        arrays = [augmentation(array, utterance_id) for array, utterance_id in zip(arrays, utterance_ids, strict=True)]
     lengths = [len(array) for array in arrays]
     inputs = np.zeros((len(rows), max(lengths), *arrays[0].shape[1:]), arrays[0].dtype)
     for row, array in enumerate(arrays):
         inputs[row, : len(array)] = array
     return Batch(
-        utterance_ids=tuple(utterance_ids),
+        utterance_ids=tuple(chosen["utterance_id"].to_pylist()),
         inputs=torch.from_numpy(inputs),
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         labels_B=torch.tensor(chosen["label"].to_pylist(), dtype=torch.int64),

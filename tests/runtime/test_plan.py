@@ -169,3 +169,12 @@ def test_augmentation_that_is_searched_is_part_of_the_plan(path):
     found = made(config.load(path, [search, "tune.first=[]", "experiment.adapter={method: lora, first_layer: 1}"]))
     assert len(found.cacheable()) == 1
     assert found.uncacheable_reasons() == ["augment.gain_db changes the input of the frozen part"]
+
+
+def test_how_many_trials_share_a_gpu_is_said(path):
+    shared = allocation.Allocation(
+        1, allocation.Worker(4.0, 0.25), 4, 4, allocation.Node(16, 1), cuda=True, sharing="4 trials on each GPU: small"
+    )
+    lines = list(made(config.load(path), shared).lines())
+    assert "resources.gpus_per_worker: auto: 4 trials on each GPU: small" in lines
+    assert "GPUs: 1 of 1 in use" in lines

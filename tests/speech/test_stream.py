@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ser_ray.config import Augment
 from ser_ray.speech import order, shards
+from ser_ray.speech.augment import augmented
 from ser_ray.speech.stream import Batch, Content, Files, Prefetcher, batches, joined, read_files, short_to_long
 
 RATE = 16_000
@@ -62,6 +65,55 @@ def test_batches_are_the_rows_that_were_asked_for():
     found = list(batches(table([5, 6, 7, 8]), [np.array([3, 0]), np.array([2])]))
     assert [b.utterance_ids for b in found] == [("synthetic/0003", "synthetic/0000"), ("synthetic/0002",)]
     assert [b.labels_B.tolist() for b in found] == [[3, 0], [2]]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_batches_are_the_same_for_any_number_of_threads(threads):
+    """Bit by bit, with every augmentation; of batches with fewer utterances than threads too."""
+    lengths = np.random.default_rng(0).integers(1_000, 20_000, 30).tolist()
+    every = Augment(gain_db=6, noise_snr_db=(10, 20), speed=0.1, crop_seconds=0.5)
+    packed = [np.arange(7), np.array([29]), np.arange(7, 29)]
+    augmentation = partial(augmented, settings=every, seed=3)
+    alone, shared = (
+        list(batches(table(lengths), packed, augmentation=augmentation, threads=number)) for number in (1, threads)
+    )
+    for one, other in zip(alone, shared, strict=True):
+        assert one.utterance_ids == other.utterance_ids
+        for field in ("inputs", "lengths_B", "labels_B"):
+            assert torch.equal(getattr(one, field), getattr(other, field))
+
+
+def test_threads_share_the_utterances_of_a_batch():
+    """All wait for each other: one alone would wait for ever, and the barrier would break."""
+    barrier, seen = threading.Barrier(3), set()
+
+    def meet(waveform_T, utterance_id):
+        barrier.wait(timeout=60)
+        seen.add(threading.get_ident())
+        return waveform_T
+
+    list(batches(table([5, 6, 7]), [np.arange(3)], augmentation=meet, threads=3))
+    assert len(seen) == 3
+    assert threading.get_ident() not in seen
+
+
+def test_an_error_in_a_thread_is_raised_and_a_reader_that_stops_leaves_no_thread():
+    def fail(waveform_T, utterance_id):
+        if utterance_id == "synthetic/0005":
+            raise ValueError("the sixth")
+        return waveform_T
+
+    before = set(threading.enumerate())
+    packed = [np.arange(3), np.arange(3, 6)]
+    made = batches(table([5] * 6), packed, augmentation=fail, threads=2)
+    assert len(next(made)) == 3
+    with pytest.raises(ValueError, match="the sixth"):
+        next(made)
+    stopped = batches(table([5] * 6), packed, threads=2)
+    next(stopped)
+    assert set(threading.enumerate()) - before
+    stopped.close()
+    assert set(threading.enumerate()) <= before
 
 
 # -- from files
