@@ -173,3 +173,14 @@ def test_a_signal_ends_a_command_in_a_background_too(ctrl_c, number):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@pytest.mark.ray
+def test_the_workers_of_a_trainer_that_wait_are_counted(full_cluster):
+    """Ray Train requests them as one placement group; that of a trial's own process has one bundle."""
+    before = cluster.trainers_waiting(2)
+    groups = [ray.util.placement_group([{"CPU": 1}] * count) for count in (1, 2, 2)]
+    assert cluster.trainers_waiting(2) == before + 2
+    for group in groups:
+        ray.util.remove_placement_group(group)
+    assert cluster.trainers_waiting(2) == before
