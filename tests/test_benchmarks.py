@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import feed
 import gpu
+import gpu_cells
 import order
 import reference_rehearsal
 import trainer
@@ -128,13 +130,106 @@ def test_operations_of_what_torch_does_not_know() -> None:
 
 
 @pytest.mark.slow
-def test_gpu_script_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.main(["--size", "tiny", "--device", "cpu", "--rounds", "1"])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| w")]
-    assert len(rows) == 2 * 3 * 3
-    assert {tuple(row[:2]) for row in rows} == {(b, m) for b in ("wav2vec2", "whisper") for m in gpu.METHODS}
-    for row in rows:
-        assert all(math.isfinite(float(figure)) and float(figure) > 0 for figure in row[3:]), row
+def test_gpu_script_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every cell, tiny; whole searches are tried by their own tests."""
+    jobs = [job for job in gpu.jobs(gpu_arguments(), tmp_path) if job.cells]
+    rows = tmp_path / "rows.jsonl"
+    options = ["--rows", str(rows), "--tiny", "--device", "cpu", "--minutes", "60"]
+    gpu.main([*options, "--only", *(job.name for job in jobs)])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| w")]
+    found = gpu.read_rows(rows)
+    assert [row for row in found if "failed" in row] == []
+    cells = [cell for job in jobs for cell in job.cells if "family" in cell]
+    assert len(lines) - 1 == len(cells) == sum("family" in row for row in found)
+    for row in found:
+        if "family" in row:
+            assert math.isfinite(row["utterances_per_s"])
+            assert row["utterances_per_s"] > 0
+            assert row["memory_gib"] > 0
+    assert all(line[7] for line in lines[:-1]), "every share of the matrix rate, also of compiled blocks"
+
+
+def gpu_arguments(**own: object) -> argparse.Namespace:
+    settings = {"ravdess": "DIR", "whisper": "DIR", "tiny": True, "device": "cpu"}
+    return argparse.Namespace(**settings | own)
+
+
+def test_every_row_that_was_promised_is_among_the_jobs(tmp_path: Path) -> None:
+    jobs = gpu.jobs(gpu_arguments(), tmp_path)
+    cells = [cell for job in jobs for cell in job.cells if "family" in cell]
+    ours = {(c["family"], c["method"], c["seconds"]) for c in cells if "way" not in c}
+    for family in ("wav2vec2", "wavlm", "whisper"):
+        assert ours >= {(family, method, 120) for method in ("lora", "qlora", "full", "frozen")}
+        assert any(cell["family"] == family for cell in cells if cell.get("way") == "trainer")
+    assert ours >= {("whisper", "lora", seconds) for seconds in (30, 120, 480)}
+    assert {cell["switch"] for cell in cells if cell.get("switch")} == set(gpu.SWITCHES)
+    assert [job.name for job in jobs if job.command] == [
+        "RAVDESS",
+        "the first step of the demo",
+        "the demo",
+        "RAVDESS, a GPU each",
+    ]
+    assert len(gpu.jobs(gpu_arguments(ravdess=None), tmp_path)) == len(jobs) - 2
+
+
+def test_a_job_that_hangs_or_fails_is_a_row_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    writes = f"open({str(rows)!r}, 'a').write('{{\"family\": 1}}\\n')"
+    for name, script in {
+        "hangs": f"{writes}; import time; time.sleep(600)",
+        "fails": "raise SystemExit(3)",
+        "ends": "pass",
+    }.items():
+        limit_s = 5 if name == "hangs" else 60
+        gpu.run(gpu.Job(name, limit_s, command=["-c", script]), rows, limit_s, gpu_arguments())
+    with rows.open("a") as file:
+        file.write('{"family": "cut o')
+    first, *others = gpu.read_rows(rows)
+    assert first == {"family": 1}
+    assert [(row["job"], row.get("failed")) for row in others] == [
+        ("hangs", "not done in 5 s"),
+        ("fails", "exit code 3"),
+        ("ends", None),
+    ]
+
+
+def test_the_page_has_a_line_for_every_row() -> None:
+    own = {"family": "whisper", "method": "lora", "seconds": 120, "took_s": 9.0}
+    measured = {"utterances_per_s": 100.0, "step_ms": 50.0, "memory_gib": 2.0}
+    rows = [
+        {"job": "machine", "gpu": "H200", "versions": "torch 2", "cores": 16},
+        {"flops_per_s": 1e12},
+        own | measured | {"flops_per_utterance": 5e9},
+        own | measured | {"flops_per_utterance": None, "switch": "compile"},
+        own | {"way": "trainer", "failed": "out of memory"},
+        {"job": "the demo", "took_s": 70.0, "trials": 4, "done": 3, "sharing": "4 trials on each GPU"},
+        {"job": "RAVDESS", "took_s": 90.0, "failed": "not done in 90 s"},
+    ]
+    page = gpu.page([], rows)
+    for line in (
+        "| whisper | lora | 120 | ser_ray | 100.0 | 50 | 2.00 | 0.5 | 9.0 |",
+        "| whisper | lora | 120 | ser_ray, compile | 100.0 | 50 | 2.00 | 0.5 | 9.0 |",
+        "| whisper | lora | 120 | Trainer + PEFT | out of memory | | | | 9.0 |",
+        "| the demo | 70.0 | 3 of 4 | 4 trials on each GPU |",
+        "| RAVDESS | 90.0 | not done in 90 s |  |",
+    ):
+        assert line in page.splitlines()
+    assert page.startswith("# Large backbones on a GPU\n")
+
+
+def test_cells_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(cell: dict[str, object], *_: object) -> dict[str, object]:
+        if cell["method"] == "full":
+            raise torch.OutOfMemoryError
+        if cell["method"] == "qlora":
+            raise ValueError("broken")
+        return {"utterances_per_s": 1.0}
+
+    monkeypatch.setattr(gpu_cells, "measured", measured)
+    rows = tmp_path / "rows.jsonl"
+    cells = [{"family": "whisper", "method": method, "seconds": 120} for method in ("full", "qlora", "lora")]
+    gpu_cells.main(rows, cells, CPU, "tiny")
+    assert [row.get("failed") for row in gpu.read_rows(rows)] == ["out of memory", "ValueError: broken", None]
 
 
 def test_feed_script_at_a_small_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,18 +260,6 @@ def test_the_order_of_an_epoch_is_told_before_and_now() -> None:
     page = order.page(table)
     assert page.count("| 10 | ") == 1
     assert "times one of the shortest" in page
-
-
-def test_out_of_memory_is_a_row() -> None:
-    def too_large(experiment: object) -> gpu.Measured:
-        raise torch.OutOfMemoryError
-
-    assert gpu.attempt(too_large, experiment("none"), CPU) is None
-    fits = gpu.Measured(1.0, 1024.0, 1.0)
-    assert (
-        gpu.row(("whisper", "full", "Trainer"), [fits, None], 1.0) == "| whisper | full | Trainer | out of memory | | |"
-    )
-    assert gpu.row(("whisper", "full", "Trainer"), [fits], 2.0) == "| whisper | full | Trainer | 1.0 | 1.00 | 0.5 |"
 
 
 @pytest.mark.parametrize("corpus", reference_rehearsal.DIRECTORIES)

@@ -256,6 +256,10 @@ class Experiment(Section):
     """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False
     """Gradient checkpointing: a third more time for a fraction of the memory. For models that do not fit otherwise."""
+    compile: bool = False
+    """torch.compile of the backbone's blocks in training: fewer and larger kernels, but the first step waits for the
+    compiler, which keeps what it made on disk. Needs a C++ compiler. Off by default: whether it gains anything has not
+    been measured on a GPU."""
     seed: Annotated[int, NO_UNIT] = Field(0, ge=0)
     """Seed of initial weights, dropout, augmentation and the order of batches."""
 

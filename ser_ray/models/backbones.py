@@ -6,6 +6,8 @@ A `Backbone` is run in two parts, so that frozen layers can be separated from tr
     layers = backbone.blocks(hidden_BFD, mask_BF)                    # one hidden_BFD before and after every block
     layers = backbone.blocks(hidden_BFD, mask_BF, start=k)           # the same from block k on, given its input
 
+``padded=False`` says that all utterances of a batch are of equal length: attention then needs no mask.
+
 In both, an utterance's frames do not depend on the other utterances of its batch. Three places need care, where
 padding changes the result of transformers' own forward: Whisper's log-mel and convolutions, the group norm of
 wav2vec2-base's first convolution (its statistics run over time), and attention, which is masked. On a batch without
@@ -41,6 +43,8 @@ _OF_A_HEAD = ("feature_extractor.weight", "feature_extractor.bias")
 # Parameters that are never trained: the former is for transformers' own SpecAugment, which is not run here; the latter
 # are Whisper's fixed sinusoids, which transformers freezes too, but not when it loads them.
 _FIXED = ("masked_spec_embed", "embed_positions.")
+MOST_PROGRAMS = 32
+"""That torch.compile makes of a block; beyond this number it runs the block as it is, without an error."""
 
 
 class Backbone(nn.Module):
@@ -80,12 +84,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def blocks(
-        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor, start: int = 0, stop: int | None = None
+        self,
+        hidden_BFD: torch.Tensor,
+        mask_BF: torch.Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        padded: bool = True,
     ) -> list[torch.Tensor]:
         """The input of block ``start`` and the output of every block from there to before ``stop``. The last block's
         output includes the final norm."""
         hiddens = [hidden_BFD]
-        run = self._block(hidden_BFD, mask_BF)
+        # Without a mask, torch may choose a faster kernel for attention.
+        run = self._block(hidden_BFD, mask_BF if padded else None)
         for index in range(start, self.num_layers if stop is None else stop):
             trainable = self.first_trained is not None and index >= self.first_trained
             with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
@@ -96,7 +106,9 @@ class Backbone(nn.Module):
             hiddens.append(self._finish(hidden_BFD) if index + 1 == self.num_layers else hidden_BFD)
         return hiddens
 
-    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def _block(
+        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """A function for a batch of this shape and mask: number of a block and its input -> its output."""
         raise NotImplementedError
 
@@ -105,13 +117,20 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor, stop: int | None = None
+        self, waveform_BT: torch.Tensor, lengths_B: torch.Tensor, stop: int | None = None, padded: bool = True
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """All hidden states (L + 1 of (B, F, D)), or with ``stop`` those up to the input of that block, and the frame
         mask (B, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._embedding_trainable()):
             hidden_BFD, mask_BF = self.embed(waveform_BT, lengths_B)
-        return self.blocks(hidden_BFD, mask_BF, stop=stop), mask_BF
+        return self.blocks(hidden_BFD, mask_BF, stop=stop, padded=padded), mask_BF
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks, each when it first runs: one program for batches of any size and length."""
+        # Programs differ by what a block is asked for: gradients or none, a mask or none, one utterance or several.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_PROGRAMS)
+        for layer in self.layers():
+            layer.compile(backend=backend, dynamic=True)
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for the trainable part; dropout in a frozen part would only add noise."""
@@ -151,8 +170,10 @@ class Whisper(Backbone):
         hidden_BFD = nn.functional.dropout(hidden_BFD, self.model.dropout, self.model.training)
         return hidden_BFD, frame_mask((mel_frames_B + 1) // 2, frames)
 
-    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        attention_B11F = mask_BF[:, None, None]
+    def _block(
+        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        attention_B11F = None if mask_BF is None else mask_BF[:, None, None]
         return lambda index, hidden: self.layers()[index](hidden, attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
@@ -187,15 +208,17 @@ class Wav2Vec2(Backbone):
             hidden_BFD = encoder.layer_norm(hidden_BFD)
         return encoder.dropout(hidden_BFD), mask_BF
 
-    def _block(self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def _block(
+        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
         layers = self.layers()
         if self.family == "wavlm":
-            batch, frames = mask_BF.shape
+            batch, frames = hidden_BFD.shape[:2]
             # All blocks use the first one's relative positions, which depend on the number of frames alone.
             bias_HFF = self.model.encoder.layers[0].attention.compute_bias(frames, frames)
             bias = bias_HFF.repeat(batch, 1, 1)
             return lambda index, hidden: layers[index](hidden, attention_mask=mask_BF, position_bias=bias)[0]
-        attention_B11F = mask_BF[:, None, None]
+        attention_B11F = None if mask_BF is None else mask_BF[:, None, None]
         return lambda index, hidden: layers[index](hidden, attention_mask=attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:

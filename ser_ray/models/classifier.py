@@ -37,21 +37,27 @@ class EmotionClassifier(nn.Module):
 
     peft: PeftModel | None
 
-    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK."""
+    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True) -> torch.Tensor:
+        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK.
+
+        ``padded``: whether the lengths may differ; see `Batch.padded`.
+        """
         if self._sees_moments():
             return self.head.classify(self.head.embed_moments(inputs))
-        hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
+        hiddens, mask_BF = self.hidden_states(inputs, lengths_B, padded)
         logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
         return logits_BK
 
-    def hidden_states(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def hidden_states(
+        self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The states that the head mixes, each (B, F, D), and mask_BF."""
         if self.prefix is None:
-            hiddens, mask_BF = self.backbone(inputs, lengths_B)
+            hiddens, mask_BF = self.backbone(inputs, lengths_B, padded=padded)
             return hiddens, mask_BF
         (*below, hidden_BFD), mask_BF = unpack(inputs, lengths_B)
-        return below + self.backbone.blocks(hidden_BFD, mask_BF, start=self.prefix.first_layer), mask_BF
+        above = self.backbone.blocks(hidden_BFD, mask_BF, start=self.prefix.first_layer, padded=padded)
+        return below + above, mask_BF
 
     def pooled_layers(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
         """Every layer pooled by itself, each (B, P): the input of a probe of that layer."""

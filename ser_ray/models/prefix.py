@@ -45,7 +45,7 @@ def compute(prefix: Prefix, backbone: Backbone, batch: Batch) -> list[np.ndarray
 
     Computed on the backbone's device. Raises UserError if a value is not finite, or exceeds the range of fp16.
     """
-    hiddens, mask_BF = backbone(batch.inputs, batch.lengths_B, stop=prefix.first_layer)
+    hiddens, mask_BF = backbone(batch.inputs, batch.lengths_B, stop=prefix.first_layer, padded=batch.padded)
     needed = hiddens[-prefix.num_states :]
     if prefix.moments is not None:
         moments_BMD = moments(needed, mask_BF, covariances=prefix.covariances).cpu()

@@ -59,6 +59,8 @@ class Batch:
     """int64: the length of each utterance without padding, in samples; or in frames."""
     labels_B: torch.Tensor
     """int64."""
+    padded: bool = True
+    """Whether the lengths may differ. Known without a look at `lengths_B`, for which the host would wait for a GPU."""
 
     def __len__(self) -> int:
         return len(self.utterance_ids)
@@ -272,4 +274,5 @@ def _batch(table: pa.Table, rows: np.ndarray, arrays: Sequence[np.ndarray]) -> B
         inputs=torch.from_numpy(inputs),
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         labels_B=torch.tensor(chosen["label"].to_pylist(), dtype=torch.int64),
+        padded=len(set(lengths)) > 1,
     )

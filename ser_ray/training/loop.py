@@ -191,7 +191,7 @@ def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Itera
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):
-            yield batch, model(batch.inputs, batch.lengths_B)
+            yield batch, model(batch.inputs, batch.lengths_B, batch.padded)
 
 
 def evaluate(

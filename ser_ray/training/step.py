@@ -25,10 +25,13 @@ from ser_ray.training import losses
 
 
 def distribute(model: EmotionClassifier) -> nn.Module:
-    """The model to call in training: with several processes its gradients are averaged over them.
+    """The model to call in training: compiled if its experiment says so; with several processes its gradients are
+    averaged over them.
 
     Its buffers are the same in all processes and never change, so they are not broadcast.
     """
+    if model.experiment.compile:
+        model.backbone.compile_blocks()
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return model
     device = next(model.head.parameters()).device
@@ -62,7 +65,7 @@ def add_gradients(
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
     with alone:
         with autocast(experiment.precision, batch.inputs.device):
-            logits_BK = model(batch.inputs, batch.lengths_B)
+            logits_BK = model(batch.inputs, batch.lengths_B, batch.padded)
         loss = weighted_loss(logits_BK, batch.labels_B, weights_K, losses.of(experiment.loss))
         # Gradients must be summed over processes, but DistributedDataParallel averages them.
         scaler.scale(loss * (share * processes)).backward()

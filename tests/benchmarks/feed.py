@@ -127,11 +127,12 @@ def page(given: list[str], found: dict[tuple[str, int], Rate], utterances: int, 
         f"```\n{' '.join(['python', 'tests/benchmarks/feed.py', *given])}\n```",
         "",
         f"{utterances} synthetic utterances of {SECONDS:g} s in memory, batches of 120 s, best of {rounds} rounds; a "
-        f"machine of {os.cpu_count()} cores, at a load of {os.getloadavg()[0]:.0f} processes by others and this.",
+        f"machine of {os.cpu_count()} cores, at a load of {os.getloadavg()[0]:.0f} processes by others and this: the "
+        "rates by the wall are those of a busy machine, those of a CPU second are not.",
         f"Wanted is three times what a card takes: {WANTED} utterances a second (`CONSUMED` in the script says why). "
-        "Threads: how many of them that needs, by the rate of a CPU second. NumPy and soxr let Python's other threads "
-        f"run meanwhile. Predicted for {CORES} cores, and not measured: that rate times {CORES - 1}, one core being "
-        "left to the training loop.",
+        "Threads: how many that needs, by the rate of a CPU second. NumPy and soxr let Python's other threads run "
+        f"meanwhile. Predicted for {CORES} cores, and not measured: that rate times {CORES - 1}, one core being left "
+        "to the training loop; an upper bound, as memory and Python's lock are not in it.",
         "",
         f"| way | threads | utterances/s, wall | utterances per CPU second | threads for {WANTED}/s | "
         f"predicted on {CORES} cores |",

@@ -1,324 +1,312 @@
-"""Speed and memory of LoRA, QLoRA and full fine-tuning at the size of large backbones, beside transformers' Trainer.
+"""What a GPU reaches, within eight minutes: large backbones, each method, beside Trainer and PEFT; whole searches.
 
-    python tests/benchmarks/gpu.py > results/benchmarks/gpu.md
-    python tests/benchmarks/gpu.py --size tiny --device cpu      # tries the script itself, in a minute
+    python tests/benchmarks/gpu.py --rows gpu.jsonl --ravdess DIR --whisper DIR > results/benchmarks/gpu.md
+    python tests/benchmarks/gpu.py --rows gpu.jsonl --page > results/benchmarks/gpu.md    # of rows that are there
+    python tests/benchmarks/gpu.py --rows /tmp/rows.jsonl --tiny --device cpu             # tries the script itself
 
-No network, no Ray: backbones of random weights in the shapes of wav2vec2-large (24 blocks, 1024 wide) and Whisper
-large-v3's encoder (32 blocks, 1280 wide, 128 mel bands), written to a temporary directory; synthetic waveforms of 1 to
-6 s, in memory. Our side is `training.loop.fit` with `speech.stream`, as trials run it; the other side is trainer.py.
-Every run trains one epoch that is not timed, in which operations are counted, and then epochs that are. Rounds take all
-ways in turn; medians count. --backbones and --rounds make it shorter.
+No network. Backbones have random weights in the shapes of wav2vec2-large and WavLM-large (24 blocks, 1024 wide) and
+Whisper large-v3's encoder (32 blocks, 1280 wide, 128 mel bands); utterances are noise of 1 to 6 s, in memory. Our side
+is `training.loop.fit` fed by `runtime.feed`, as trials run it; the other side is trainer.py. Each job is a process with
+its own time limit, in order of what its rows are worth, and each row is a line of --rows as soon as it is measured: a
+machine that is taken away, a process that hangs or a GPU that fails costs the rows that were not there yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import os
 import platform
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
-import pyarrow as pa
-import torch
-import trainer
-import transformers
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+ROOT: Final = Path(__file__).resolve().parents[2]
+CELLS: Final = Path(__file__).with_name("gpu_cells.py")
+Row = dict[str, Any]
 
-from ser_ray.config import Experiment
-from ser_ray.models.classifier import build
-from ser_ray.models.precision import compute_dtype
-from ser_ray.runtime import feed
-from ser_ray.schema import SAMPLING_RATE
-from ser_ray.speech import stream
-from ser_ray.speech.audio import to_int16
-from ser_ray.training import loop
-
-METHODS: Final = ("lora", "qlora", "full")
-EMOTIONS: Final = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprised")
-BATCH_SECONDS: Final = 120
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of an encoder."""
-
-    blocks: int
-    width: int
-    heads: int
-    front: int
-    """Mel bands, or channels of the convolutions over the waveform."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of everything; ``matrix``: rows and columns of what the device's throughput is measured with."""
-
-    utterances: int
-    timed_epochs: int
-    matrix: int
-    shapes: dict[str, Shape]
-
-
-SIZES: Final = {
-    "large": Size(256, 2, 8192, {"wav2vec2": Shape(24, 1024, 16, 512), "whisper": Shape(32, 1280, 20, 128)}),
-    "tiny": Size(8, 1, 512, {"wav2vec2": Shape(2, 32, 2, 16), "whisper": Shape(2, 32, 2, 80)}),
+SWITCHES: Final = {
+    "equal lengths, with a mask": "what a mask costs where no utterance is padded; torch's varlen attention, which "
+    "would spare it for all batches, is worth building if this row is a tenth slower than the next",
+    "equal lengths": "the same without the mask, as batches of equal lengths are computed",
+    "compile": "experiment.compile, torch.compile of the blocks: on by default if it makes LoRA at 120 s a tenth "
+    "faster or more",
 }
+"""What is decided by these rows, of LoRA in batches of 120 s. Compiling comes last: it may take minutes."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run."""
+class Job:
+    """One process, and the seconds it may take; cells of gpu_cells.py, or a command whose own time is the row."""
 
-    utterances_per_s: float
-    memory_mb: float
-    flops_per_s: float
-
-
-Way = Callable[[Experiment], Measured]
-Row = tuple[str, str, str]
-"""Backbone, method, way."""
+    name: str
+    limit_s: float
+    cells: list[Row] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
 
 
-def write_backbone(family: str, shape: Shape, directory: Path) -> Path:
-    """Random weights of one family in transformers' layout, in bf16, which halves what is written and held."""
-    if family == "whisper":
-        config = transformers.WhisperConfig(
-            d_model=shape.width,
-            encoder_layers=shape.blocks,
-            encoder_attention_heads=shape.heads,
-            encoder_ffn_dim=4 * shape.width,
-            num_mel_bins=shape.front,
-        )
-        model, extractor = WhisperEncoder(config), transformers.WhisperFeatureExtractor(feature_size=shape.front)
-    else:
-        config = transformers.Wav2Vec2Config(
-            hidden_size=shape.width,
-            num_hidden_layers=shape.blocks,
-            num_attention_heads=shape.heads,
-            intermediate_size=4 * shape.width,
-            conv_dim=[shape.front] * 7,
-            conv_bias=True,
-            feat_extract_norm="layer",
-            do_stable_layer_norm=True,
-        )
-        model = transformers.Wav2Vec2Model(config)
-        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    model.to(torch.bfloat16).save_pretrained(directory)
-    extractor.save_pretrained(directory)
-    return directory
+EACH: Final = (("lora", 120), ("full", 120), ("qlora", 120), ("frozen", 120))
 
 
-def speech(count: int) -> list[trainer.Utterance]:
-    """Noise with an envelope, 1 to 6 s."""
-    rng = np.random.default_rng(0)
-    utterances = []
-    for number in range(count):
-        samples = int(rng.uniform(1, 6) * SAMPLING_RATE)
-        envelope = np.sin(np.arange(samples, dtype=np.float32) / SAMPLING_RATE * 2 * np.pi * rng.uniform(1, 4)) ** 2
-        waveform = 0.1 * envelope * rng.standard_normal(samples, dtype=np.float32)
-        utterances.append((waveform, number % len(EMOTIONS)))
-    return utterances
-
-
-def as_table(utterances: list[trainer.Utterance]) -> pa.Table:
-    """As the shards give them."""
-    return pa.table(
-        {
-            "utterance_id": [f"synthetic/{number:04d}" for number in range(len(utterances))],
-            "num_samples": pa.array([len(waveform) for waveform, _ in utterances], pa.int32()),
-            "audio": pa.array([to_int16(waveform).tobytes() for waveform, _ in utterances], pa.large_binary()),
-            "label": pa.array([label for _, label in utterances], pa.int64()),
-            "corpus": ["synthetic"] * len(utterances),
-            "shard": pa.array(["synthetic"] * len(utterances)).dictionary_encode(),
-            "row": pa.array(range(len(utterances)), pa.int32()),
-        }
-    )
-
-
-def ours(experiment: Experiment, utterances: list[trainer.Utterance], device: torch.device) -> Measured:
-    """`loop.fit`; an epoch is timed from the call for its batches to the call for dev's, which is one utterance."""
-    table, counter = as_table(utterances), trainer.operations()
-    starts: list[float] = []
-    seconds: list[float] = []
-    records: list[loop.Record] = []
-    own = feed.data(experiment, stream.Held(table), stream.Held(table.slice(0, 1)), stream.SPEECH)
-    with ExitStack() as counting:
-
-        def train(epoch: int) -> Iterable[stream.Batch]:
-            if epoch == 1:
-                counting.enter_context(counter)
-            starts.append(trainer.now(device))
-            return own.train(epoch)
-
-        def dev() -> Iterable[stream.Batch]:
-            seconds.append(trainer.now(device) - starts[-1])
-            counting.close()
-            return own.dev()
-
-        data = replace(own, train=train, dev=dev)
-        loop.fit(build(experiment, device), data, lambda record, save: records.append(record))
-    assert all(np.isfinite(record["train_loss"]) for record in records)
-    rate = (len(seconds) - 1) * len(utterances) / sum(seconds[1:])
-    flops = counter.get_total_flops() / len(utterances)
-    return Measured(rate, records[-1]["peak_memory_mb"], flops * rate)
-
-
-def theirs(
-    experiment: Experiment, utterances: list[trainer.Utterance], device: torch.device, batch_size: int, grouped: bool
-) -> Measured:
-    """transformers' Trainer; on a GPU with four processes that put batches together."""
-    outcome = trainer.run(
-        experiment,
-        utterances,
-        utterances[:1],
-        batch_size=batch_size,
-        group_by_length=grouped,
-        warm_up=-(-len(utterances) // batch_size),
-        count_flops=True,
-        workers=4 if device.type == "cuda" else 0,
-        device=device,
-    )
-    assert np.isfinite(outcome.train_loss)
-    assert outcome.flops_per_utterance is not None
-    rate = outcome.utterances_per_s
-    return Measured(rate, outcome.peak_memory_mb, outcome.flops_per_utterance * rate)
-
-
-def ways(family: str, utterances: list[trainer.Utterance], device: torch.device) -> dict[str, Way]:
-    """What is compared; grouping by length means nothing where all are padded to 30 s."""
-    grouped = family != "whisper"
-    large = "Trainer, 32 utterances a batch" + (", grouped by length" if grouped else "")
-    return {
-        f"ser_ray, {BATCH_SECONDS} s a batch": partial(ours, utterances=utterances, device=device),
-        "Trainer, 8 utterances a batch": partial(
-            theirs, utterances=utterances, device=device, batch_size=8, grouped=False
-        ),
-        large: partial(theirs, utterances=utterances, device=device, batch_size=32, grouped=grouped),
-    }
-
-
-def attempt(way: Way, experiment: Experiment, device: torch.device) -> Measured | None:
-    """None where the device's memory does not hold it; whatever else goes wrong is raised."""
-    trainer.fresh_memory(device)
-    try:
-        return way(experiment)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def throughput(matrix: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a product of two square matrices: the best of several."""
-    left, right = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        started = trainer.now(device)
-        for _ in range(8):
-            left @ right
-        best = min(best, (trainer.now(device) - started) / 8)
-    return 2 * matrix**3 / best
-
-
-def row(name: Row, runs: list[Measured | None], peak: float) -> str:
-    """Medians over the rounds."""
-    whole = [run for run in runs if run is not None]
-    if len(whole) < len(runs):
-        return f"| {' | '.join(name)} | out of memory | | |"
-    rate, memory, flops = (
-        statistics.median(getattr(run, figure) for run in whole)
-        for figure in ("utterances_per_s", "memory_mb", "flops_per_s")
-    )
-    return f"| {' | '.join(name)} | {rate:.1f} | {memory / 1024:.2f} | {flops / peak:.2g} |"
-
-
-def measure(size: Size, families: list[str], rounds: int, device: torch.device) -> dict[Row, list[Measured | None]]:
-    """Every way, round after round; what is measured is said as it comes, on stderr."""
-    found: dict[Row, list[Measured | None]] = {}
-    utterances = speech(size.utterances)
-    for family in families:
-        with tempfile.TemporaryDirectory() as scratch:
-            backbone = write_backbone(family, size.shapes[family], Path(scratch) / family)
-            for _ in range(rounds):
-                for method in METHODS:
-                    for name, way in ways(family, utterances, device).items():
-                        started = time.perf_counter()
-                        run = attempt(way, experiment(backbone, method, 1 + size.timed_epochs), device)
-                        found.setdefault((family, method, name), []).append(run)
-                        took = f"{time.perf_counter() - started:.0f} s"
-                        print(family, method, name, run, took, sep=", ", file=sys.stderr, flush=True)
+def cells(family: str, *which: tuple[str, int] | tuple[str, int, str]) -> list[Row]:
+    """Cells of one family: a method, seconds of a batch, and maybe a switch."""
+    found = []
+    for one in which:
+        method, seconds, switch = one if len(one) == 3 else (*one, "")
+        found.append({"family": family, "method": method, "seconds": seconds, "switch": switch})
     return found
 
 
-def experiment(backbone: Path, method: str, epochs: int) -> Experiment:
-    """The shipped defaults but for the size of a batch."""
-    return Experiment.model_validate(
-        {
-            "name": "gpu",
-            "corpora": {"synthetic": None},
-            "emotions": EMOTIONS,
-            "backbone": str(backbone),
-            "adapter": {"method": method},
-            "batch_seconds": BATCH_SECONDS,
-            "epochs": epochs,
-            "patience": epochs,
-        }
+def against(family: str, *methods: str) -> list[Row]:
+    """The same by Trainer and PEFT."""
+    return [{"way": "trainer", "family": family, "method": method, "seconds": 120} for method in methods]
+
+
+def jobs(arguments: argparse.Namespace, scratch: Path) -> list[Job]:
+    """All of them, the most valuable first."""
+    auto, alone = (
+        ([], [])
+        if not (arguments.ravdess and arguments.whisper)
+        else (
+            [search(name, "ravdess_whisper.yaml", scratch, 110, *ravdess(arguments), *own)]
+            for name, own in (("RAVDESS", []), ("RAVDESS, a GPU each", ["resources.gpus_per_worker=1"]))
+        )
     )
+    return [
+        Job("whisper", 110, [{"way": "matrix"}, *cells("whisper", *EACH)]),
+        Job("wavlm", 70, cells("wavlm", *EACH)),
+        *auto,
+        Job("wav2vec2", 70, cells("wav2vec2", *EACH)),
+        Job("switches", 90, cells("whisper", *(("lora", 120, name) for name in SWITCHES))),
+        Job("Trainer, whisper", 70, against("whisper", "lora", "full")),
+        Job("Trainer, wav2vec2", 60, against("wav2vec2", "lora")),
+        Job("batches", 70, cells("whisper", ("lora", 480), ("lora", 30), ("qlora", 480), ("full", 480), ("full", 30))),
+        first_step(scratch),
+        search("the demo", "demo.yaml", scratch, 100),
+        *alone,
+        Job("Trainer, others", 70, [*against("wavlm", "lora"), *against("whisper", "qlora")]),
+        Job("other batches", 70, [*cells("wavlm", ("lora", 480), ("lora", 30)), *cells("wav2vec2", ("lora", 480))]),
+    ]
 
 
-def heading(arguments: argparse.Namespace, size: Size, device: torch.device, dtype: torch.dtype, peak: float) -> str:
-    """What the figures are of."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
-    memory = "what torch allocated at most" if on_gpu else "the process's largest resident size so far"
-    precision = str(dtype).removeprefix("torch.")
-    title = "Large backbones on a GPU" if arguments.size == "large" and on_gpu else "A trial of the script: no figures"
-    shapes = "; ".join(f"{f}: {s.blocks} blocks, {s.width} wide" for f, s in size.shapes.items())
-    return f"""# {title}
+def search(name: str, space: str, scratch: Path, limit_s: float, *overrides: str) -> Job:
+    """A whole search of four trials, from the command to its report."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+    own = [
+        f"experiment.name={slug}",
+        f"storage.results={scratch / 'results'}",
+        f"storage.cache={scratch / 'cache'}",
+        "tune.trials=4",
+    ]
+    return Job(name, limit_s, command=["-m", "ser_ray.tune", f"search_spaces/{space}", *own, *overrides])
 
-```
-{" ".join(["python", "tests/benchmarks/gpu.py", *arguments.given])}
-```
 
-{name}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}; {precision},
-gradient checkpointing off. Random weights ({shapes}).
-{size.utterances} synthetic utterances of 1 to 6 s; one epoch that is not timed, then {size.timed_epochs}; medians of \
-{arguments.rounds} rounds.
+def ravdess(arguments: argparse.Namespace) -> list[str]:
+    """Where its corpus and backbone are."""
+    return [f"experiment.corpora.ravdess={arguments.ravdess}", f"experiment.backbone={arguments.whisper}"]
 
-Peak memory: {memory}. Share: operations (counted, padding included) over seconds, of the {peak / 1e12:.3g} TFLOP/s that
-a product of two {size.matrix} x {size.matrix} {precision} matrices reached in the same run. A larger share is not more
-speed: Trainer pads Whisper's input to 30 s, and computes on it.
 
-| backbone | method | way | utterances/s | peak memory, GiB | share of matrix throughput |
-|---|---|---|---|---|---|"""
+def first_step(scratch: Path) -> Job:
+    """`ser-ray train` of the demo's experiment in one process, which ends after its first step of training."""
+    command = ["-c", _FIRST_STEP, "train", "search_spaces/demo.yaml", "resources.workers=0", "experiment.name=first"]
+    own = [
+        "experiment.head.init=random",
+        f"storage.results={scratch / 'results'}",
+        f"storage.cache={scratch / 'cache'}",
+    ]
+    return Job("the first step of the demo", 60, command=[*command, *own])
+
+
+_FIRST_STEP: Final = """
+import os, sys
+from ser_ray.training import step
+taken = step.apply
+def apply(*arguments):
+    taken(*arguments)
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    os._exit(0)
+step.apply = apply
+from ser_ray.__main__ import main
+sys.exit(main(sys.argv[1:]) or 1)
+"""
+
+
+def run(job: Job, rows: Path, limit_s: float, arguments: argparse.Namespace) -> None:
+    """Run a job to its end or its limit; its rows are then in the file, and one that says so if it did not end well."""
+    command = job.command or [
+        str(CELLS),
+        str(rows),
+        json.dumps(job.cells),
+        arguments.device,
+        "tiny" if arguments.tiny else "large",
+    ]
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "PYTHONUNBUFFERED": "1"}
+    started = time.perf_counter()
+    log = rows.with_suffix(".log")
+    with log.open("ab") as output:
+        output.write(f"\n== {job.name}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit_s)
+            failed = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            # Asked first, so that a search ends its Ray; then with all that it started.
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+            failed = f"not done in {limit_s:.0f} s"
+    took = round(time.perf_counter() - started, 1)
+    if job.command or failed:
+        found = {"failed": failed} if failed else outcome(job)
+        add_row(rows, {"job": job.name, "took_s": took} | found)
+
+
+def outcome(job: Job) -> Row:
+    """What a search did, from its own files."""
+    settings = dict(text.partition("=")[::2] for text in job.command if "=" in text)
+    directory = Path(settings.get("storage.results", "")) / settings.get("experiment.name", "")
+    if not (directory / "trials.csv").is_file():
+        return {}
+    with (directory / "trials.csv").open(encoding="utf-8", newline="") as file:
+        trials = list(csv.DictReader(file))
+    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+    done = sum(trial["status"] in ("finished", "stopped") for trial in trials)
+    return {"trials": len(trials), "done": done, "sharing": plan["allocation"].get("sharing", "")}
+
+
+def add_row(rows: Path, row: Row) -> None:
+    """Append a line, and see it on the disk."""
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(rows: Path) -> list[Row]:
+    """All rows that were measured; a line that was cut off is left out."""
+    found = []
+    for line in rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def page(given: list[str], rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    about = next((row for row in rows if row.get("job") == "machine"), {})
+    peak = next((row["flops_per_s"] for row in rows if "flops_per_s" in row), None)
+    measured = (
+        f"the {peak / 1e12:.3g} TFLOP/s of a product of two square matrices" if peak else "a rate that is missing"
+    )
+    lines = [
+        f"# {'Large backbones on a GPU' if about.get('gpu') else 'A trial of the script: no figures'}",
+        "",
+        f"```\n{' '.join(['python', 'tests/benchmarks/gpu.py', *given])}\n```",
+        "",
+        f"{about.get('gpu') or about.get('processor')}, {about.get('cores')} cores; {about.get('versions')}. "
+        "Random weights; noise of 1 to 6 s. The first epoch is not timed; of Trainer, the first two steps.",
+        f"Share: operations (counted in the epoch that is not timed, padding included) over seconds, of {measured} in "
+        "the same run. A larger share is not more speed: Trainer pads Whisper's input to 30 s, and computes on it.",
+        "",
+        "| backbone | method | batch, s | way | utterances/s | a step, ms | peak memory, GiB | share | took, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(row, rows, peak) for row in rows if "family" in row),
+        "",
+        "| whole command | seconds | trials done | how trials share the GPU |",
+        "|---|---|---|---|",
+        *(_command(row) for row in rows if "job" in row and row["job"] != "machine"),
+        "",
+        "What these rows decide:",
+        "",
+        *(f"- {name}: {what}." for name, what in SWITCHES.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _line(row: Row, rows: list[Row], peak: float | None) -> str:
+    way = (
+        "Trainer + PEFT"
+        if row.get("way") == "trainer"
+        else f"ser_ray{', ' * bool(row.get('switch'))}{row.get('switch', '')}"
+    )
+    start = f"| {row['family']} | {row['method']} | {row['seconds']} | {way} | "
+    if "failed" in row:
+        return f"{start}{row['failed']} | | | | {row['took_s']} |"
+    flops = row["flops_per_utterance"] or next(
+        (other.get("flops_per_utterance") for other in rows if _same_work(row, other)), None
+    )
+    share = f"{flops * row['utterances_per_s'] / peak:.2g}" if flops and peak else ""
+    figures = f"{row['utterances_per_s']:.1f} | {row['step_ms']:.0f} | {row['memory_gib']:.2f} | {share}"
+    return f"{start}{figures} | {row['took_s']} |"
+
+
+def _same_work(row: Row, other: Row) -> bool:
+    """Whether another row's operations are those of this one, of which none could be counted."""
+    same = all(row[key] == other.get(key) for key in ("family", "method", "seconds"))
+    return same and other.get("way") is None and not other.get("switch")
+
+
+def _command(row: Row) -> str:
+    trials = f"{row['done']} of {row['trials']}" if "trials" in row else ""
+    return f"| {row['job']} | {row['took_s']} | {row.get('failed') or trials} | {row.get('sharing', '')} |"
+
+
+def machine() -> Row:
+    """What the figures are of; asked in a process of its own, which gives the GPU back."""
+    script = (
+        "import torch, transformers, peft; gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ''; "
+        "names = ', '.join(f'{library.__name__} {library.__version__}' for library in (torch, transformers, peft)); "
+        "print(gpu, names, sep='|')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    gpu, _, versions = done.stdout.strip().splitlines()[-1].partition("|")
+    processor = platform.processor() or platform.machine()
+    return {"job": "machine", "gpu": gpu, "versions": versions, "cores": os.cpu_count(), "processor": processor}
 
 
 def main(given: list[str]) -> None:
-    """Print the table as Markdown."""
+    """Measure what fits into the minutes, then print the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=tuple(SIZES), default="large")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backbones", nargs="+", choices=("wav2vec2", "whisper"), default=["wav2vec2", "whisper"])
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args(given, argparse.Namespace(given=given))
-    size, device = SIZES[arguments.size], torch.device(arguments.device)
-    transformers.utils.logging.set_verbosity_error()
-    if arguments.size == "tiny":
-        torch.set_num_threads(1)  # they cost more than they bring
-    torch.manual_seed(0)
-    dtype = compute_dtype("auto", device)
-    peak = throughput(size.matrix, dtype, device)
-    found = measure(size, arguments.backbones, arguments.rounds, device)
-    print(heading(arguments, size, device, dtype, peak))
-    for name, runs in found.items():
-        print(row(name, runs, peak))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[], help="jobs by their names")
+    parser.add_argument("--ravdess", help="the corpus")
+    parser.add_argument("--whisper", help="a directory with a Whisper encoder")
+    parser.add_argument("--page", action="store_true", help="measure nothing")
+    arguments = parser.parse_args(given)
+    arguments.rows = arguments.rows.resolve()
+    ends = time.monotonic() + 60 * arguments.minutes
+    if not arguments.page:
+        add_row(arguments.rows, machine())
+        with tempfile.TemporaryDirectory() as scratch:
+            for job in jobs(arguments, Path(scratch)):
+                left = ends - time.monotonic()
+                if (arguments.only and job.name not in arguments.only) or left < 15:
+                    continue
+                run(job, arguments.rows, min(job.limit_s, left), arguments)
+    print(page(given, read_rows(arguments.rows)))
 
 
 if __name__ == "__main__":

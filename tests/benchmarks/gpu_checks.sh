@@ -3,8 +3,10 @@
 #
 #   tests/benchmarks/gpu_checks.sh OUT RAVDESS BACKBONE
 #
-# OUT: a folder for the output; RAVDESS: the corpus; BACKBONE: a directory with a Whisper encoder. About ten minutes.
-# OUT/steps.txt says how each step ended and how long it took. Results of searches are copied without their checkpoints.
+# OUT: a folder for the output; RAVDESS: the corpus; BACKBONE: a directory with a Whisper encoder. About twelve minutes;
+# MINUTES=8 is what gpu.py may take of them. The benchmark comes before the searches that only show that they end.
+# OUT/steps.txt says how each step ended and how long it took; OUT/gpu.jsonl has the rows that were measured, however it
+# ended. Results of searches are copied without their checkpoints.
 set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 ravdess=$2
@@ -32,8 +34,8 @@ search() { # NAME SECONDS SPACE [key=value ...]
 nvidia-smi > "$out/gpu.txt" 2>&1
 whisper=("experiment.corpora.ravdess=$ravdess" "experiment.backbone=$backbone")
 step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
-search demo 180 demo.yaml
-search quarters 180 ravdess_whisper.yaml "${whisper[@]}" tune.trials=4 resources.gpus_per_worker=0.25
+step gpu $((60 * ${MINUTES:-8} + 30)) "$python" tests/benchmarks/gpu.py --rows "$out/gpu.jsonl" \
+    --minutes "${MINUTES:-8}" --ravdess "$ravdess" --whisper "$backbone"
 search frozen 90 ravdess_whisper.yaml "${whisper[@]}" 'experiment.adapter={method: frozen}' \
     'search={optimizer.head_lr: {loguniform: [1.0e-5, 1.0e-3]}}' 'tune.first=[]' tune.trials=4
 search uncached 120 ravdess_whisper.yaml "${whisper[@]}" tune.trials=2 experiment.augment.gain_db=3

@@ -49,6 +49,7 @@ def test_every_utterance_comes_once_and_whole(lengths, budget):
     seen = []
     for batch in short_to_long(table(lengths), budget):
         assert batch.inputs.shape == (len(batch), int(batch.lengths_B.max()))
+        assert batch.padded == (len(set(batch.lengths_B.tolist())) > 1)
         assert batch.inputs.numel() / RATE <= budget * (1 + 1e-9) or len(batch) == 1
         for row, key in enumerate(batch.utterance_ids):
             number = int(key.removeprefix("synthetic/"))
