@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ser_ray.corpora.rows import COLUMNS, SPLITS
 from ser_ray.corpora.table import text_rows
 from ser_ray.disk import replacing
-from ser_ray.schema import UserError, reason_of
+from ser_ray.schema import UserError, reason_of, shortened
 
 VERSION: Final = 1
 """Raised when what `unpack` writes changes."""
@@ -135,7 +135,7 @@ def _check(file: Path, schema: pa.Schema) -> None:
     chosen = _chosen(schema.names)
     if AUDIO not in schema.names or "emotion" not in chosen:
         lacking = AUDIO if AUDIO not in schema.names else "emotion"
-        raise UserError(f"{file}: no column {lacking!r}; it has {', '.join(schema.names)}")
+        raise UserError(f"{file}: no column {lacking!r}; it has {shortened(', '.join(schema.names))}")
 
 
 def _chosen(names: Sequence[str]) -> dict[str, str]:

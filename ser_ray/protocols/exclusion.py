@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from ser_ray.config import EXCLUDABLE
+from ser_ray.disk import expanded
 from ser_ray.schema import UserError
 from ser_ray.speech.matching import SameRecording
 
@@ -111,7 +112,7 @@ def read_list(path: str | Path) -> dict[str, tuple[int, str]]:
 
     Raises UserError, with the file and the line, for what cannot be read.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"experiment.exclude: {path}: no such file")
     listed: dict[str, tuple[int, str]] = {}

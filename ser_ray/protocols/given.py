@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Final
 
+from ser_ray.disk import expanded
 from ser_ray.schema import UserError
 
 DIGITS: Final = 4
@@ -18,7 +19,7 @@ def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
     Raises UserError, with the file and the line, for a missing column, a fold that is not a number, a row without a
     speaker, a speaker that occurs twice, and a fold number that is left out.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"protocol.given: {path}: no such file")
     fold_of: dict[str, int] = {}

@@ -414,3 +414,37 @@ def test_csv_and_parquet_say_the_same(tmp_path, rows):
     from_csv, from_parquet = (read("mine", tmp_path / f"mine.{kind}", {}) for kind in ("csv", "parquet"))
     assert from_csv == from_parquet
     assert {u.speaker for u in from_csv[0]} == {f"mine/{speaker}" for speaker, _ in rows}
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),  # in the year 5 881 580
+        pa.array([2**62], pa.int64()).cast(pa.timestamp("us")),
+        pa.array([b"\xff\xfe"]),
+    ],
+)
+def test_a_value_of_parquet_that_is_no_text_is_one_line(tmp_path, column):
+    (tmp_path / "a.wav").touch()
+    pq.write_table(pa.table({"path": ["a.wav"], "speaker": ["s"], "emotion": column}), tmp_path / "mine.parquet")
+    with pytest.raises(UserError, match=r"mine\.parquet: not readable as parquet") as caught:
+        read("mine", tmp_path / "mine.parquet", {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_cell_is_not_quoted_whole(tmp_path):
+    """A quote that is not closed makes one cell of a whole table."""
+    huge = "x" * 100_000
+    (tmp_path / "a.wav").touch()
+    for rows in (
+        [f"{huge},s,sad"],
+        [f"a.wav,s,{huge}", "a.wav,s,sad"],
+        [f"a.wav,{huge},sad", "a.wav,s,sad"],
+        [f"a.wav,s,e{n}" for n in range(1000)],
+    ):
+        with pytest.raises(UserError) as caught:
+            read("mine", table(tmp_path, *rows), {})
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        read("mine", table(tmp_path, "a.wav", header=huge), {})
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
