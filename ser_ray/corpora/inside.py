@@ -10,6 +10,7 @@ which the file's own metadata has. Nothing of a dataset is run.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -52,10 +53,11 @@ def holds_recordings(path: Path) -> bool:
                 return False
             if "path" not in schema.names:
                 return True
-            first = next(file.iter_batches(batch_size=1, columns=["path"]), None)
+            batch = next(file.iter_batches(batch_size=1, columns=["path"]), None)
+            first = None if batch is None else next(text_rows(pa.Table.from_batches([batch])), None)
     except (pa.ArrowException, OSError):
         return False  # `table.read` says what is wrong
-    return first is None or not (path.parent / str(first.column("path")[0].as_py())).is_file()
+    return first is None or not os.path.isfile(path.parent / first["path"])  # noqa: PTH113  (false for impossible names)
 
 
 def files_of(path: Path) -> dict[Path, str]:
@@ -151,7 +153,7 @@ def _wanted(batch: pa.RecordBatch) -> pa.Table:
     columns = {}
     for column, name in _chosen(batch.schema.names).items():
         values = batch.column(name)
-        if name in classes:
+        if name in classes and pa.types.is_integer(values.type):
             known = classes[name]
             numbers = values.to_pylist()
             values = pa.array([known[n] if n is not None and 0 <= n < len(known) else None for n in numbers])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ser_ray.disk import expanded
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, shortened
 
 DIGITS: Final = 4
 """Maximum length of a fold's number: ten thousand folds or more are a mistake, since every fold is a separate run."""
@@ -35,10 +35,10 @@ def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
                 if not speaker:
                     raise UserError(f"{where}: no speaker")
                 if not (fold.isascii() and fold.isdigit() and len(fold) <= DIGITS):
-                    raise UserError(f"{where}: fold {fold!r} is not a number from 0 to {10**DIGITS - 1}")
+                    raise UserError(f"{where}: fold {shortened(fold)!r} is not a number from 0 to {10**DIGITS - 1}")
                 if speaker in fold_of:
                     raise UserError(
-                        f"{where}: {speaker} is in line {line_of[speaker]} already; a speaker is in one fold"
+                        f"{where}: {shortened(speaker)} is in line {line_of[speaker]} already; a speaker is in one fold"
                     )
                 fold_of[speaker], line_of[speaker] = int(fold), reader.line_num
     except (UnicodeDecodeError, csv.Error) as error:

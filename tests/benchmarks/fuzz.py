@@ -1,13 +1,15 @@
-"""Damaged and odd files and names, thousands of them, given to the commands: nothing but an answer or one line is right.
+"""Damaged and odd files and names, thousands of them, given to the commands: an answer, or one line, and nothing else.
 
-    python tests/benchmarks/fuzz.py --tables 10000 --checkpoints 5000 --inputs 5000 --names 3000 > results/benchmarks/fuzz.md
+    python tests/benchmarks/fuzz.py --tables 10000 --checkpoints 5000 --inputs 3000 --names 2000 \\
+        --scratch /dev/shm > results/benchmarks/fuzz.md
 
-A case is a command line over files that `fuzz_cases.py` writes, drawn from ``--seed``, the kind and its number alone. It
-runs in this project's own `main`, in a child process that does many of them (``--workers``), under a time limit. It ends
-well if the command has done its work, and what it printed is printable, with probabilities that are finite and sum to 1;
-or if it says in one line what is wrong (exit code 2, or 1 where ``predict`` answers for the other recordings). Anything
-else (another exception, no end, a process that dies) is a finding: it is written below ``--findings``, with the command
-that shows it again, and the exit code is 1. The memory of a child is read after a tenth of its cases and at their end.
+A case is a command line over files that `fuzz_cases.py` writes, drawn from ``--seed``, the kind and its number alone.
+It runs in this project's own `main`, in a child process that does many of them (``--workers``), under a time limit. It
+ends well if the command has done its work, and what it printed is printable, with probabilities that are finite and sum
+to 1; or if it says in one line what is wrong (exit code 2, or 1 where ``predict`` answers for the other recordings).
+Anything else (another exception, no end, a process that dies) is a finding: it is written below ``--findings``, with
+the command that shows it again, and the exit code is 1. The memory of a child is read after a tenth of its cases of a
+kind, and after the last.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from fuzz_cases import KINDS, Case, Material
+from fuzz_cases import KINDS, Case, Material  # noqa: E402
 
 SECONDS = 60
 """Of one case, after which it counts as a hang: a case takes milliseconds, a loaded machine some seconds."""
@@ -52,6 +54,17 @@ LINE = 400
 DATA_GIB = 8
 """What a child may have of memory: a header that makes it ask for more is a finding."""
 BIDIRECTIONAL = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+COLUMNS = (
+    *("cases", "done", "answered in part", "refused in one line", "findings", "different messages"),
+    *("slowest, CPU s", "growth, MB per 1,000 cases"),
+)
+ABOUT = (
+    "What is done, by kind: `prepare` and `audit` of a table (CSV, TSV, Parquet, with and without recordings inside),",
+    "of a list of folds or of what to exclude; `predict` with a checkpoint (LoRA, QLoRA, full, frozen) or, where the",
+    "state of its training was changed, a resumed step; `predict` of recordings, pipes and what is none; every verb",
+    "with names and things that it does not expect, as far as it comes before it would start Ray. Messages are counted",
+    "by their words, without names and numbers.",
+)
 OTHER_VERBS = "Ray was asked for"
 """How the commands end here that would start Ray: they have read their arguments by then."""
 
@@ -86,7 +99,7 @@ def run_case(kind: str, number: int, seed: int, material: Material) -> Ended:
     case = Case("(making the case)", [])
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), io.StringIO()
     try:
-        before = os.getcwd()
+        before = Path.cwd()
         os.chdir(folder)
         case = KINDS[kind](material, folder, random)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -108,7 +121,7 @@ def run_case(kind: str, number: int, seed: int, material: Material) -> Ended:
 
 
 def _named(error: BaseException) -> str:
-    """An error by its kind and the line of the project that raised it, so that those of one cause are counted together."""
+    """An error by its kind and the function of the project that raised it: those of one cause are counted together."""
     if isinstance(error, Wrong):
         return str(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/ser_ray/" in f.filename]
@@ -184,15 +197,15 @@ def _check_printable(text: str) -> None:
 
 
 def _one_line(case: Case, err: str, folder: Path) -> str:
-    """The message, which is the last line, without what is particular to the case. A search space has its problems listed,
-    each in a line."""
+    """The message, which is the last line, without what is particular to the case. A search space has its problems
+    listed, each in a line."""
     lines = err.rstrip("\n").split("\n")
     numbers = [number for number, line in enumerate(lines) if line.startswith("ser-ray")]
     first = numbers[-1] if numbers else 0
     listed = lines[first].endswith(" problems") and all(line.startswith("  ") for line in lines[first + 1 :])
     if not numbers or not (first == len(lines) - 1 or (listed and case.argv[0] != "predict")):
         raise Wrong(f"the message is not one line, but {len(lines) - first}")
-    message = bare = lines[first]
+    bare = lines[first]
     for argument in sorted((part for one in case.argv for part in one.split("=")), key=len, reverse=True):
         for quoted in (argument, argument.replace(str(folder), ""), os.path.normpath(argument)):
             bare = bare.replace(quoted, "") if len(quoted) > 20 else bare
@@ -423,15 +436,15 @@ def page(tally: Tally, command: str, seconds: float, workers: int) -> str:
     lines = ["# Damaged and odd files and names", "", "```", command, "```", ""]
     total = sum(n for kind in tally.ended.values() for one in kind.values() for n in one.values())
     lines += [
-        f"{total:,} cases in {seconds / 60:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), in {workers} processes; "
-        "other work ran beside it. Right is: the command does its",
-        "work, or says in one line what is wrong, with nothing printed that a terminal would obey. A finding is anything",
-        f"else: another exception, {SECONDS} s without an end, a process that dies, a message of more than {LINE} characters,",
-        "probabilities that are not finite or do not sum to 1. Growth: resident memory of a child after a tenth of its cases,",
-        "and at their end.",
+        f"{total:,} cases in {seconds / 60:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), in {workers} "
+        "processes; other work ran beside it. Right is: the command does its",
+        "work, or says in one line what is wrong, and prints nothing that a terminal obeys. Anything else is a",
+        f"finding: another exception, {SECONDS} s without an end, a process that dies, a message of more than {LINE}",
+        "characters, probabilities that are not finite or do not sum to 1. Growth: a child's resident memory after its",
+        "last case of a kind, beyond that after the first tenth.",
         "",
-        "| kind | cases | done | answered in part | refused in one line | findings | ways to say no | slowest, CPU s | growth, MB per 1,000 cases |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| kind | {' | '.join(COLUMNS)} |",
+        f"|---|{'---|' * len(COLUMNS)}",
     ]
     for kind, mutations in tally.ended.items():
         sums: Counter[str] = sum(mutations.values(), Counter())
@@ -444,15 +457,7 @@ def page(tally: Tally, command: str, seconds: float, workers: int) -> str:
             f"| {kind} | {sums.total():,} | {' | '.join(cells)} | {len(tally.messages[kind]):,} | "
             f"{tally.slowest[kind]:.1f} | {rate} |"
         )
-    lines += [
-        "",
-        "What is done for each kind: `prepare` and `audit` of a table (CSV, TSV, Parquet, with and without recordings inside), a",
-        "list of folds or of what to exclude; `predict` with a checkpoint (LoRA, QLoRA, full, frozen), or, where the state of its",
-        "training was changed, a resumed step; `predict` of recordings, pipes and what is none; every verb with names and things",
-        "that it does not expect, as far as it comes before it would start Ray.",
-        "",
-        "Ways to say no: different messages, by their words without names and numbers.",
-    ]
+    lines += ["", *ABOUT]
     for kind, mutations in tally.ended.items():
         lines += [
             "",

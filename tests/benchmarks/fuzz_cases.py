@@ -1,7 +1,7 @@
 """The cases of `fuzz.py`: what a command is given, each drawn from a random generator of its own.
 
-A case is a command line over files that this module writes into a folder: a table, a checkpoint, recordings, or a name.
-Mutations know the structure of what they change (a cell, a type, a tensor, a header), and half of them change bytes too.
+A case is a command line over files that this module writes into a folder: a table, a checkpoint, recordings, or a
+name. Mutations know the structure of what they change (a cell, a type, a tensor, a header); others change bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,21 @@ NASTY = (
         "%s%n",
         "*",
     ),
-    *("-1", "1e309", "-inf", "inf", "1e-400", "0x10", "1_000", "٣", "９", "1.5.2", "1,5", "0 days 00:00:01.5", "-0.0"),
+    *(
+        "-1",
+        "1e309",
+        "-inf",
+        "inf",
+        "1e-400",
+        "0x10",
+        "1_000",
+        "٣",
+        "\uff19",
+        "1.5.2",
+        "1,5",
+        "0 days 00:00:01.5",
+        "-0.0",
+    ),
     *("2026-01-01", "99:99:99", "1" * 5000, "9" * 19, "00", "True", "no", "tie", "unknown#a", "../../../../etc/passwd"),
     *("/etc/passwd", "/dev/zero", "/dev/stdin", ".", "..", "/", "//", "a/", "x/../a.wav", "a.wav/b", "con", "a\\b.wav"),
     *(
@@ -586,8 +600,15 @@ def _values(random: Random) -> Any:
             float("inf"),
             "",
             [],
+            {},
+            [None],
+            {"a": 1},
+            [1] * 3,
+            "x",
+            deep,
+            "a" * 3000,
+            *NASTY[: len(NASTY) - 8],
         )
-        + ({}, [None], {"a": 1}, [1] * 3, "x", deep, "a" * 3000, *NASTY[: len(NASTY) - 8])
     )
 
 
@@ -700,8 +721,12 @@ def _mutated_tensors(path: Path, random: Random) -> str:
             "renamed",
             "added",
             "length of head",
+            "metadata",
+            "head is no object",
+            "transposed",
+            "head in spaces",
+            "half precision",
         )
-        + ("metadata", "head is no object", "transposed", "head in spaces", "half precision")
     )
     entry, claimed = head[name], None
     begin, end = entry["data_offsets"]
@@ -781,7 +806,7 @@ def _mutated_file(path: Path, others: list[Path], random: Random) -> str:
 
 
 def checkpoint_case(material: Material, folder: Path, random: Random) -> Case:
-    """``ser-ray predict`` with a checkpoint that is not as it was; for the state of its training, what resumes from it."""
+    """``ser-ray predict`` with a checkpoint that was changed; of the state of its training, what resumes from it."""
     name = random.choice(sorted(path.name for path in material.checkpoints.iterdir()))
     target = folder / "checkpoint"
     shutil.copytree(material.checkpoints / name, target)

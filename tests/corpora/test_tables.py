@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.config.words import MEANINGS, WORDS, plain
+from ser_ray.corpora import inside
 from ser_ray.corpora.rows import NO_VALUE, NOT_KNOWN
 from ser_ray.corpora.table import read
 from ser_ray.schema import EMOTIONS, TIE, UserError, is_known
@@ -430,6 +432,8 @@ def test_a_value_of_parquet_that_is_no_text_is_one_line(tmp_path, column):
     with pytest.raises(UserError, match=r"mine\.parquet: not readable as parquet") as caught:
         read("mine", tmp_path / "mine.parquet", {})
     assert "\n" not in str(caught.value)
+    pq.write_table(pa.table({"path": column, "audio": [b"RIFF"], "emotion": ["sad"]}), tmp_path / "other.parquet")
+    assert not inside.holds_recordings(tmp_path / "other.parquet")
 
 
 def test_a_huge_cell_is_not_quoted_whole(tmp_path):
@@ -448,3 +452,16 @@ def test_a_huge_cell_is_not_quoted_whole(tmp_path):
     with pytest.raises(UserError) as caught:
         read("mine", table(tmp_path, "a.wav", header=huge), {})
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_names_of_classes_are_for_numbers(tmp_path):
+    """A file may claim that its column has numbers of classes, and hold words."""
+    features = {"info": {"features": {"emotion": {"_type": "ClassLabel", "names": ["angry", "sad"]}}}}
+    for column, found in ((["sad"], "sad"), ([1], "sad")):
+        made = pa.table({"audio": [b"RIFF"], "speaker": ["s"], "emotion": column})
+        made = made.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+        path = tmp_path / str(column[0]) / "mine.parquet"
+        path.parent.mkdir()
+        pq.write_table(made, path)
+        rows = pq.read_table(inside.unpack(path, path.parent / "out")).to_pylist()
+        assert [row["emotion"] for row in rows] == [found]
