@@ -40,8 +40,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
     for override in overrides:
         key, equals, value_text = override.partition("=")
         if not equals:
-            given = shortened(override, 160)
-            raise UserError(f"{given!r}: overrides are written key=value, such as experiment.epochs=3")
+            given = shortened(repr(override), 160)
+            raise UserError(f"{given}: overrides are written key=value, such as experiment.epochs=3")
         value = _parse_value(override, value_text)
         if key.startswith("experiment.") and isinstance(content.get("search"), dict):
             _fix_searched_key(content, key.removeprefix("experiment."), value)
@@ -205,7 +205,7 @@ def _parse_value(override: str, text: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError:
-        raise UserError(f"{shortened(override, 160)!r}: the value is not readable as YAML; quote it") from None
+        raise UserError(f"{shortened(repr(override), 160)}: the value is not readable as YAML; quote it") from None
 
 
 def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:

@@ -125,10 +125,12 @@ def _checked(name: str, row: Mapping[str, str], where: str, meaning: Callable[[s
     for column in ("path", "emotion"):
         if row[column] in NO_VALUE:
             raise ValueError(f"no {column}")
+    if not (emotion := meaning(row["emotion"])):  # a word of spaces or underscores alone
+        raise ValueError("no emotion")
     given = {column: _given(row.get(column, "")) for column in OPTIONAL}
     split = given["split"].lower()
     if split and split not in SPLITS:
-        raise ValueError(f"split {shortened(given['split'])!r} is not one of train, dev, test")
+        raise ValueError(f"split {shortened(repr(given['split']))} is not one of train, dev, test")
     start, end = _seconds(given, "start"), _seconds(given, "end")
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"ends at {end:g} s, before it begins at {start or 0:g} s")
@@ -142,7 +144,7 @@ def _checked(name: str, row: Mapping[str, str], where: str, meaning: Callable[[s
         path=path,
         start=start,
         end=end,
-        emotion=meaning(row["emotion"]),
+        emotion=emotion,
         speaker=f"{name}/{speaker}" if is_known else "",
         split=SPLITS[split] if split else "",
         **{column: given[column] for column in ("text", "language", "gender", "rater")},
@@ -168,7 +170,7 @@ def _seconds(row: Mapping[str, str], column: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{column} {shortened(text)!r} is not a time in seconds")
+        raise ValueError(f"{column} {shortened(repr(text))} is not a time in seconds")
     return seconds
 
 
@@ -180,7 +182,7 @@ def _agree(several: Sequence[_Checked], source: object) -> None:
             if getattr(one, column) and first is None:
                 first = one
             elif first and getattr(one, column) not in ("", getattr(first, column)):
-                words = f"{shortened(getattr(first, column))!r} and {shortened(getattr(one, column))!r}"
+                words = f"{shortened(repr(getattr(first, column)))} and {shortened(repr(getattr(one, column)))}"
                 raise _contradiction(first, one, f"different {column}s, {words}: keep one", source)
 
 
@@ -202,7 +204,7 @@ def _votes(several: Sequence[_Checked], source: object) -> tuple[Sequence[_Check
     for one in several:
         first = of_rater.setdefault(one.rater, one) if one.rater else one
         if first.emotion != one.emotion:
-            what = f"different emotions by rater {shortened(one.rater)!r}, {_emotions_of(first, one)}: keep one"
+            what = f"different emotions by rater {shortened(repr(one.rater))}, {_emotions_of(first, one)}: keep one"
             raise _contradiction(first, one, what, source)
         (votes if first is one else again).append(one)
     return votes, again
@@ -214,7 +216,7 @@ def _contradiction(one: _Checked, other: _Checked, what: str, source: object) ->
 
 
 def _emotions_of(one: _Checked, other: _Checked) -> str:
-    return f"{shortened(one.emotion)!r} and {shortened(other.emotion)!r}"
+    return f"{shortened(repr(one.emotion))} and {shortened(repr(other.emotion))}"
 
 
 def _some(words: Sequence[str]) -> str:

@@ -110,9 +110,10 @@ def _known_columns(path: Path, columns: Sequence[Any], delimiter: str = "") -> l
     if missing := [column for column in REQUIRED if column not in columns]:
         others = [words for sign, words in OTHER_DELIMITERS.items() if len(columns) == 1 and sign in columns[0]]
         if delimiter and others:
+            header = shortened(repr(columns[0]))
             raise UserError(
-                f"{path}: its columns seem to be separated by {others[0]}: {shortened(columns[0])!r}; separate them by "
-                "commas (.csv) or tabs (.tsv)"
+                f"{path}: its columns seem to be separated by {others[0]}: {header}; separate them by commas (.csv) or "
+                "tabs (.tsv)"
             )
         unknown = "; where no speaker is known, write unknown" if missing[0] == "speaker" else ""
         has, needs = shortened(", ".join(columns)), ", ".join(REQUIRED)

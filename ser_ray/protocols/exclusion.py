@@ -93,7 +93,7 @@ def without(
         if unknown := [utterance_id for utterance_id in listed if utterance_id not in known]:
             line, more = listed[unknown[0]][0], f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise UserError(
-                f"experiment.exclude: {path}, line {line}: {shortened(unknown[0])!r}{more} is no utterance of the "
+                f"experiment.exclude: {path}, line {line}: {shortened(repr(unknown[0]))}{more} is no utterance of the "
                 "experiment's corpora; correct or remove the row"
             )
         found |= {utterance_id: Exclusion(path.name, reason) for utterance_id, (_, reason) in listed.items()}
@@ -125,7 +125,7 @@ def read_list(path: str | Path) -> dict[str, tuple[int, str]]:
                 where = f"experiment.exclude: {path}, line {reader.line_num}"
                 answer = (row.get("exclude", "yes") or "").strip().lower()
                 if answer not in YES | NO:
-                    raise UserError(f"{where}: exclude is {shortened(answer)!r}; write yes, or leave it empty")
+                    raise UserError(f"{where}: exclude is {shortened(repr(answer))}; write yes, or leave it empty")
                 if answer in NO:
                     continue
                 if not (utterance_id := (row["utterance_id"] or "").strip()):

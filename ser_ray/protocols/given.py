@@ -35,7 +35,7 @@ def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
                 if not speaker:
                     raise UserError(f"{where}: no speaker")
                 if not (fold.isascii() and fold.isdigit() and len(fold) <= DIGITS):
-                    raise UserError(f"{where}: fold {shortened(fold)!r} is not a number from 0 to {10**DIGITS - 1}")
+                    raise UserError(f"{where}: fold {shortened(repr(fold))} is not a number from 0 to {10**DIGITS - 1}")
                 if speaker in fold_of:
                     raise UserError(
                         f"{where}: {shortened(speaker)} is in line {line_of[speaker]} already; a speaker is in one fold"

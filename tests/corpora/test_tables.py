@@ -465,3 +465,13 @@ def test_names_of_classes_are_for_numbers(tmp_path):
         pq.write_table(made, path)
         rows = pq.read_table(inside.unpack(path, path.parent / "out")).to_pylist()
         assert [row["emotion"] for row in rows] == [found]
+
+
+def test_a_word_of_spaces_is_no_emotion(tmp_path):
+    for name in ("a.wav", "b.wav", "c.wav"):
+        (tmp_path / name).touch()
+    columns = {"path": ["a.wav", "b.wav", "c.wav"], "speaker": ["s"] * 3, "emotion": [" ", "_", "sad"]}
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
+    utterances, rejected = read("mine", tmp_path / "mine.parquet", {})
+    assert [utterance.path for utterance in utterances] == ["c.wav"]
+    assert [one.reason for one in rejected] == ["row 1: no emotion", "row 2: no emotion"]
