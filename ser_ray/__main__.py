@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{disk.readable(bad[0])}: this name is not UTF-8, as records and Ray need it; rename it")
         return _run(arguments) if arguments else (_run(["--help"]) or 2)
     except UserError as error:
-        print(f"{said}: " + "\n".join(one_line(str(line)) for line in error.args), file=sys.stderr)
+        first, *others = error.args
+        print("\n".join(one_line(str(line)) for line in (f"{said}: {first}", *others)), file=sys.stderr)
         return 2
     except typer.TyperException as error:
         help_of = f"ser-ray {name} --help" if name in VERBS else "ser-ray --help"

@@ -208,6 +208,12 @@ def test_a_name_with_a_line_break_leaves_the_message_one_line(tmp_path, capsys):
     assert r"two\nlines.yaml: no such file" in line
 
 
+def test_a_verb_that_is_none_is_printed_as_it_can_be(capsys):
+    assert main([os.fsdecode(b"caf\xe9\x1b")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"ser-ray caf\xe9\x1b: ")
+
+
 @pytest.mark.parametrize("verb", ["train", "evaluate", "report", "rerun", "table"])
 def test_an_impossible_path_is_one_line(tmp_path, verb, capsys):
     (tmp_path / "circle").symlink_to("circle")

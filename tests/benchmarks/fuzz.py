@@ -175,7 +175,7 @@ def _judged(case: Case, folder: Path, out: io.TextIOWrapper, err: io.StringIO) -
     if form and not case.call:
         _check_answers(printed, form)
     if code == 1 and form:
-        return "answered in part", _first_reason(err.getvalue())
+        return "answered in part", _first_reason(case, err.getvalue())
     if code != 0:
         raise Wrong(f"exit code {code}")
     return "done", ""
@@ -217,7 +217,9 @@ def _one_line(case: Case, err: str, folder: Path) -> str:
     return bare
 
 
-def _first_reason(err: str) -> str:
+def _first_reason(case: Case, err: str) -> str:
+    for argument in case.argv:
+        err = err.replace(argument, "") if len(argument) > 20 else err
     lines = [line for line in err.split("\n") if line.strip()]
     for line in lines:
         if len(line) > 3 * LINE:
