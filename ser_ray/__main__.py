@@ -17,7 +17,7 @@ import typer
 
 from ser_ray import __version__, disk
 from ser_ray.schema import UserError
-from ser_ray.terminal import printable
+from ser_ray.terminal import one_line
 
 RENAMED = {"premium": "leakage"}
 """Old names of verbs, which still work."""
@@ -264,16 +264,17 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{disk.readable(bad[0])}: this name is not UTF-8, as records and Ray need it; rename it")
         return _run(arguments) if arguments else (_run(["--help"]) or 2)
     except UserError as error:
-        print(printable(f"{said}: {error}"), file=sys.stderr)
+        first, *others = error.args
+        print("\n".join(one_line(str(line)) for line in (f"{said}: {first}", *others)), file=sys.stderr)
         return 2
     except typer.TyperException as error:
         help_of = f"ser-ray {name} --help" if name in VERBS else "ser-ray --help"
-        print(printable(f"{said}: {error.format_message()} See {help_of}"), file=sys.stderr)
+        print(one_line(f"{said}: {error.format_message()} See {help_of}"), file=sys.stderr)
         return 2
     except OSError as error:
         if (line := disk.explain(error)) is None:
             raise
-        print(printable(f"{said}: {line}"), file=sys.stderr)
+        print(one_line(f"{said}: {line}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{said}: interrupted; the same command continues", file=sys.stderr)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ser_ray.disk import expanded, resolved
 from ser_ray.schema import UserError
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def read_results(results_dir: str | Path) -> SearchResults:
     """A results folder as tables. Raises UserError if it is not one."""
     from ser_ray.evaluation import results
 
-    folder = Path(results_dir).expanduser().resolve()
+    folder = resolved(results_dir)
     return SearchResults(folder, results.read_results(folder))
 
 
@@ -241,11 +242,11 @@ def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
     alone = isinstance(recordings, str | Path | np.ndarray) or not isinstance(recordings, Sequence)
     several: Sequence[Any] = [recordings] if alone else recordings  # type: ignore[assignment]
     if all(isinstance(recording, str | Path) for recording in several):
-        return [*find_audio([Path(recording).expanduser() for recording in several])]
+        return [*find_audio([expanded(recording) for recording in several])]
     sources: list[Source] = []
     for recording in several:
         if isinstance(recording, str | Path):
-            sources += find_audio([Path(recording).expanduser()])
+            sources += find_audio([expanded(recording)])
         elif not isinstance(recording, np.ndarray):
             raise UserError(f"a recording is a path or a numpy array (T,), not {type(recording).__name__}")
         elif sampling_rate is None:

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE})
 """Errors of a disk that is full, read-only, not ours, or broken."""
+IMPOSSIBLE: Final = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.ENXIO})
+"""Errors of a path that no file can have, or that something else has: too long, links that circle."""
 UNREACHABLE: Final = frozenset({errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT})
 """Errors of a disk on another machine; only if they name a file, as sockets raise the same."""
 
@@ -32,6 +34,8 @@ def explain(error: OSError, where: object = "") -> str | None:
     >>> explain(OSError(errno.EACCES, "Permission denied", "/data/x"))
     '/data/x: Permission denied; have it made accessible or choose another path, then run the same command again'
     """
+    if error.filename and error.errno in IMPOSSIBLE:
+        return f"{error.filename}: {os.strerror(error.errno)}; give another path"
     if error.errno not in UNWRITABLE and not (error.filename and error.errno in UNREACHABLE):
         return None
     assert error.errno is not None
@@ -49,6 +53,25 @@ def explain(error: OSError, where: object = "") -> str | None:
 def name_place(key: str, path: str) -> None:
     """Let `explain` name the key of the configuration that leads to what is below ``path``."""
     PLACES[key] = path
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` as a home; that of nobody stays, where `Path.expanduser` raises RuntimeError."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def resolved(path: str | Path) -> Path:
+    """The absolute path of what a user named, without ``~`` and links. It may be anything: links that circle, the home
+    of nobody and a null byte stay as they are.
+
+    >>> resolved("/dev/../tmp/.")
+    PosixPath('/tmp')
+    """
+    path = expanded(path)
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # a null byte
+        return path.absolute()
 
 
 def readable(name: str | Path) -> str:

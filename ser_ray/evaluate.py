@@ -109,7 +109,7 @@ def evaluate(
 
 def main(results_dir: Path) -> int:
     """``ser-ray evaluate``: choose on dev, test the chosen one."""
-    directory = results_dir.resolve()
+    directory = disk.resolved(results_dir)
     if not (directory / "trials.csv").is_file():
         raise UserError(f"{directory}: no trials.csv; this is not the results folder of a search")
     console = PlainConsole()

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from ser_ray import config
+from ser_ray.disk import resolved
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole
 
@@ -35,7 +36,7 @@ def main(path: Path, overrides: list[str], to: Path | None = None) -> int:
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
         raise UserError(f"{OFFLINE} is set: unset it here, and set it on the compute nodes")
     if to is not None:
-        os.environ[CACHE] = str(to.expanduser().resolve())  # before Hugging Face's library reads it
+        os.environ[CACHE] = str(resolved(to))  # before Hugging Face's library reads it
     from huggingface_hub import constants
 
     from ser_ray.models import backbones  # after HF_HUB_CACHE is set

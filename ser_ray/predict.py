@@ -44,7 +44,8 @@ def find_audio(inputs: Sequence[Path]) -> list[Path]:
     problems: list[str] = []
     for path in inputs:
         is_folder = os.path.isdir(path)  # noqa: PTH112  (false, not an error, for an impossible name)
-        inside = [path / name for name in audio_files(path)] if is_folder else []
+        # Nobody writes into a pipe that lies in a folder: reading it would not end.
+        inside = [file for name in audio_files(path) if not (file := path / name).is_fifo()] if is_folder else []
         files += inside or [path]
         if is_folder and not inside:
             problems.append(f"{readable(path)}: no audio in this folder (looked for {', '.join(SUFFIXES)})")

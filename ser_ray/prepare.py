@@ -38,10 +38,11 @@ from rich.table import Table
 from ser_ray import config, corpora
 from ser_ray.corpora import inside, synthetic
 from ser_ray.corpora.describe import differences, left_out, raters
-from ser_ray.disk import read_json, replacing, write_json
+from ser_ray.corpora.rows import example_of
+from ser_ray.disk import read_json, replacing, resolved, write_json
 from ser_ray.runtime import cluster, paths
 from ser_ray.runtime.allocation import Worker
-from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance, is_known
+from ser_ray.schema import SAMPLING_RATE, Rejected, UserError, Utterance, is_known, shortened
 from ser_ray.speech import shards
 from ser_ray.speech.audio import Unusable, is_silent, load_recording, to_int16
 from ser_ray.speech.fingerprint import path_of, write_fingerprints
@@ -185,7 +186,7 @@ def _corpus_path(name: str, given: str | None, cache: Path, console: Console) ->
     recordings are inside of its tables is unpacked first."""
     if given is not None:
         prefix, path = corpora.parted(given)
-        path = path.expanduser().resolve()
+        path = resolved(path)
         if prefix == "hf" or inside.holds_recordings(path):
             return _unpacked(name, path, cache, console)
         return f"{prefix}:{path}" if prefix else path
@@ -236,8 +237,7 @@ def _prepare_corpus(name: str, path: str | Path, space: config.SearchSpace, use_
             [Rejected(**entry) for note in notes for entry in note[k]] for k in ("rejected", "flagged")
         )
         if not any(note["utterances"] for note in notes):
-            example = f"{unusable[0].path}: {unusable[0].reason}"
-            raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording; for example {example}")
+            raise UserError(f"experiment.corpora.{name}: {path} holds no usable recording{example_of(unusable)}")
         files = {shard: note["file"] for shard, note in zip(chunks, notes, strict=True) if "file" in note}
         shards.write_manifest(target, name, list(chunks), [*rejected, *unusable], audio, flagged, files)
     _add_fingerprints(target, use_ray, f"{name}: fingerprints", console)
@@ -379,7 +379,7 @@ def _line(manifest: Mapping[str, Any], target: Path) -> str:
 
 def _some(what: str, manifest: Mapping[str, Any]) -> str:
     """How many recordings were rejected or flagged, and the first few with their reasons."""
-    reasons = [one_line(f"{entry['path']}: {entry['reason']}") for entry in manifest[what]]
+    reasons = [one_line(f"{shortened(entry['path'], 160)}: {entry['reason']}") for entry in manifest[what]]
     shown = f" ({'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''})" if reasons else ""
     return f"{len(reasons)} {what}{shown}"
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ser_ray.disk import write_bytes, write_text
+from ser_ray.disk import resolved, write_bytes, write_text
 from ser_ray.evaluation import comparison
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, read_trials
@@ -80,7 +80,7 @@ def compare(results_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
     Raises UserError if one is not a results folder, or is named twice.
     """
-    if len({results_dir.resolve() for results_dir in results_dirs}) < len(results_dirs):
+    if len({resolved(results_dir) for results_dir in results_dirs}) < len(results_dirs):
         raise UserError("a search is named twice; name each once")
     searches = [read_results(results_dir) for results_dir in results_dirs]
     path = output or comparison.common_parent(results_dirs) / "comparison.html"

@@ -37,7 +37,7 @@ WHERE = ("version", "git", "python", "gpus", "host")
 
 def main(results_dir: Path, overrides: list[str]) -> int:
     """``ser-ray rerun``; ``overrides`` such as ``storage.results=DIR`` or another name."""
-    old = results_dir.resolve()
+    old = disk.resolved(results_dir)
     space = again(old, overrides)
     console = report.terminal()
     before = disk.read_json(old / "provenance.json")

@@ -50,7 +50,15 @@ def is_known(speaker: str) -> bool:
 
 
 class UserError(ValueError):
-    """An error that the user can fix: shown as one line (what, where, what to do), exit code 2."""
+    """An error that the user can fix: shown as one line (what, where, what to do), exit code 2. Further arguments are
+    further lines, where there are several problems.
+
+    >>> str(UserError("mine.yaml: 2 problems", "line 3: ...", "line 7: ..."))
+    'mine.yaml: 2 problems\\nline 3: ...\\nline 7: ...'
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class StorageError(UserError):
@@ -74,6 +82,15 @@ def reason_of(error: Exception, most: int | None = None) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep"
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """What a file says, for a message that quotes it: a damaged table may hold all of itself in one cell.
+
+    >>> shortened("angry"), shortened("ha" * 100, 6)
+    ('angry', 'hahaha...')
+    """
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from typing import Any, Final, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from ser_ray.disk import readable
+from ser_ray.disk import readable, resolved
 from ser_ray.schema import UserError
 
-HIDDEN: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that a terminal obeys instead of showing them (colours, the direction of writing), and bytes of names that
-are not UTF-8; not the tab and the end of a line."""
+HIDDEN: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing them (colours, the direction of writing, other ends of lines),
+and bytes of names that are not UTF-8; not the tab and the end of a line."""
 
 
 def printable(text: str) -> str:
@@ -62,7 +62,7 @@ def output_path(path: Path) -> Path:
 
     Raises UserError for a directory, a device, or a folder that cannot be made.
     """
-    target = path.expanduser().resolve()
+    target = resolved(path)
     if target.is_dir():
         raise UserError(f"--output: {readable(path)} is a directory; give the name of a file in it")
     if target.exists() and not target.is_file():

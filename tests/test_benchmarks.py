@@ -36,6 +36,7 @@ from ser_ray.speech.matching import same_recordings
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import feed
+import fuzz
 import gpu
 import gpu_cells
 import order
@@ -373,3 +374,51 @@ def test_the_rehearsal_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| report, end of the command |" in page
     (report,) = tmp_path.glob("run-*/results/reference/report.html")
     assert report.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_small_fuzz_run_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = ["--tables", "24", "--checkpoints", "24", "--inputs", "24", "--names", "24"]
+    assert fuzz.main([*counts, "--workers", "1", "--findings", str(tmp_path / "findings")]) == 0
+    page = capsys.readouterr().out
+    assert list((tmp_path / "findings").iterdir()) == []
+    for kind in fuzz.KINDS:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {kind} |"))
+        _, _, cases, done, partly, refused, findings, *_ = (cell.strip() for cell in row.split("|"))
+        assert (cases, findings) == ("24", "0")
+        assert int(refused) + int(partly) > 0
+        assert int(done) > 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "wrong"),
+    [
+        ('{"probabilities": {"sad": NaN, "angry": 1.0}}', "JSON with NaN"),
+        ('{"probabilities": {"sad": 0.2, "angry": 0.2}}', "do not sum to 1"),
+        ('{"probabilities": {}}', "without a reason"),
+        ("", "no answer at all"),
+    ],
+)
+def test_a_fuzz_run_sees_answers_that_are_none(answers: str, wrong: str) -> None:
+    with pytest.raises(fuzz.Wrong, match=wrong):
+        fuzz._check_answers(answers, "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("printed", "wrong"),
+    [
+        ("ser-ray predict: one\ntwo", "not one line, but 2"),
+        ("Traceback\n", "not one line"),
+        (f"ser-ray predict: {'x' * 500}", "a message of 500 characters"),
+    ],
+)
+def test_a_fuzz_run_sees_messages_that_are_not_one_line(tmp_path: Path, printed: str, wrong: str) -> None:
+    with pytest.raises(fuzz.Wrong, match=wrong):
+        fuzz._one_line(fuzz.Case("", ["predict", "x"]), printed, tmp_path)
+
+
+def test_a_fuzz_run_sees_what_a_terminal_obeys() -> None:
+    fuzz._check_printable("naïve 😀 [bold] \t\n")
+    for sign in ("\x1b", "\r", "\u202e", "\u2028", "\udce9"):
+        with pytest.raises(fuzz.Wrong, match="a terminal obeys"):
+            fuzz._check_printable(f"a{sign}b")

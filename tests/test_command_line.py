@@ -200,3 +200,24 @@ def test_prepare_without_a_file_is_the_demo(monkeypatch):
     monkeypatch.setattr("ser_ray.prepare.shards.read_index", lambda directories: None)
     assert main(["prepare"]) == 0
     assert prepared == ["demo"]
+
+
+def test_a_name_with_a_line_break_leaves_the_message_one_line(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "two\nlines.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"two\nlines.yaml: no such file" in line
+
+
+def test_a_verb_that_is_none_is_printed_as_it_can_be(capsys):
+    assert main([os.fsdecode(b"caf\xe9\x1b")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"ser-ray caf\xe9\x1b: ")
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "report", "rerun", "table"])
+def test_an_impossible_path_is_one_line(tmp_path, verb, capsys):
+    (tmp_path / "circle").symlink_to("circle")
+    for path in (tmp_path / ("x" * 300), tmp_path / "circle"):
+        assert main([verb, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ser-ray {verb}: ")

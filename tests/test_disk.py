@@ -75,3 +75,21 @@ def test_a_lock_on_a_file_that_was_removed_is_taken_on_the_new_one(tmp_path, mon
         monkeypatch.setattr(fcntl, "flock", lock)
         with disk.locked(path, wait=False) as second:
             assert second is False
+
+
+def test_a_path_may_be_anything(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "link").symlink_to("real")
+    assert disk.resolved(tmp_path / "circle") == tmp_path / "circle"
+    assert disk.resolved(tmp_path / "link" / ".." / "x") == tmp_path / "x"
+    assert disk.resolved("~nobody-of-that-name/x").name == "x"
+    assert disk.resolved("/a\0b").name == "a\0b"
+
+
+def test_a_path_that_no_file_can_have_is_said(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    for path in (tmp_path / ("x" * 300), tmp_path / "circle"):
+        with pytest.raises(OSError, match=r".") as caught:
+            path.open()
+        assert f"{path}: " in str(disk.explain(caught.value))
+        assert "give another path" in str(disk.explain(caught.value))

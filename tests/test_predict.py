@@ -174,3 +174,11 @@ def test_standard_input_is_a_recording(best, tmp_path):
     (answer,) = map(json.loads, done.stdout.splitlines())
     assert answer["path"] == "-"
     assert answer["emotion"] in ("angry", "sad")
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(best, tmp_path, capsys):
+    """Nobody writes into it: reading would not end."""
+    write(tmp_path / "a.wav")
+    os.mkfifo(tmp_path / "b.wav")
+    assert main(["predict", best, str(tmp_path), "--format", "jsonl"]) == 0
+    assert [Path(answer["path"]).name for answer in answers(capsys)] == ["a.wav"]

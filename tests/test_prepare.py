@@ -463,7 +463,7 @@ def test_nothing_usable_is_an_error_every_time(corpus, tmp_path):
     for path in corpus.rglob("*.wav"):
         soundfile.write(path, np.zeros(8_000), 16_000)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds no usable recording; for example Actor_01/.*: silent"):
+        with pytest.raises(UserError, match=r"holds no usable recording, such as Actor_01/.*: silent"):
             prepare_here(tmp_path, corpus)
 
 

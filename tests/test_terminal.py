@@ -33,6 +33,7 @@ def test_what_is_printed_is_neither_markup_nor_obeyed():
 def test_lines_stay_lines():
     assert printable("a\nb\tc\r") == "a\nb\tc\\x0d"
     assert one_line("a\nb\tc") == r"a\nb\tc"
+    assert printable("a\u2028b\u200fc\u200ed") == "a\\u2028b\\u200fc\\u200ed"  # ends of lines and marks of direction
     assert printable("naïve 😀 语音 \u202egnp.wav") == "naïve 😀 语音 \\u202egnp.wav"
 
 

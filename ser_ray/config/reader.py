@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ser_ray.config.experiment import Experiment
 from ser_ray.config.space import SearchSpace
 from ser_ray.config.validation import Place, key_parts, to_dict, validated, with_values
-from ser_ray.schema import UserError, reason_of
+from ser_ray.schema import UserError, reason_of, shortened
 
 UNSPECIFIED: Final = "unspecified"
 """The backbone of a space that names none, where none is needed."""
@@ -40,7 +40,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, needs_backbone: boo
     for override in overrides:
         key, equals, value_text = override.partition("=")
         if not equals:
-            raise UserError(f"{override!r}: overrides are written key=value, such as experiment.epochs=3")
+            given = shortened(repr(override), 160)
+            raise UserError(f"{given}: overrides are written key=value, such as experiment.epochs=3")
         value = _parse_value(override, value_text)
         if key.startswith("experiment.") and isinstance(content.get("search"), dict):
             _fix_searched_key(content, key.removeprefix("experiment."), value)
@@ -57,12 +58,13 @@ def dump(model: BaseModel) -> str:
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Read the ``experiment.yaml`` of a checkpoint."""
+    """Read the ``experiment.yaml`` of a checkpoint. Raises UserError in one line, as a stranger's file may have it
+    damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint directory holds experiment.yaml")
     content, lines = _read(path)
-    return validated(Experiment, content, path, lines)
+    return validated(Experiment, content, path, lines, listed=False)
 
 
 def built_in_spaces() -> dict[str, Path]:
@@ -203,7 +205,7 @@ def _parse_value(override: str, text: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not readable as YAML; quote it") from None
+        raise UserError(f"{shortened(repr(override), 160)}: the value is not readable as YAML; quote it") from None
 
 
 def _fix_searched_key(content: dict[str, Any], key: str, value: object) -> None:

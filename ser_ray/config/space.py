@@ -21,6 +21,7 @@ from ser_ray.config.experiment import Experiment
 from ser_ray.config.search import Distribution, search_problems
 from ser_ray.config.section import NO_UNIT, Section, Unit, Words, as_tuple
 from ser_ray.config.validation import ProblemsError, problems_of, refuse, to_dict, validated, with_values
+from ser_ray.disk import resolved
 
 
 class Tune(Section):
@@ -176,8 +177,8 @@ class SearchSpace(Section):
 
     def results_dir(self) -> Path:
         """``<storage.results>/<name>``, absolute."""
-        return Path(self.storage.results).expanduser().resolve() / self.experiment.name
+        return resolved(self.storage.results) / self.experiment.name
 
     def cache_dir(self) -> Path:
         """``storage.cache``, absolute."""
-        return Path(self.storage.cache).expanduser().resolve()
+        return resolved(self.storage.cache)

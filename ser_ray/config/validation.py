@@ -13,13 +13,15 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ser_ray.schema import UserError
+from ser_ray.schema import UserError, shortened
 
 M = TypeVar("M", bound=BaseModel)
 _MOST_LISTED: Final = 30
 """Problems of one file that are listed: more fit on no screen, and mostly have one cause."""
 _LONGEST: Final = 1000
 """Characters of one problem: all that may be at a place is named in some."""
+_SHORT: Final = 240
+"""The same of a file that nobody has written by hand: it is damaged, and nobody will mend it key by key."""
 
 
 def to_dict(model: BaseModel) -> dict[str, Any]:
@@ -85,12 +87,17 @@ def refuse(problems: Iterable[Problem]) -> None:
 
 
 def validated(
-    model: type[M], content: object, where: object = "", lines: Mapping[Place, int] = MappingProxyType({})
+    model: type[M],
+    content: object,
+    where: object = "",
+    lines: Mapping[Place, int] = MappingProxyType({}),
+    listed: bool = True,
 ) -> M:
     """``content`` as a ``model``. ``where``: the file that it is from, and ``lines`` the line of every place in it, 0
     for what was given on the command line.
 
     Raises UserError with every problem: of a file each with its line, in a list if there are several, else in one line.
+    Without ``listed`` with the first: of a file that nobody has written by hand.
     """
     try:
         return model.model_validate(content)
@@ -99,12 +106,14 @@ def validated(
     if not where:  # not of a file: in one line, as the error of a trial travels
         raise UserError("; ".join(map(_in_words, problems)))
     numbered = sorted(((_line(problem[0], lines), _in_words(problem)) for problem in problems), key=lambda one: one[0])
-    if len(numbered) > 1:
-        listed = [f"  {f'line {line}: ' if line else ''}{text}" for line, text in numbered[:_MOST_LISTED]]
+    if len(numbered) > 1 and listed:
+        shown = [f"  {f'line {line}: ' if line else ''}{text}" for line, text in numbered[:_MOST_LISTED]]
         more = [f"  and {len(numbered) - _MOST_LISTED} more"] if len(numbered) > _MOST_LISTED else []
-        raise UserError("\n".join([f"{where}: {len(numbered)} problems", *listed, *more]))
+        raise UserError(f"{where}: {len(numbered)} problems", *shown, *more)
     line, text = numbered[0]
-    raise UserError(f"{where}:{line}: {text}" if line else f"{where}: {text}")
+    text = text if listed else shortened(text, _SHORT)
+    others = f" (and {len(numbered) - 1} more problems)" if len(numbered) > 1 else ""
+    raise UserError(f"{where}:{line}: {text}{others}" if line else f"{where}: {text}{others}")
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], content: object) -> list[Problem]:

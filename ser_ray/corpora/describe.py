@@ -11,7 +11,7 @@ from typing import Any, Final
 from ser_ray.config import Experiment
 from ser_ray.corpora import module_of
 from ser_ray.corpora.rows import DIVIDED
-from ser_ray.schema import EMOTIONS, TIE, Rejected, Utterance, is_known
+from ser_ray.schema import EMOTIONS, TIE, Rejected, Utterance, is_known, shortened
 
 MOST_WORDS: Final = 20
 """Maximum number of words in a line about them: more are free text, not emotions."""
@@ -45,11 +45,12 @@ def left_out(corpus: str, utterances: Sequence[Utterance], experiment: Experimen
         return ""
     shown = list(unused)[:MOST_WORDS]
     more = f" and {len(unused) - len(shown)} other words" if len(unused) > len(shown) else ""
-    asked = ", ".join(f"{_yaml(word)}: EMOTION" for word in shown)
+    counted = ", ".join(f"{shortened(word)} {unused[word]}" for word in shown)
+    asked = ", ".join(f"{_yaml(word)}: EMOTION" for word in shown if word == shortened(word))
     key = "merge: " if module_of(corpus) else f"labels: {{{_yaml(corpus)}: "
     return (
         f"{corpus}: {sum(unused.values())} of {len(utterances)} utterances are of no class of experiment.emotions: "
-        f"{', '.join(f'{word} {unused[word]}' for word in shown)}{more}; add the word there, or say what it means: "
+        f"{counted}{more}; add the word there, or say what it means: "
         f"{key}{{{asked}}}{'' if module_of(corpus) else '}'}"
     )
 

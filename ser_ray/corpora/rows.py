@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ser_ray.config.words import emotion_of
-from ser_ray.schema import Rejected, UserError, Utterance, unknown_speaker
+from ser_ray.schema import Rejected, UserError, Utterance, shortened, unknown_speaker
 
 REQUIRED: Final = ("path", "speaker", "emotion")
 OPTIONAL: Final = ("split", "text", "language", "gender", "start", "end", "rater")
@@ -45,6 +45,8 @@ NOT_KNOWN: Final = frozenset({"unknown", "unk", "none", "null", "n/a"})
 VOTES: Final = 3
 """As many rows of one recording are votes without a column ``rater``: of two that differ, none has a majority."""
 
+MOST_NAMED: Final = 4
+"""Maximum number of rows or emotions in a reason."""
 DIVIDED: Final = "the raters are divided, no emotion has more votes than every other"
 """Why a recording is left out."""
 
@@ -82,7 +84,7 @@ def utterances_of(
         votes, again = _votes(several, source) if voted else _one(several, source)
         rejected += [Rejected(one.path, f"{one.where}: the same utterance again") for one in again]
         if isinstance(found := _elected(votes), str):
-            rejected.append(Rejected(recording[0], f"{', '.join(vote.where for vote in votes)}: {found}"))
+            rejected.append(Rejected(recording[0], f"{_some([vote.where for vote in votes])}: {found}"))
             continue
         emotion, share = found
         utterances.append(_utterance(name, id_of[recording], several, emotion, share if voted else None))
@@ -91,7 +93,7 @@ def utterances_of(
 
 def example_of(rejected: Sequence[Rejected]) -> str:
     """For a message that nothing can be used: the first that is not used, and why; empty if there is none."""
-    return f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+    return f", such as {shortened(rejected[0].path)}: {shortened(rejected[0].reason, 160)}" if rejected else ""
 
 
 # -- below: how it is done
@@ -123,10 +125,12 @@ def _checked(name: str, row: Mapping[str, str], where: str, meaning: Callable[[s
     for column in ("path", "emotion"):
         if row[column] in NO_VALUE:
             raise ValueError(f"no {column}")
+    if not (emotion := meaning(row["emotion"])):  # a word of spaces or underscores alone
+        raise ValueError("no emotion")
     given = {column: _given(row.get(column, "")) for column in OPTIONAL}
     split = given["split"].lower()
     if split and split not in SPLITS:
-        raise ValueError(f"split {given['split']!r} is not one of train, dev, test")
+        raise ValueError(f"split {shortened(repr(given['split']))} is not one of train, dev, test")
     start, end = _seconds(given, "start"), _seconds(given, "end")
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"ends at {end:g} s, before it begins at {start or 0:g} s")
@@ -140,7 +144,7 @@ def _checked(name: str, row: Mapping[str, str], where: str, meaning: Callable[[s
         path=path,
         start=start,
         end=end,
-        emotion=meaning(row["emotion"]),
+        emotion=emotion,
         speaker=f"{name}/{speaker}" if is_known else "",
         split=SPLITS[split] if split else "",
         **{column: given[column] for column in ("text", "language", "gender", "rater")},
@@ -166,7 +170,7 @@ def _seconds(row: Mapping[str, str], column: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{column} {text!r} is not a time in seconds")
+        raise ValueError(f"{column} {shortened(repr(text))} is not a time in seconds")
     return seconds
 
 
@@ -178,7 +182,7 @@ def _agree(several: Sequence[_Checked], source: object) -> None:
             if getattr(one, column) and first is None:
                 first = one
             elif first and getattr(one, column) not in ("", getattr(first, column)):
-                words = f"{getattr(first, column)!r} and {getattr(one, column)!r}"
+                words = f"{shortened(repr(getattr(first, column)))} and {shortened(repr(getattr(one, column)))}"
                 raise _contradiction(first, one, f"different {column}s, {words}: keep one", source)
 
 
@@ -187,8 +191,8 @@ def _one(several: Sequence[_Checked], source: object) -> tuple[Sequence[_Checked
     first, *others = several
     for other in others:
         if other.emotion != first.emotion:
-            what = f"different emotions, {first.emotion!r} and {other.emotion!r}: keep one; or, if they are votes of "
-            raise _contradiction(first, other, what + "several raters, add a column rater", source)
+            what = f"different emotions, {_emotions_of(first, other)}: keep one; or, if they are votes of several "
+            raise _contradiction(first, other, f"{what}raters, add a column rater", source)
     return [first], others
 
 
@@ -200,14 +204,25 @@ def _votes(several: Sequence[_Checked], source: object) -> tuple[Sequence[_Check
     for one in several:
         first = of_rater.setdefault(one.rater, one) if one.rater else one
         if first.emotion != one.emotion:
-            what = f"different emotions by rater {one.rater!r}, {first.emotion!r} and {one.emotion!r}: keep one"
+            what = f"different emotions by rater {shortened(repr(one.rater))}, {_emotions_of(first, one)}: keep one"
             raise _contradiction(first, one, what, source)
         (votes if first is one else again).append(one)
     return votes, again
 
 
 def _contradiction(one: _Checked, other: _Checked, what: str, source: object) -> UserError:
-    return UserError(f"{source}: {one.where} and {other.where} contradict each other: they give {one.path} {what}")
+    rows = f"{one.where} and {other.where} contradict each other"
+    return UserError(f"{source}: {rows}: they give {shortened(one.path, 160)} {what}")
+
+
+def _emotions_of(one: _Checked, other: _Checked) -> str:
+    return f"{shortened(repr(one.emotion))} and {shortened(repr(other.emotion))}"
+
+
+def _some(words: Sequence[str]) -> str:
+    """All of a few, or the first of them."""
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    return f"{', '.join(shortened(word, 40) for word in words[:MOST_NAMED])}{more}"
 
 
 def _elected(votes: Sequence[_Checked]) -> tuple[str, float] | str:
@@ -215,8 +230,7 @@ def _elected(votes: Sequence[_Checked]) -> tuple[str, float] | str:
     ranked = Counter(vote.emotion for vote in votes).most_common()
     (emotion, most), *others = ranked
     if others and others[0][1] == most:
-        counts = ", ".join(f"{other} {n}" for other, n in ranked)
-        return f"{DIVIDED}: {counts}"
+        return f"{DIVIDED}: {_some([f'{shortened(other, 30)} {n}' for other, n in ranked])}"
     return emotion, most / len(votes)
 
 

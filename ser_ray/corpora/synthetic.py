@@ -33,6 +33,7 @@ import numpy as np
 import soundfile
 
 from ser_ray.corpora.espeak import ACCENTS, RATE, Speak, Voice, synthesiser
+from ser_ray.disk import resolved
 from ser_ray.schema import EMOTIONS, UserError, Utterance
 
 SPEECH: Final = "synthetic"
@@ -137,7 +138,7 @@ def make(
         raise UserError(
             f"synthetic: {speakers} speakers x {repetitions} repetitions is an empty corpus; give at least 1 of each"
         )
-    directory = directory.resolve()
+    directory = resolved(directory)
     settings = {"version": VERSION, "seed": seed, "speakers": speakers, "repetitions": repetitions}
     if _is_whole(directory, settings):
         return

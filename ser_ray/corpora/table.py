@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.corpora.rows import COLUMNS, REQUIRED, Row, example_of, utterances_of
-from ser_ray.schema import Rejected, UserError, Utterance, reason_of
+from ser_ray.schema import Rejected, UserError, Utterance, reason_of, shortened
 
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
 SUFFIXES: Final = (*DELIMITERS, ".parquet")
@@ -83,12 +83,16 @@ def as_text(value: object) -> str:
 
 
 def text_rows(table: pa.Table) -> Iterator[dict[str, str]]:
-    """The rows of an Arrow table as text."""
+    """The rows of an Arrow table as text. Raises ArrowInvalid for a value that is none, such as a date beyond the year
+    9999 or bytes that are not UTF-8."""
     for number, field in enumerate(table.schema):
         if pa.types.is_duration(field.type):  # Python knows microseconds
             table = table.set_column(number, field.name, table.column(number).cast(pa.duration("us"), safe=False))
-    for row in table.to_pylist():
-        yield {key: as_text(value) for key, value in row.items()}
+    try:
+        for row in table.to_pylist():
+            yield {key: as_text(value) for key, value in row.items()}
+    except (ValueError, OverflowError) as error:
+        raise pa.ArrowInvalid(str(error)) from None
 
 
 # -- below: how it is done
@@ -106,14 +110,14 @@ def _known_columns(path: Path, columns: Sequence[Any], delimiter: str = "") -> l
     if missing := [column for column in REQUIRED if column not in columns]:
         others = [words for sign, words in OTHER_DELIMITERS.items() if len(columns) == 1 and sign in columns[0]]
         if delimiter and others:
+            header = shortened(repr(columns[0]))
             raise UserError(
-                f"{path}: its columns seem to be separated by {others[0]}: {columns[0]!r}; separate them by commas "
-                "(.csv) or tabs (.tsv)"
+                f"{path}: its columns seem to be separated by {others[0]}: {header}; separate them by commas (.csv) or "
+                "tabs (.tsv)"
             )
         unknown = "; where no speaker is known, write unknown" if missing[0] == "speaker" else ""
-        raise UserError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(columns)}, and needs {', '.join(REQUIRED)}{unknown}"
-        )
+        has, needs = shortened(", ".join(columns)), ", ".join(REQUIRED)
+        raise UserError(f"{path}: no column {missing[0]!r}; it has {has}, and needs {needs}{unknown}")
     known = [column for column in columns if column in COLUMNS]
     if twice := [column for column in known if known.count(column) > 1]:
         raise UserError(f"{path}: the column {twice[0]!r} occurs more than once; keep one")

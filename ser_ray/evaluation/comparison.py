@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ser_ray.config import to_dict
+from ser_ray.disk import resolved
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.results import Results, as_number
@@ -42,7 +43,7 @@ def labels(searches: Sequence[Results]) -> list[str]:
 
 def common_parent(folders: Sequence[Path]) -> Path:
     """The deepest folder that contains all of them."""
-    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+    return Path(os.path.commonpath([resolved(folder).parent for folder in folders]))
 
 
 def differing(searches: Sequence[Results]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
+from ser_ray.disk import resolved
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import UserError
@@ -121,7 +122,7 @@ def read_results(results_dir: Path) -> Results:
     predictions = evaluation / "predictions.parquet"
     histories = sorted(results_dir.glob("trials/*/history.jsonl"))
     return Results(
-        folder=results_dir.resolve(),
+        folder=resolved(results_dir),
         space=space,
         provenance=_read_json(results_dir / "provenance.json", {}),
         audit=_read_json(results_dir / "audit.json", {}),

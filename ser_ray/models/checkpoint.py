@@ -11,27 +11,26 @@ training/            optimiser moments and counters, to resume from
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ser_ray import config
-from ser_ray.disk import write_json
+from ser_ray.disk import expanded, write_json
 from ser_ray.models import backbones
 from ser_ray.models.adapters import load_updates
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import autocast
 from ser_ray.models.pretrained import MissingBackboneError
-from ser_ray.models.weights import REASON, read_weights
+from ser_ray.models.weights import REASON, not_finite, read_object, read_tensors, read_weights
 from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
 
 
@@ -60,7 +59,7 @@ def load(
     A checkpoint may come from a stranger: its code is never run, and all of its weights have to be there and finite.
     Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
-    directory = Path(directory).expanduser().absolute()  # not to be taken for a hub id
+    directory = expanded(directory).absolute()  # not to be taken for a hub id
     experiment = config.load_experiment(directory / "experiment.yaml")
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
@@ -95,15 +94,19 @@ def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, count
 
 
 def load_training_state(directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the moments into ``optimizer`` (built over the same parameters) and return the counters."""
+    """Load the moments into ``optimizer`` (built over the same parameters) and return the counters.
+
+    Raises UserError where they are missing, damaged, or those of other parameters.
+    """
     directory = directory / "training"
+    counters = read_object(directory / "state.json")
+    path = directory / "optimizer.safetensors"
     state: dict[int, dict[str, torch.Tensor]] = {}
-    with safe_open(directory / "optimizer.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    for key, moment in read_tensors(path).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index) if index.isdecimal() else -1, {})[name] = moment
+    _check_moments(path, state, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    counters: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     return counters
 
 
@@ -116,6 +119,20 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
         device = next(model.head.parameters()).device
         weights = backbones.load(str(directory.absolute() / "backbone"), device=device)
         model.backbone.model.load_state_dict(weights.model.state_dict())
+
+
+def _check_moments(
+    path: Path, state: Mapping[int, Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raises UserError for moments that are not finite, or not those of an optimizer's parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {name for moments in state.values() for name in moments}
+    for index, moments in state.items():
+        fits = 0 <= index < len(parameters) and moments.keys() == names
+        if not fits or any(m.numel() > 1 and m.shape != parameters[index].shape for m in moments.values()):
+            raise UserError(f"{path}: it holds the moments of other parameters; it cannot be resumed from")
+        if damaged := not_finite(moments.items()):
+            raise UserError(f"{path}: {index}.{damaged} has values that are not finite; it cannot be resumed from")
 
 
 def _check_runs(model: EmotionClassifier, directory: Path) -> None:

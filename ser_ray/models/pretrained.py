@@ -20,8 +20,9 @@ from transformers import CONFIG_MAPPING, FeatureExtractionMixin, PreTrainedConfi
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file, find_adapter_config_file
 
+from ser_ray.disk import expanded
 from ser_ray.models.logmel import HOP, N_FFT
-from ser_ray.models.weights import REASON
+from ser_ray.models.weights import REASON, check_small
 from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
 
 FAMILIES: Final = ("wav2vec2", "hubert", "wavlm", "whisper")
@@ -148,6 +149,7 @@ def unreachable(name: str, error: Exception) -> UserError:
 def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of config.json, and of preprocessor_config.json."""
     where = source(name)
+    _check_directory(name)
     try:
         content, _ = PreTrainedConfig.get_config_dict(where)
         audio, _ = FeatureExtractionMixin.get_feature_extractor_dict(where)
@@ -158,6 +160,17 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(audio, dict):
         raise UserError(f"backbone {name}: config.json and preprocessor_config.json are no JSON objects")
     return content, audio
+
+
+def _check_directory(name: str) -> None:
+    """Raises UserError where a file of a local backbone is a pipe or a device, which transformers would read without
+    end, or a JSON file that is too large to be one."""
+    directory = _directory(name)
+    for path in sorted(directory.iterdir()) if directory else ():
+        if path.suffix in (".json", ".safetensors") and not path.is_file():
+            raise UserError(f"backbone {name}: {path.name} is no file, but a folder, a pipe, or a link to none")
+        if path.suffix == ".json":
+            check_small(path)
 
 
 def _check_audio(name: str, family: str, content: dict[str, Any], audio: dict[str, Any]) -> None:
@@ -179,7 +192,7 @@ def _directory(name: str) -> Path | None:
             known = ", ".join(sorted(EMBEDDED + path.parent.name for path in ASSETS.glob("*/config.json")))
             raise UserError(f"backbone {name}: not embedded; known: {known}")
         return directory
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from ser_ray.disk import read_json
 from ser_ray.schema import UserError, reason_of
 
+MOST_BYTES: Final = 10_000_000
+"""Of a JSON file: the index of the largest models has some megabytes, a configuration some thousand bytes."""
 REASON: Final = 160
 """Characters of what a library says of a stranger's file: some quote it whole."""
 
@@ -23,14 +25,7 @@ def read_weights(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, to
     missing, is of no use to the model, has another shape, or holds NaN or infinity. A model without some of its weights
     would predict all the same, and wrongly.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: this file is missing; give a complete checkpoint")
-    try:
-        found = load_file(path)
-    except OSError:
-        raise  # of the disk
-    except Exception as error:  # of a damaged file safetensors and torch raise errors of several kinds
-        raise UserError(f"{path}: not readable as safetensors: {reason_of(error, REASON)}") from None
+    found = read_tensors(path)
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}")
     if foreign := sorted(found.keys() - wanted.keys()):
@@ -45,10 +40,23 @@ def read_weights(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, to
     return found
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises UserError, in one line, where it is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: this file is missing; give a complete checkpoint")
+    try:
+        return load_file(path)
+    except OSError:
+        raise  # of the disk
+    except Exception as error:  # of a damaged file safetensors and torch raise errors of several kinds
+        raise UserError(f"{path}: not readable as safetensors: {reason_of(error, REASON)}") from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError, in one line, where there is none."""
     if not path.is_file():
         raise UserError(f"{path}: this file is missing; give a complete checkpoint")
+    check_small(path)
     try:
         content = read_json(path)
     except (ValueError, RecursionError) as error:
@@ -56,6 +64,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not readable as JSON: it is no object")
     return content
+
+
+def check_small(path: Path) -> None:
+    """Raises UserError for a JSON file of a model that is too large to be one: reading it takes many times its size."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise UserError(f"{path}: {size:,} bytes are too many for such a file, which has {MOST_BYTES:,} at most")
 
 
 def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from ser_ray.config import EXCLUDABLE
-from ser_ray.schema import UserError
+from ser_ray.disk import expanded
+from ser_ray.schema import UserError, shortened
 from ser_ray.speech.matching import SameRecording
 
 Rows = Sequence[Mapping[str, Any]]
@@ -92,8 +93,8 @@ def without(
         if unknown := [utterance_id for utterance_id in listed if utterance_id not in known]:
             line, more = listed[unknown[0]][0], f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise UserError(
-                f"experiment.exclude: {path}, line {line}: {unknown[0]!r}{more} is no utterance of the experiment's "
-                "corpora; correct or remove the row"
+                f"experiment.exclude: {path}, line {line}: {shortened(repr(unknown[0]))}{more} is no utterance of the "
+                "experiment's corpora; correct or remove the row"
             )
         found |= {utterance_id: Exclusion(path.name, reason) for utterance_id, (_, reason) in listed.items()}
     reasons = [found.get(utterance_id) for utterance_id in index["utterance_id"].to_pylist()]
@@ -111,7 +112,7 @@ def read_list(path: str | Path) -> dict[str, tuple[int, str]]:
 
     Raises UserError, with the file and the line, for what cannot be read.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"experiment.exclude: {path}: no such file")
     listed: dict[str, tuple[int, str]] = {}
@@ -124,7 +125,7 @@ def read_list(path: str | Path) -> dict[str, tuple[int, str]]:
                 where = f"experiment.exclude: {path}, line {reader.line_num}"
                 answer = (row.get("exclude", "yes") or "").strip().lower()
                 if answer not in YES | NO:
-                    raise UserError(f"{where}: exclude is {answer!r}; write yes, or leave it empty")
+                    raise UserError(f"{where}: exclude is {shortened(repr(answer))}; write yes, or leave it empty")
                 if answer in NO:
                     continue
                 if not (utterance_id := (row["utterance_id"] or "").strip()):

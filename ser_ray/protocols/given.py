@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 from typing import Final
 
-from ser_ray.schema import UserError
+from ser_ray.disk import expanded
+from ser_ray.schema import UserError, shortened
 
 DIGITS: Final = 4
 """Maximum length of a fold's number: ten thousand folds or more are a mistake, since every fold is a separate run."""
@@ -18,7 +19,7 @@ def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
     Raises UserError, with the file and the line, for a missing column, a fold that is not a number, a row without a
     speaker, a speaker that occurs twice, and a fold number that is left out.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"protocol.given: {path}: no such file")
     fold_of: dict[str, int] = {}
@@ -34,10 +35,10 @@ def read_folds(path: str | Path) -> tuple[tuple[str, ...], ...]:
                 if not speaker:
                     raise UserError(f"{where}: no speaker")
                 if not (fold.isascii() and fold.isdigit() and len(fold) <= DIGITS):
-                    raise UserError(f"{where}: fold {fold!r} is not a number from 0 to {10**DIGITS - 1}")
+                    raise UserError(f"{where}: fold {shortened(repr(fold))} is not a number from 0 to {10**DIGITS - 1}")
                 if speaker in fold_of:
                     raise UserError(
-                        f"{where}: {speaker} is in line {line_of[speaker]} already; a speaker is in one fold"
+                        f"{where}: {shortened(speaker)} is in line {line_of[speaker]} already; a speaker is in one fold"
                     )
                 fold_of[speaker], line_of[speaker] = int(fold), reader.line_num
     except (UnicodeDecodeError, csv.Error) as error:

@@ -24,7 +24,7 @@ from ser_ray.config.validation import hint
 from ser_ray.disk import replacing
 from ser_ray.protocols import exclusion
 from ser_ray.protocols.folds import labelled, make_fold, merged
-from ser_ray.schema import Fold, UserError
+from ser_ray.schema import Fold, UserError, shortened
 from ser_ray.speech import shards
 from ser_ray.speech.matching import same_recordings_in
 
@@ -163,6 +163,6 @@ def _emotions(index: pa.Table, experiment: Experiment) -> tuple[tuple[str, ...],
     if len(left) < 2:
         raise UserError(
             f"experiment.emotions: of the default, the corpora have only {left[0]}; name two or more of what they "
-            f"have: {', '.join(sorted(present))}"
+            f"have: {shortened(', '.join(sorted(present)), 160)}"
         )
     return left, f"left out, as no utterance is one: {', '.join(absent)} (an error if experiment.emotions names them)"

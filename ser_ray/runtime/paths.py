@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ser_ray import corpora
 from ser_ray.config import Distribution, Experiment, SearchSpace
 from ser_ray.corpora import table
-from ser_ray.disk import name_place, readable
+from ser_ray.disk import expanded, name_place, readable
 from ser_ray.schema import UserError
 
 
@@ -86,7 +85,7 @@ def _is_file(given: object) -> bool:
 
 def _absolute(path: str) -> str:
     """Absolute, with links as they were given: one may be set to lead elsewhere when what it names moves."""
-    absolute = os.path.abspath(Path(path).expanduser())  # noqa: PTH100 (Path.resolve follows links, absolute leaves ..)
+    absolute = os.path.abspath(expanded(path))  # noqa: PTH100 (Path.resolve follows links, absolute leaves ..)
     try:
         absolute.encode()
     except UnicodeEncodeError:  # in the file of the search, and in tables
@@ -103,7 +102,7 @@ def _absolute_corpus(given: str) -> str:
 
 def _absolute_backbone(name: str) -> str:
     """A hub id stays one, even where a folder of that name lies that holds no backbone."""
-    return _absolute(name) if (Path(name).expanduser() / "config.json").is_file() else name
+    return _absolute(name) if (expanded(name) / "config.json").is_file() else name
 
 
 def _submitted_job() -> bool:
@@ -111,7 +110,7 @@ def _submitted_job() -> bool:
 
 
 def _refuse_relative(key: str, path: str | None) -> None:
-    if path is not None and not Path(path).expanduser().is_absolute():
+    if path is not None and not expanded(path).is_absolute():
         raise UserError(
             f"{key}: {path!r} is relative, but a submitted job runs in a temporary copy of the working directory; "
             "give an absolute path that every node sees"

@@ -121,9 +121,12 @@ def fit(
 def _resume(
     model: EmotionClassifier, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, directory: Path
 ) -> dict[str, Any]:
-    """Continue from a checkpoint; returns its counters."""
+    """Continue from a checkpoint; returns its counters. Raises UserError for one that is damaged."""
     checkpoint.load_weights(model, directory)
     counters = checkpoint.load_training_state(directory, optimizer)
+    whole = all(type(counters.get(name)) is int and counters[name] >= 0 for name in ("epoch", "best_epoch"))
+    if not whole or type(counters.get("best")) is not float or not isinstance(counters.get("scaler"), dict):
+        raise UserError(f"{directory}: training/state.json is not the state of a training; it cannot be resumed from")
     if counters["scaler"]:  # empty if the run used another precision until now, such as on a CPU
         scaler.load_state_dict(counters["scaler"])
     return counters

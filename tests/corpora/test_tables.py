@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ser_ray import corpora
 from ser_ray.config.words import MEANINGS, WORDS, plain
+from ser_ray.corpora import inside
 from ser_ray.corpora.rows import NO_VALUE, NOT_KNOWN
 from ser_ray.corpora.table import read
 from ser_ray.schema import EMOTIONS, TIE, UserError, is_known
@@ -414,3 +416,62 @@ def test_csv_and_parquet_say_the_same(tmp_path, rows):
     from_csv, from_parquet = (read("mine", tmp_path / f"mine.{kind}", {}) for kind in ("csv", "parquet"))
     assert from_csv == from_parquet
     assert {u.speaker for u in from_csv[0]} == {f"mine/{speaker}" for speaker, _ in rows}
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),  # in the year 5 881 580
+        pa.array([2**62], pa.int64()).cast(pa.timestamp("us")),
+        pa.array([b"\xff\xfe"]),
+    ],
+)
+def test_a_value_of_parquet_that_is_no_text_is_one_line(tmp_path, column):
+    (tmp_path / "a.wav").touch()
+    pq.write_table(pa.table({"path": ["a.wav"], "speaker": ["s"], "emotion": column}), tmp_path / "mine.parquet")
+    with pytest.raises(UserError, match=r"mine\.parquet: not readable as parquet") as caught:
+        read("mine", tmp_path / "mine.parquet", {})
+    assert "\n" not in str(caught.value)
+    pq.write_table(pa.table({"path": column, "audio": [b"RIFF"], "emotion": ["sad"]}), tmp_path / "other.parquet")
+    assert not inside.holds_recordings(tmp_path / "other.parquet")
+
+
+def test_a_huge_cell_is_not_quoted_whole(tmp_path):
+    """A quote that is not closed makes one cell of a whole table."""
+    huge = "x" * 100_000
+    (tmp_path / "a.wav").touch()
+    for rows in (
+        [f"{huge},s,sad"],
+        [f"a.wav,s,{huge}", "a.wav,s,sad"],
+        [f"a.wav,{huge},sad", "a.wav,s,sad"],
+        [f"a.wav,s,e{n}" for n in range(1000)],
+    ):
+        with pytest.raises(UserError) as caught:
+            read("mine", table(tmp_path, *rows), {})
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        read("mine", table(tmp_path, "a.wav", header=huge), {})
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_names_of_classes_are_for_numbers(tmp_path):
+    """A file may claim that its column has numbers of classes, and hold words."""
+    features = {"info": {"features": {"emotion": {"_type": "ClassLabel", "names": ["angry", "sad"]}}}}
+    for column, found in ((["sad"], "sad"), ([1], "sad")):
+        made = pa.table({"audio": [b"RIFF"], "speaker": ["s"], "emotion": column})
+        made = made.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+        path = tmp_path / str(column[0]) / "mine.parquet"
+        path.parent.mkdir()
+        pq.write_table(made, path)
+        rows = pq.read_table(inside.unpack(path, path.parent / "out")).to_pylist()
+        assert [row["emotion"] for row in rows] == [found]
+
+
+def test_a_word_of_spaces_is_no_emotion(tmp_path):
+    for name in ("a.wav", "b.wav", "c.wav"):
+        (tmp_path / name).touch()
+    columns = {"path": ["a.wav", "b.wav", "c.wav"], "speaker": ["s"] * 3, "emotion": [" ", "_", "sad"]}
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
+    utterances, rejected = read("mine", tmp_path / "mine.parquet", {})
+    assert [utterance.path for utterance in utterances] == ["c.wav"]
+    assert [one.reason for one in rejected] == ["row 1: no emotion", "row 2: no emotion"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from backbone_fixtures import experiment, logits, noise_batch
+from safetensors.torch import save_file
 
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
@@ -99,3 +101,43 @@ def test_who_may_read_one_file_may_read_all(backbones_dir: Path, tmp_path: Path,
     files = [path for path in (tmp_path / "best").rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in files)
     assert len({path.stat().st_mode & 0o777 for path in files}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("optimizer.safetensors", b"", "not readable as safetensors"),
+        ("optimizer.safetensors", None, "is missing"),
+        ("state.json", b"[1", "not readable as JSON"),
+        ("state.json", b"[]", "no object"),
+        ("state.json", None, "is missing"),
+    ],
+)
+def test_a_damaged_state_of_a_training_is_one_line(
+    backbones_dir: Path, tmp_path: Path, name: str, changed: bytes | None, said: str
+) -> None:
+    optimizer = make_optimizer(build(experiment(backbones_dir / "whisper")))
+    checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 0})
+    path = tmp_path / "training" / name
+    path.unlink() if changed is None else path.write_bytes(changed)
+    with pytest.raises(UserError, match=said) as caught:
+        checkpoint.load_training_state(tmp_path, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"0.exp_avg": torch.full((3,), math.nan)}, "not finite"),
+        ({"0.exp_avg": torch.ones(2)}, "other parameters"),
+        ({"7.exp_avg": torch.ones(3)}, "other parameters"),
+        ({"x": torch.ones(3)}, "other parameters"),
+        ({"0.exp_avg": torch.ones(3), "1.exp_avg_sq": torch.ones(3)}, "other parameters"),
+    ],
+)
+def test_moments_of_another_training_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], said: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    checkpoint.save_training_state(tmp_path, optimizer, {"epoch": 0})
+    save_file(tensors, tmp_path / "training" / "optimizer.safetensors")
+    with pytest.raises(UserError, match=said):
+        checkpoint.load_training_state(tmp_path, optimizer)

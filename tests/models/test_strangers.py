@@ -304,3 +304,23 @@ def test_files_are_as_readable_as_the_umask_says(backbones_dir: Path, tmp_path: 
         os.umask(before)
     files = [path for path in (tmp_path / "best").rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+@pytest.mark.parametrize("other", ["a pipe", "a device", "a circle"])
+def test_what_is_no_file_is_not_opened(saved: Callable[[str], Path], file: str, other: str) -> None:
+    """A pipe that nobody writes into, or /dev/zero, would be read without end."""
+    path = saved("full") / "backbone" / file
+    path.unlink()
+    if other == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if other == "a device" else path.name)
+    assert f"{file} is no file" in refused(path.parents[1])
+
+
+@pytest.mark.parametrize("file", [CONFIG, "backbone/config.json", "backbone/preprocessor_config.json"])
+def test_a_huge_json_file_costs_no_memory(saved: Callable[[str], Path], file: str) -> None:
+    directory = saved("full" if file.startswith("backbone") else "lora")
+    os.truncate(directory / file, 2**40)
+    assert "bytes are too many" in refused(directory)

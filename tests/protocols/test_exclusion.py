@@ -101,3 +101,14 @@ def test_a_file_that_does_not_fit_is_an_error_in_one_line(tmp_path, lines, said)
 def test_a_file_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"experiment.exclude: .*nowhere.csv: no such file"):
         left([str(tmp_path / "nowhere.csv")])
+
+
+def test_a_huge_cell_is_not_quoted_whole(tmp_path):
+    for header, cells in (
+        ("utterance_id", "x" * 5000),
+        ("utterance_id", "\x01" * 5000),
+        ("utterance_id,exclude", f"a1,{'x' * 5000}"),
+    ):
+        with pytest.raises(UserError) as caught:
+            left([write(tmp_path / "list.csv", header, cells)])
+        assert len(str(caught.value)) < 300 + len(str(tmp_path))

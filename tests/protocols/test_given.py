@@ -52,3 +52,12 @@ def test_a_file_of_a_header_has_no_folds(tmp_path):
     path = tmp_path / "folds.csv"
     path.write_text("speaker,fold\n")
     assert read_folds(path) == ()
+
+
+def test_a_huge_cell_is_not_quoted_whole(tmp_path):
+    path = tmp_path / "folds.csv"
+    for rows in (f"a,{'x' * 5000}\n", f"{'x' * 5000},0\n{'x' * 5000},1\n"):
+        path.write_text(f"speaker,fold\n{rows}")
+        with pytest.raises(UserError) as caught:
+            read_folds(path)
+        assert len(str(caught.value)) < 300 + len(str(tmp_path))

@@ -375,3 +375,14 @@ def test_an_emotion_that_train_lacks_is_neither_answered_nor_counted(tiny: Exper
     found = loop.evaluate(model, dev, torch.ones(3), trained_K)
     expected = f1_score(labels, answers[:, :2].argmax(-1), labels=[0, 1], average="macro", zero_division=0)
     assert found["dev_macro_f1"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"epoch": "1"}, {"epoch": -1}, {"best": None}, {"scaler": []}, {"best_epoch": True}]
+)
+def test_counters_that_are_none_are_refused(tiny: Experiment, tmp_path: Path, change: dict[str, object]) -> None:
+    _run(tiny.model_copy(update={"epochs": 1}), keep=tmp_path)
+    (state,) = tmp_path.rglob("state.json")
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    with pytest.raises(UserError, match="not the state of a training"):
+        _run(tiny.model_copy(update={"epochs": 2}), resume_from=state.parent.parent)
