@@ -319,7 +319,7 @@ class Tally:
     """What one run has found; shared by the threads that each talk to a child."""
 
     ended: dict[str, dict[str, Counter[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))
-    """Kind -> mutation -> outcome -> count."""
+    """Kind -> `_group` of mutations -> outcome -> count."""
     messages: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     slowest: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     findings: list[tuple[str, int, Ended]] = field(default_factory=list)
@@ -332,7 +332,7 @@ class Tally:
     def add(self, kind: str, number: int, one: Ended) -> None:
         """One more case."""
         with self.lock:
-            self.ended[kind][one.mutation.partition(":")[0] if kind == "names" else one.mutation][one.outcome] += 1
+            self.ended[kind][_group(one.mutation)][one.outcome] += 1
             self.slowest[kind] = max(self.slowest[kind], one.seconds)
             if one.outcome in ("refused", "answered in part"):
                 self.messages[kind][_shape(one.what)] += 1
@@ -472,6 +472,15 @@ def page(tally: Tally, command: str, seconds: float, workers: int) -> str:
             cells = [str(outcomes[outcome] or "") for outcome in ("done", "answered in part", "refused", "FINDING")]
             lines.append(f"| {mutation} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _group(mutation: str) -> str:
+    """What was changed, without how: a row of the table.
+
+    >>> _group("csv: bytes: cut"), _group("WAV of 1 Hz")
+    ('csv', 'WAV')
+    """
+    return mutation.partition(":")[0].partition(" of ")[0].partition(" in ")[0]
 
 
 def main(arguments: list[str]) -> int:
