@@ -296,7 +296,7 @@ def prepare_process() -> None:
     os.fsync = lambda file: None
     checkpoint.load = load_once
     cluster.connect = no_ray
-    prepare._with_ray = lambda task, chunks, work: (task(chunk, **work) for chunk in chunks)
+    prepare._with_ray = lambda task, chunks, work, console: (task(chunk, **work) for chunk in chunks)
 
 
 def _up(*_: object) -> None:
