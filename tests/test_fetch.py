@@ -59,7 +59,7 @@ def test_what_was_fetched_is_found_offline(space, published, tmp_path):
     assert found.returncode == 2
 
 
-@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("offline", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_backbone_that_is_not_there_is_named_before_any_trial(space, tmp_path, offline):
     own = {"HF_HUB_CACHE": str(tmp_path / "empty"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     if offline:

@@ -119,7 +119,7 @@ class Adapter(Section):
     """Layers below this one stay frozen: they get no LoRA update, and ``full`` does not train them."""
     targets: Words | None = None
     """Names of the linear layers that get a LoRA update. null: all of attention and feed-forward (QLoRA paper,
-    section 4: all layers are needed to match full fine-tuning); for WavLM only those of feed-forward."""
+    section 4: all layers are needed to match full fine-tuning)."""
 
 
 class Head(Section):

@@ -211,8 +211,8 @@ def _votes(several: Sequence[_Checked], source: object) -> tuple[Sequence[_Check
 
 
 def _contradiction(one: _Checked, other: _Checked, what: str, source: object) -> UserError:
-    rows = f"{one.where} and {other.where} contradict each other"
-    return UserError(f"{source}: {rows}: they give {shortened(one.path, 160)} {what}")
+    path = shortened(one.path, 160)
+    return UserError(f"{source}: {one.where} and {other.where} contradict each other: they give {path} {what}")
 
 
 def _emotions_of(one: _Checked, other: _Checked) -> str:

@@ -29,7 +29,7 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
-        "Use: `ser-ray predict THIS_DIRECTORY AUDIO...`\n\n"
+        f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
         f"{_speech(list(experiment.corpora))} Expect lower metrics on other speakers, languages and microphones. "
         "Do not use it to judge people.\n"
     )
@@ -70,6 +70,16 @@ def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
     return (
         f"{experiment.backbone}, frozen, with the probe: logistic regression on its hidden states{others}; no epoch of "
         f"{experiment.adapter.method} was better on dev"
+    )
+
+
+def _elsewhere(experiment: Experiment) -> str:
+    """What who loads the adapter in another program has to know."""
+    if experiment.adapter.method not in ("lora", "qlora"):
+        return ""
+    return (
+        " With PEFT alone, merge adapter/ before use (`merge_and_unload()`): the attention of transformers' WavLM "
+        "bypasses updates that are not merged."
     )
 
 

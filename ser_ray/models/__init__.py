@@ -10,8 +10,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-# WavLM passes torch a boolean padding mask and a float position bias, on purpose.
-warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask", category=UserWarning)
 
 # Utterances have many lengths, and oneDNN caches a kernel and its buffers for each of the last 1024 shapes: 0.8 of
 # 2.6 GB for one epoch of the demo's wav2vec2, at no gain in speed. oneDNN reads this when it makes its first kernel.

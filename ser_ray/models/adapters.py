@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ser_ray import config
+from ser_ray.models import pretrained
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.weights import read_object, read_weights
 from ser_ray.schema import UserError
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 ATTENTION: Final = {
     "wav2vec2": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "hubert": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    # WavLM passes raw weights to F.multi_head_attention_forward: an adapter there is bypassed and never trained.
-    "wavlm": (),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "whisper": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 FEED_FORWARD: Final = {
@@ -54,6 +54,18 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
     from peft import get_peft_model
 
     return get_peft_model(backbone.model, _lora_config(backbone, adapter))
+
+
+def targets_of_0_1(directory: Path, adapter: config.Adapter, backbone: str) -> bool:
+    """Whether a saved adapter has the default targets that WavLM had in version 0.1: feed-forward alone.
+
+    Its attention was transformers' own then, which bypasses adapters and cannot be held in 4 bits.
+    """
+    saved = read_object(directory / "adapter_config.json").get("target_modules")
+    if adapter.targets is not None or not isinstance(saved, list):
+        return False
+    alone = not any(str(target).endswith(ATTENTION["wavlm"]) for target in saved)
+    return alone and pretrained.describe(backbone)[0].model_type == "wavlm"
 
 
 def attach(backbone: Backbone, directory: Path, adapter: config.Adapter) -> PeftModel:

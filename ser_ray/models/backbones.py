@@ -16,7 +16,7 @@ padding the result equals that of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig
 
-from ser_ray.models import pretrained
+from ser_ray.models import pretrained, wavlm
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
+from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype, product_dtype
 from ser_ray.models.pretrained import describe
 from ser_ray.models.weights import not_finite
 from ser_ray.schema import UserError
@@ -182,7 +182,7 @@ class Whisper(Backbone):
 
 
 class Wav2Vec2(Backbone):
-    """wav2vec2, HuBERT and WavLM: strided convolutions over the waveform, a projection, positions, blocks."""
+    """wav2vec2 and HuBERT: strided convolutions over the waveform, a projection, positions, blocks."""
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__(model, family, extractor)
@@ -211,15 +211,8 @@ class Wav2Vec2(Backbone):
     def _block(
         self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        layers = self.layers()
-        if self.family == "wavlm":
-            batch, frames = hidden_BFD.shape[:2]
-            # All blocks use the first one's relative positions, which depend on the number of frames alone.
-            bias_HFF = self.model.encoder.layers[0].attention.compute_bias(frames, frames)
-            bias = bias_HFF.repeat(batch, 1, 1)
-            return lambda index, hidden: layers[index](hidden, attention_mask=mask_BF, position_bias=bias)[0]
         attention_B11F = None if mask_BF is None else mask_BF[:, None, None]
-        return lambda index, hidden: layers[index](hidden, attention_mask=attention_B11F)
+        return lambda index, hidden: self.layers()[index](hidden, attention_mask=attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         return self.model.encoder.layer_norm(hidden_BFD) if self._norm_first() else hidden_BFD
@@ -243,11 +236,36 @@ class Wav2Vec2(Backbone):
         return hidden_BCF, frames_B
 
 
-def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", precision: str = "auto") -> Backbone:
+class WavLM(Wav2Vec2):
+    """The same around blocks with relative positions, whose attention is that of `wavlm`."""
+
+    def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
+        super().__init__(model, family, extractor)
+        for layer in self.layers():
+            layer.attention = wavlm.Attention(layer.attention)
+
+    def _block(
+        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        dtype, config = product_dtype(hidden_BFD), self.model.config
+        # All blocks use the first one's relative positions, which depend on the number of frames alone.
+        embedding_NH = self.model.encoder.layers[0].attention.rel_attn_embed.weight
+        bias_HFF = wavlm.position_bias(embedding_NH, hidden_BFD.shape[1], config.max_bucket_distance, dtype)
+        padding = bias_HFF.new_zeros(()) if mask_BF is None else wavlm.padding(mask_BF, dtype)
+        return lambda index, hidden: self.layers()[index](hidden, padding, bias_HFF)[0]
+
+
+def load(
+    name: str,
+    quantize: bool = False,
+    device: torch.device | str = "cpu",
+    precision: str = "auto",
+    whole: Sequence[str] = (),
+) -> Backbone:
     """Load the backbone of that name: a hub id, a local directory, or ``embedded/...``.
 
     ``quantize``: linear layers in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314), computed in
-    the dtype of ``precision`` on the device.
+    the dtype of ``precision`` on the device. ``whole``: patterns of the names of those that are left as they are.
     Weights are read from safetensors only.
 
     Raises UserError, in one line, for a name that cannot be found, for an architecture that is not supported, and for
@@ -255,7 +273,7 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", 
     """
     config, extractor = describe(name)
     pretrained.check_files(name, config)
-    model = _from_pretrained(name, config, quantize, device, precision)
+    model = _from_pretrained(name, config, quantize, device, precision, whole)
     return _wrapped(model, config, extractor).to(device)
 
 
@@ -271,22 +289,24 @@ def untrained(name: str, seed: int = 0) -> Backbone:
 
 
 def _wrapped(model: nn.Module, config: Any, extractor: Any) -> Backbone:
-    wrap = Whisper if config.model_type == "whisper" else Wav2Vec2
+    wrap = {"whisper": Whisper, "wavlm": WavLM}.get(config.model_type, Wav2Vec2)
     return wrap(model, config.model_type, extractor)
 
 
-def _from_pretrained(name: str, config: Any, quantize: bool, device: torch.device | str, precision: str) -> nn.Module:
+def _from_pretrained(
+    name: str, config: Any, quantize: bool, device: torch.device | str, precision: str, whole: Sequence[str]
+) -> nn.Module:
     options: dict[str, Any] = {}
     if quantize:
-        # WavLM passes the raw weights of its attention to torch, which cannot read 4-bit ones. The projection after
-        # the convolutions is small, and its 4-bit product is a view that later in-place steps may not change.
-        skip = ["feature_projection.projection", *([r".*\.attention"] if config.model_type == "wavlm" else [])]
+        # Both are small; and the 4-bit product of the projection after the convolutions would be a view that later
+        # in-place steps may not change.
+        small = ("feature_projection.projection", "gru_rel_pos_linear")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=nf4_dtype(precision, device),
-            llm_int8_skip_modules=skip,
+            llm_int8_skip_modules=[*small, *whole],
         )
         options["device_map"] = {"": str(device)}
     if config.model_type == "whisper":

@@ -14,7 +14,7 @@ from torch import nn
 
 from ser_ray.config import Experiment
 from ser_ray.models import backbones, heads
-from ser_ray.models.adapters import adapt, attach
+from ser_ray.models.adapters import FEED_FORWARD, adapt, attach, targets_of_0_1
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.prefix import unpack
 from ser_ray.speech.cached_features import Prefix
@@ -81,14 +81,18 @@ def build(
     to start from instead of a new one. ``backbone_from``: where to read the backbone, if not by its name.
     Raises UserError if backbone, adapter or head do not fit; see `backbones.load`, `adapters.adapt` and `heads.of`.
     """
-    quantize = experiment.adapter.method == "qlora"
-    backbone = backbones.load(backbone_from or experiment.backbone, quantize, device, experiment.precision)
+    name, settings = backbone_from or experiment.backbone, experiment.adapter
+    whole: tuple[str, ...] = ()
+    if adapter and targets_of_0_1(adapter, settings, name):
+        settings = settings.model_copy(update={"targets": FEED_FORWARD["wavlm"]})
+        whole = (r".*\.attention",)
+    backbone = backbones.load(name, settings.method == "qlora", device, experiment.precision, whole)
     # Written to adapter_config.json as the base model: the name that others know, wherever it was read.
     backbone.model.name_or_path = experiment.backbone
     backbone.masks = (experiment.augment.channel_mask, experiment.augment.time_mask)
     backbone.recompute = experiment.recompute
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
-        peft = attach(backbone, adapter, experiment.adapter) if adapter else adapt(backbone, experiment.adapter)
+        peft = attach(backbone, adapter, settings) if adapter else adapt(backbone, settings)
         model = EmotionClassifier(experiment, backbone, peft)
     return model.to(device)

@@ -59,6 +59,12 @@ def autocast(precision: str, device: torch.device | str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that a matrix product with this tensor has here: that of `autocast` within it, else the tensor's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def in_fp32(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: the function runs in fp32 whatever `autocast` surrounds it.
 

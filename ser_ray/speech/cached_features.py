@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ser_ray.config import fingerprint
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Raised when the output of `ser_ray.models.prefix.compute` changes; part of a cache's name."""
 COLUMN: Final = "features"
 SCHEMA: Final = pa.schema([("utterance_id", pa.string()), ("num_samples", pa.int32()), (COLUMN, pa.large_binary())])

@@ -50,6 +50,14 @@ def test_a_record_that_does_not_say_what_was_dev_claims_nothing_of_it():
     assert "used for selection" not in what_chose({"runs": [run(0), run(1)]}, "uar")
 
 
+@pytest.mark.parametrize(("method", "merge"), [("lora", True), ("qlora", True), ("frozen", False), ("full", False)])
+def test_who_loads_the_adapter_with_peft_is_told_to_merge_it(method: str, merge: bool) -> None:
+    adapted = {**SPACE["experiment"], "corpora": {"ravdess": "mine.csv"}, "adapter": {"method": method}}
+    dev = summarise(predictions(seed=0), {"description": "as told"}, False)
+    said = model_card(Experiment.model_validate(adapted), dev, dev | {"runs": [run(0)]}, "uar")
+    assert ("merge_and_unload()" in said) is merge
+
+
 def test_every_interval_names_its_own_unit():
     rows = [line for line in card([run(0)]).splitlines() if line.startswith("| ")]
     assert rows[0].endswith("| 95 % intervals over |")

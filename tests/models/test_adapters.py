@@ -40,7 +40,7 @@ def _learning(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("rank", [1, 4])
 def test_lora_adds_rank_times_inputs_plus_outputs(backbones_dir: Path, variant: str, rank: int) -> None:
     model = _model(backbones_dir, variant, method="lora", rank=rank)
-    attention = 0 if variant.startswith("wavlm") else 4 * rank * (WIDTH + WIDTH)
+    attention = 4 * rank * (WIDTH + WIDTH)
     feed_forward = 2 * rank * (WIDTH + FEED_FORWARD)
     learning = _learning(model.backbone)
     assert sum(learning.values()) == LAYERS * (attention + feed_forward)
@@ -110,8 +110,7 @@ def test_dropout_is_in_the_learning_part_only(backbones_dir: Path) -> None:
 def test_qlora_holds_blocks_in_nested_nf4(backbones_dir: Path, variant: str) -> None:
     model = _model(backbones_dir, variant, method="qlora")
     quantised = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    per_layer = 2 if variant.startswith("wavlm") else 6
-    assert len(quantised) == LAYERS * per_layer
+    assert len(quantised) == LAYERS * 6
     for name, module in quantised.items():
         assert "layers." in name
         assert module.weight.quant_type == "nf4"
@@ -119,10 +118,6 @@ def test_qlora_holds_blocks_in_nested_nf4(backbones_dir: Path, variant: str) -> 
         assert module.weight.dtype == torch.uint8
     for part in (model.head, getattr(model.backbone.model, "feature_projection", nn.Identity())):
         assert not any(isinstance(module, bnb.nn.Linear4bit) for module in part.modules())
-    if variant.startswith("wavlm"):
-        attention = [m for n, m in model.named_modules() if n.endswith("attention.q_proj")]
-        assert len(attention) == LAYERS
-        assert all(type(module) is nn.Linear for module in attention)
 
 
 @pytest.mark.parametrize("variant", ["wav2vec2-layer", "whisper"])
@@ -149,6 +144,9 @@ def test_qlora_has_the_same_gradients_after_an_evaluation(backbones_dir: Path, v
 
 def test_a_bypassed_adapter_is_named_after_the_first_step(backbones_dir: Path) -> None:
     model = _model(backbones_dir, "wavlm-group", method="lora", targets=["q_proj"])
+    for layer in model.backbone.layers():
+        projection = layer.attention.q_proj
+        projection.forward = projection.base_layer.forward  # as where an encoder takes the weights for itself
     _backward(model)
     with pytest.raises(UserError, match=r"encoder\.layers\.0\.attention\.q_proj.*adapter\.targets") as caught:
         check_gradients(model)

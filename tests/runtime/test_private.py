@@ -115,6 +115,7 @@ def test_what_listens_is_what_the_security_page_lists(ray_cluster):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_workers_of_a_trial_meet_without_a_port_for_everybody(ray_cluster, tmp_path):
     def work() -> None:
         value = torch.ones(1) * (dist.get_rank() + 1)

@@ -92,8 +92,8 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
 @pytest.mark.parametrize(
     ("point", "status", "attempts"),
     [
-        ("first", "failed", ATTEMPTS),
-        pytest.param("epoch", "finished", 3, marks=pytest.mark.slow),
+        pytest.param("first", "failed", ATTEMPTS, marks=pytest.mark.slow),
+        ("epoch", "finished", 3),
         pytest.param("save", "finished", 3, marks=pytest.mark.slow),
         pytest.param("line", "finished", 4, marks=pytest.mark.slow),
     ],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ser_ray.config import Experiment
+from ser_ray.models import wavlm
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.schema import UserError
 from ser_ray.speech.stream import Batch
@@ -27,6 +28,8 @@ SPLITS = {"ragged": (5, 2), "uneven": (5, 1), "even": (4, 2), "one batch": (1, 2
 """Batches an epoch, and how many of each process a step takes at most. Of ragged, the two have two and one in the first
 step; of uneven, one has none in the second and in the third; of one batch, one has none at all."""
 WEIGHTS = torch.tensor([9.0, 1.0, 3.0])
+VARIANTS = ("whisper", "wavlm-layer")
+"""Whose gradients are compared; in WavLM all blocks share the position bias of the first."""
 OWN = ([0, 2, 4], [1, 3])
 """Of the batches of one step, those of either process."""
 
@@ -53,6 +56,8 @@ def _still(described: Experiment) -> EmotionClassifier:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(module, wavlm.Attention):
+            module.dropout = 0.0
     return model
 
 
@@ -80,7 +85,7 @@ def _gradients(backbone: str, out: Path, rank: int) -> None:
         last = number == OWN[rank][-1]
         step.add_gradients(trained, batches[number], WEIGHTS, share, scaler, described, last)
     found = {name: p.grad.contiguous() for name, p in model.named_parameters() if p.grad is not None}
-    save_file(found, out / f"gradients_{rank}.safetensors")
+    save_file(found, out / f"gradients_{Path(backbone).name}_{rank}.safetensors")
 
 
 def _spoiled(backbone: str, out: Path, rank: int) -> None:
@@ -100,7 +105,8 @@ def _worker(rank: int, backbone: str, out: str) -> None:
     _fit(backbone, Path(out), "uneven", rank, "random", DEV)
     _fit(backbone, Path(out), "even", rank, "probe", DEV[:1])
     _fit(backbone, Path(out), "one batch", rank, "random", DEV)
-    _gradients(backbone, Path(out), rank)
+    for variant in VARIANTS:
+        _gradients(str(Path(backbone).parent / variant), Path(out), rank)
     _spoiled(backbone, Path(out), rank)
     dist.destroy_process_group()
 
@@ -117,8 +123,9 @@ def _results(ran: Path, name: str, rank: int) -> tuple[dict[str, torch.Tensor], 
     return load_file(ran / f"{name}_{rank}.safetensors"), json.loads((ran / f"{name}_{rank}.json").read_text())
 
 
-def test_the_gradient_is_that_of_a_plain_loop_over_utterances(ran: Path, backbones_dir: Path) -> None:
-    model, batches = _still(_described(str(backbones_dir / "whisper"))), _step_batches()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_is_that_of_a_plain_loop_over_utterances(ran: Path, backbones_dir: Path, variant: str) -> None:
+    model, batches = _still(_described(str(backbones_dir / variant))), _step_batches()
     held = float(sum(WEIGHTS[batch.labels_B].sum() for batch in batches))
     for batch in batches:
         for row, length in enumerate(batch.lengths_B.tolist()):
@@ -127,7 +134,7 @@ def test_the_gradient_is_that_of_a_plain_loop_over_utterances(ran: Path, backbon
             (WEIGHTS[label[0]] * nn.functional.cross_entropy(scores, label) / held).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for rank in range(2):
-        found = load_file(ran / f"gradients_{rank}.safetensors")
+        found = load_file(ran / f"gradients_{variant}_{rank}.safetensors")
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)

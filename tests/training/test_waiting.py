@@ -107,6 +107,7 @@ def _worker(rank: int, backbone: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_nor_in_two_processes(backbones_dir: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (str(backbones_dir / "whisper"), str(tmp_path)), nprocs=2)
     said = {path.name: path.read_text() for path in tmp_path.glob("*.txt")}
