@@ -1,6 +1,6 @@
 """WavLM's attention here beside that of transformers: seconds, operations, and bytes kept for the backward pass.
 
-    python tests/benchmarks/wavlm.py > results/benchmarks/wavlm.md
+    python tests/benchmarks/wavlm.py [--shapes base] [--batches "2 of 4 s"] [--rounds 5] > results/benchmarks/wavlm.md
 
 Blocks of random weights in the shapes of wavlm-base-plus and wavlm-large, fp32, with the published dropout, on one
 thread of a CPU; both sides have the same weights and get the same input. Seconds are those of the process on its core
@@ -13,9 +13,11 @@ adapter in transformers' attention is bypassed.
 
 from __future__ import annotations
 
+import argparse
+import copy
+import shlex
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from ser_ray.models.backbones import frame_mask
 
 SHAPES: Final = {"base": (768, 12, False), "large": (1024, 16, True)}
 """Width, heads, whether blocks normalise their input."""
-BATCHES: Final = {"4 of 4 s": (199, 185, 170, 150), "1 of 15 s": (749,)}
+BATCHES: Final = {"2 of 4 s": (199, 170), "1 of 10 s": (499,)}
 """Frames of each utterance."""
 WAYS: Final = {
     "frozen": Adapter(method="frozen"),
@@ -41,7 +43,6 @@ WAYS: Final = {
     "full": Adapter(method="full"),
 }
 ONLY_HERE: Final = "LoRA in all layers"
-ROUNDS: Final = 5
 FREE: Final = (
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "detach", "slice"),
     *(
@@ -79,12 +80,8 @@ def sides(shape: str, way: str, frames: tuple[int, ...], blocks: int) -> dict[st
         hidden_size=width, num_attention_heads=heads, num_hidden_layers=blocks, intermediate_size=4 * width,
         do_stable_layer_norm=stable, feat_extract_norm="layer" if stable else "group", conv_dim=[16] * 7,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as directory:
-        described.save_pretrained(directory)
-        transformers.Wav2Vec2FeatureExtractor().save_pretrained(directory)
-        ours = backbones.untrained(directory)
     theirs = transformers.WavLMModel(described)
-    theirs.load_state_dict(ours.model.state_dict())
+    ours = backbones._wrapped(copy.deepcopy(theirs), described, transformers.Wav2Vec2FeatureExtractor())
     hidden_BFD = torch.randn(len(frames), max(frames), width)
     mask_BF = frame_mask(torch.tensor(frames), max(frames))
 
@@ -131,10 +128,10 @@ def step(run: Run, way: str) -> None:
         run().square().mean().backward()
 
 
-def seconds(both: dict[str, tuple[torch.nn.Module, Run]], way: str) -> dict[str, list[float]]:
+def seconds(both: dict[str, tuple[torch.nn.Module, Run]], way: str, rounds: int) -> dict[str, list[float]]:
     """Of each side, one a round."""
     taken: dict[str, list[float]] = {side: [] for side in both}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for side, (model, run) in both.items():
             model.zero_grad()
             started = time.process_time()
@@ -161,10 +158,10 @@ def operations_and_bytes(model: torch.nn.Module, run: Run, way: str) -> tuple[in
     return counted.count, sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
 
 
-def row(shape: str, batch: str, way: str) -> str:
+def row(shape: str, batch: str, way: str, rounds: int) -> str:
     """Of the table."""
     both = sides(shape, way, BATCHES[batch], 2)
-    taken = seconds(both, way)
+    taken = seconds(both, way, rounds)
     more = sides(shape, way, BATCHES[batch], 3)
     cells = {}
     for side in both:
@@ -183,9 +180,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
     about = (__doc__ or "").split("\n\n")
-    print(f"# WavLM's attention\n\n{about[0]}\n\n```\n{about[1].strip()}\n```\n\n{about[2].strip()}\n")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {ROUNDS} rounds.\n")
+    command = shlex.join(["python", "tests/benchmarks/wavlm.py", *sys.argv[1:]])
+    print(f"# WavLM's attention\n\n{about[0]}\n\n```\n{command} > results/benchmarks/wavlm.md\n```\n")
+    print(f"{about[2].strip()}\n")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {asked.rounds} rounds.\n")
     print("| | | | s a step | | | operations a block | | MB kept a block | |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     print(
@@ -193,10 +197,10 @@ def main() -> None:
         + "| transformers | here " * 2
         + "|"
     )
-    for shape in SHAPES:
-        for batch in BATCHES:
+    for shape in asked.shapes:
+        for batch in asked.batches:
             for way in WAYS:
-                print(row(shape, batch, way), flush=True)
+                print(row(shape, batch, way, asked.rounds), flush=True)
                 print(f"{shape}, {batch}, {way}", file=sys.stderr)
 
 
