@@ -166,8 +166,8 @@ def test_every_row_that_was_promised_is_among_the_jobs(tmp_path: Path) -> None:
     assert {cell["switch"] for cell in cells if cell.get("switch")} == set(gpu.SWITCHES)
     assert [job.name for job in jobs if job.command] == [
         "RAVDESS",
-        "the first step of the demo",
         "the demo",
+        "the first step of the demo",
         "RAVDESS, a GPU each",
     ]
     assert len(gpu.jobs(gpu_arguments(ravdess=None), tmp_path)) == len(jobs) - 2
@@ -192,6 +192,15 @@ def test_a_job_that_hangs_or_fails_is_a_row_and_costs_the_others_nothing(tmp_pat
         ("fails", "exit code 3"),
         ("ends", None),
     ]
+
+
+def test_what_a_search_did_is_read_from_its_folder(tmp_path: Path) -> None:
+    job = gpu.search("RAVDESS, a GPU each", "ravdess_whisper.yaml", tmp_path, 1)
+    folder = tmp_path / "results" / "RAVDESS--a-GPU-each"
+    folder.mkdir(parents=True)
+    (folder / "trials.csv").write_text("trial_id,status\n0,finished\n1,stopped\n2,failed\n3,running\n")
+    (folder / "plan.json").write_text('{"allocation": {"sharing": "4 trials on each GPU"}}')
+    assert gpu.outcome(job) == {"trials": 4, "done": 2, "sharing": "4 trials on each GPU"}
 
 
 def test_the_page_has_a_line_for_every_row() -> None:
