@@ -26,7 +26,8 @@ from transformers import BitsAndBytesConfig
 
 from ser_ray.models import pretrained
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype
+from ser_ray.models.lowrank import Updates
+from ser_ray.models.precision import WEIGHTS, compute_dtype, in_fp32, nf4_dtype
 from ser_ray.models.pretrained import describe
 from ser_ray.models.weights import not_finite
 from ser_ray.schema import UserError
@@ -69,6 +70,10 @@ class Backbone(nn.Module):
         """SpecAugment in training: the largest share of channels, and of frames, that a mask covers."""
         self.recompute = False
         """Gradient checkpointing: a block's activations are recomputed in the backward pass, not stored."""
+        self.compute_dtype = WEIGHTS
+        """What products are computed in, and frozen weights may be held in."""
+        self.updates: Updates | None = None
+        """LoRA's, where there are any."""
         self._augments = False
 
     def layers(self) -> nn.ModuleList:
@@ -86,6 +91,8 @@ class Backbone(nn.Module):
         output includes the final norm."""
         hiddens = [hidden_BFD]
         run = self._block(hidden_BFD, mask_BF)
+        if self.updates is not None:
+            run = self.updates.during(run)
         for index in range(start, self.num_layers if stop is None else stop):
             trainable = self.first_trained is not None and index >= self.first_trained
             with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
@@ -233,7 +240,9 @@ def load(name: str, quantize: bool = False, device: torch.device | str = "cpu", 
     config, extractor = describe(name)
     pretrained.check_files(name, config)
     model = _from_pretrained(name, config, quantize, device, precision)
-    return _wrapped(model, config, extractor).to(device)
+    backbone = _wrapped(model, config, extractor).to(device)
+    backbone.compute_dtype = compute_dtype(precision, device)
+    return backbone
 
 
 def untrained(name: str, seed: int = 0) -> Backbone:

@@ -217,9 +217,9 @@ def page(result: dict[str, Any], command: str) -> str:
     known = {"now": counts} | ({"before": before} if before else {})
     lines = ["# What a training step costs before any clock", "", "```", command, "```", ""]
     lines += [
-        f"torch {machine['torch']}, transformers {machine['transformers']}, on a CPU in bf16; width {WIDTH}. Kernels: in "
-        "forward and backward, of one more block.",
-        "Kept: for the backward pass, of one more block and 100 s of audio. The script says how they are counted.",
+        f"torch {machine['torch']}, transformers {machine['transformers']}, on a CPU in bf16; width {WIDTH}.",
+        "Kernels: in forward and backward, of one more block. Kept: for the backward pass, of one more block and 100 s of",
+        "audio. The script says how they are counted.",
         "",
     ]
     heading = ["family", "method"]
@@ -294,8 +294,8 @@ def _whisper(name: str, scratch: Path) -> Path:
 def _rates_of(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
-        f"Utterances per second of whisper-tiny.en's encoder in training, fp32, steps of 20 s, {machine['cores']} cores "
-        f"({machine['processor']}), {ROUNDS} turns each; load average over a quarter of an hour {result['load']:.1f}."
+        "Utterances per second of whisper-tiny.en's encoder in training, fp32, steps of 20 s, "
+        f"{machine['cores']} cores ({machine['processor']}), {ROUNDS} turns each; load average over a quarter of an hour {result['load']:.1f}."
     )
 
 
