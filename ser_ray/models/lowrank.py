@@ -6,7 +6,8 @@ several times:
 
 - The input is converted once, and kept once. q, k and v of one attention, whose input is the same, are one product.
 - W is held in the dtype that it is computed in (`precision.hold_frozen`), or in NF4, and dequantised in forward and
-  again in backward. NF4's scales are held in fp32 beside the quantised ones, half a bit a weight: one kernel, not three.
+  again in backward. Its scales are held in fp32 beside the quantised ones, half a bit a weight: one kernel in place of
+  three.
 - A and B, in fp32, are converted for all layers at once at the start of a forward pass, with B times alpha / rank.
 - Dropout zeroes inputs of A for a whole batch, that is columns of A (Lin et al. 2024, arXiv 2404.09610): it costs no
   kernel in a layer, and no mask is kept. PEFT's draws every frame anew, which a mean over the frames averages away.
@@ -294,7 +295,7 @@ def _groups(block: nn.Module) -> list[_Group]:
     """The adapted layers of a block: those with the same input together, the others by themselves."""
     groups: list[_Group] = []
     for parent in block.modules():
-        adapted = {name: child for name, child in parent.named_children() if hasattr(child, "lora_A")}
+        adapted = {name: child for name, child in parent.named_children() if _is_adapted(child)}
         together = [adapted.pop(name) for name in SAME_INPUT if name in adapted]
         if not _can_be_joined(together):
             groups += [_Group([layer]) for layer in together]
@@ -302,6 +303,11 @@ def _groups(block: nn.Module) -> list[_Group]:
             groups.append(_Group(together))
         groups += [_Group([layer]) for layer in adapted.values()]
     return groups
+
+
+def _is_adapted(module: Any) -> bool:
+    """Variants of LoRA with arithmetic of their own, such as DoRA, are left to PEFT."""
+    return hasattr(module, "lora_A") and not module.lora_variant
 
 
 def _can_be_joined(layers: Sequence[Any]) -> bool:

@@ -15,7 +15,7 @@ copies of them do not count, and again of three blocks less two.
 
 With ``--against``, another checkout of this project is counted too, in a process of its own. With ``--whisper`` as
 well, both train that encoder (or its shape in random weights, if DIR is ``random``) in fp32 by turns, and utterances
-per second are compared: the median of the ratios of neighbouring turns.
+per second are compared, by the clock and by the time that a process had a core.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
@@ -46,6 +48,9 @@ from ser_ray.disk import write_json, write_text
 from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import autocast, compute_dtype
+from ser_ray.runtime import feed
+from ser_ray.speech import stream
+from ser_ray.training import loop
 
 FAMILIES: Final = ("whisper", "wav2vec2", "hubert", "wavlm")
 METHODS: Final = ("frozen", "full", "lora", "qlora")
@@ -53,7 +58,7 @@ TIMED: Final = ("lora", "qlora")
 WIDTH, HEADS = 256, 4
 SECONDS: Final = (3.0, 2.5, 1.5, 3.0)
 """Of the utterances of a batch: 12 s with padding."""
-ROUNDS: Final = 6
+TURNS, UTTERANCES, TIMED_EPOCHS = 3, 16, 2
 RESERVING: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
 
 Counts = dict[str, dict[str, dict[str, float]]]
@@ -153,10 +158,28 @@ def count(family: str, method: str) -> dict[str, float]:
     return {"kernels": more - fewer, "kept_mb": (larger - less) / 1e6 * 100 / seconds}
 
 
-def rate(backbone: Path, method: str) -> float:
-    """Utterances per second of `loop.fit` in an epoch after the first, as speed.py has them: steps of 20 s."""
-    described: Experiment = gpu.experiment(backbone, method, 3).model_copy(update={"batch_seconds": 20.0})
-    return gpu.ours(described, gpu.speech(32), torch.device("cpu")).utterances_per_s
+def rate(backbone: Path, method: str) -> tuple[float, float]:
+    """Utterances per second of `loop.fit` in the epochs after the first, in steps of 20 s as speed.py has them: by the
+    clock, and by the seconds that the process had a core."""
+    described: Experiment = gpu.experiment(backbone, method, 1 + TIMED_EPOCHS)
+    described = described.model_copy(update={"batch_seconds": 20.0})
+    table = gpu.as_table(gpu.speech(UTTERANCES))
+    own = feed.data(described, stream.Held(table), stream.Held(table.slice(0, 1)), stream.SPEECH)
+    times: list[tuple[float, float]] = []
+
+    def train(epoch: int) -> Any:
+        times.append((time.perf_counter(), time.process_time()))
+        return own.train(epoch)
+
+    def dev() -> Any:
+        times.append((time.perf_counter(), time.process_time()))
+        return own.dev()
+
+    loop.fit(build(described), replace(own, train=train, dev=dev), lambda record, save: None)
+    epochs = list(zip(times[2::2], times[3::2], strict=True))
+    assert len(epochs) == TIMED_EPOCHS
+    clock, core = (sum(end[which] - start[which] for start, end in epochs) for which in (0, 1))
+    return UTTERANCES * TIMED_EPOCHS / clock, UTTERANCES * TIMED_EPOCHS / core
 
 
 def answer(request: list[str]) -> Any:
@@ -197,17 +220,15 @@ def every_count(ask: Callable[..., Any]) -> Counts:
     return {family: {method: ask("count", family, method) for method in METHODS} for family in FAMILIES}
 
 
-def by_turns(whisper: Path, other: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    """Utterances per second of both, and the ratio of every pair of turns; a busy machine slows both of a pair."""
-    found: dict[str, dict[str, Any]] = {method: {"ours": [], "other": []} for method in TIMED}
-    for turn in range(ROUNDS):
+def by_turns(whisper: Path, other: Callable[..., Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The rates of both, turn by turn; a busy machine slows both of a turn."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {method: {"now": [], "before": []} for method in TIMED}
+    sides = {"now": rate, "before": lambda directory, method: tuple(other("rate", str(directory), method))}
+    for turn in range(TURNS):
         for method, rates in found.items():
-            sides = {"ours": rate, "other": lambda where, which: other("rate", str(where), which)}
             for name in sorted(sides, reverse=turn % 2 == 1):
                 rates[name].append(sides[name](whisper, method))
-            print(method, *(f"{name} {rates[name][-1]:.2f}" for name in sides), file=sys.stderr, flush=True)
-    for rates in found.values():
-        rates["ratios"] = [ours / other for ours, other in zip(rates["ours"], rates["other"], strict=True)]
+                print(method, name, *(f"{one:.2f}" for one in rates[name][-1]), file=sys.stderr, flush=True)
     return found
 
 
@@ -218,8 +239,8 @@ def page(result: dict[str, Any], command: str) -> str:
     lines = ["# What a training step costs before any clock", "", "```", command, "```", ""]
     lines += [
         f"torch {machine['torch']}, transformers {machine['transformers']}, on a CPU in bf16; width {WIDTH}.",
-        "Kernels: in forward and backward, of one more block. Kept: for the backward pass, of one more block and 100 s of",
-        "audio. The script says how they are counted.",
+        "Kernels: in forward and backward, of one more block. Kept: for the backward pass, of one more block and 100 s",
+        "of audio. The script says how they are counted.",
         "",
     ]
     heading = ["family", "method"]
@@ -238,14 +259,8 @@ def page(result: dict[str, Any], command: str) -> str:
             if before:
                 cells += [_ratio(own[figure], before[family][method][figure]) for figure in ("kernels", "kept_mb")]
             lines.append(_row(cells))
-    if rates := result["rates"]:
-        lines += ["", _rates_of(result), "", _row(["method", "now", "before", "ratio", "least", "largest"])]
-        lines.append("|---" * 6 + "|")
-        for method, own in rates.items():
-            medians = [f"{statistics.median(own[side]):.2f}" for side in ("ours", "other")]
-            ratios = own["ratios"]
-            spread = [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
-            lines.append(_row([method, *medians, *spread]))
+    if result["rates"]:
+        lines += ["", *_rates(result)]
     return "\n".join(lines) + "\n"
 
 
@@ -260,6 +275,7 @@ def main(given: list[str]) -> None:
     if arguments.whisper and not arguments.against:
         parser.error("--whisper needs --against")
     transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the script is run beside others
     if arguments.answer:
         for line in sys.stdin:
             print("answer", json.dumps(answer(json.loads(line))), flush=True)
@@ -267,21 +283,27 @@ def main(given: list[str]) -> None:
     other = Checkout(arguments.against.resolve()) if arguments.against else None
     machine = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine |= {"cores": str(os.cpu_count()), "processor": platform.processor() or platform.machine()}
+    options = [f"--against {arguments.against.name}"] if other else []
+    options += ["--whisper WHISPER"] if arguments.whisper else []
+    command = " ".join(["python tests/benchmarks/steps.py", *options])
     result: dict[str, Any] = {"machine": machine, "counts": every_count(lambda *request: answer(list(request)))}
     result |= {"before": every_count(other) if other else None, "rates": None}
+    _write(result, arguments.out, command)
     if arguments.whisper and other:
         with tempfile.TemporaryDirectory() as scratch:
             result["rates"] = by_turns(_whisper(arguments.whisper, Path(scratch)), other)
         result["load"] = os.getloadavg()[2]
+        _write(result, arguments.out, command)
     if other:
         other.close()
-    write_json(arguments.out / "steps.json", result)
-    options = [f"--against {arguments.against.name}"] if other else []
-    options += ["--whisper WHISPER"] if arguments.whisper else []
-    write_text(arguments.out / "steps.md", page(result, " ".join(["python tests/benchmarks/steps.py", *options])))
 
 
 # -- below: how it is done
+
+
+def _write(result: dict[str, Any], out: Path, command: str) -> None:
+    write_json(out / "steps.json", result)
+    write_text(out / "steps.md", page(result, command))
 
 
 def _whisper(name: str, scratch: Path) -> Path:
@@ -291,12 +313,27 @@ def _whisper(name: str, scratch: Path) -> Path:
     return gpu.write_backbone("whisper", gpu.Shape(4, 384, 6, 80), scratch)
 
 
-def _rates_of(result: dict[str, Any]) -> str:
+def _rates(result: dict[str, Any]) -> list[str]:
     machine = result["machine"]
-    return (
-        "Utterances per second of whisper-tiny.en's encoder in training, fp32, steps of 20 s, "
-        f"{machine['cores']} cores ({machine['processor']}), {ROUNDS} turns each; load average over a quarter of an hour {result['load']:.1f}."
-    )
+    lines = [
+        "Utterances per second of whisper-tiny.en's encoder in training, fp32, steps of 20 s, one thread, "
+        f"{machine['processor']}: medians of {TURNS} turns.",
+        "Of a core: per second that the process had one, which counts on a busy machine "
+        f"(load average over a quarter of an hour: {result['load']:.1f}, on {machine['cores']} cores).",
+        "Ratios: the median over turns, the least and the largest.",
+        "",
+        _row(["method", "now", "before", "ratio", "now, of a core", "before, of a core", "ratio of a core"]),
+        "|---" * 7 + "|",
+    ]
+    for method, rates in result["rates"].items():
+        cells = [method]
+        for which in (0, 1):
+            now, before = ([one[which] for one in rates[name]] for name in ("now", "before"))
+            ratios = [ours / theirs for ours, theirs in zip(now, before, strict=True)]
+            cells += [f"{statistics.median(side):.2f}" for side in (now, before)]
+            cells.append(f"**{statistics.median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}]")
+        lines.append(_row(cells))
+    return lines
 
 
 def _row(cells: list[str]) -> str:

@@ -15,6 +15,7 @@ from backbone_fixtures import VARIANTS, experiment, noise_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.lowrank import SAME_INPUT
@@ -253,7 +254,7 @@ def test_a_copy_is_its_own_model(backbones_dir: Path) -> None:
     assert not torch.equal(_step(copied)[0], before_BK)
 
 
-def test_disabled_and_merged_updates(backbones_dir: Path) -> None:
+def test_disabled_and_merged_updates(backbones_dir: Path, tmp_path: Path) -> None:
     model = _model(backbones_dir, "whisper", dropout=0.0)
     frozen = build(experiment(backbones_dir / "whisper", adapter={"method": "frozen"})).eval()
     frozen.head = model.head
@@ -269,6 +270,11 @@ def test_disabled_and_merged_updates(backbones_dir: Path) -> None:
     model.peft.merge_and_unload()
     assert not _layers(model)
     torch.testing.assert_close(_logits(model), updated_BK, rtol=1e-4, atol=1e-5)
+    merged = model.backbone.model.state_dict()
+    model.backbone.model.save_pretrained(tmp_path)  # q, k and v are views of one tensor
+    read = WhisperEncoder.from_pretrained(tmp_path).state_dict()
+    assert merged.keys() == read.keys()
+    assert all(torch.equal(merged[name], read[name]) for name in merged)
 
 
 def test_updates_that_were_merged_into_nf4_and_taken_out_again(backbones_dir: Path) -> None:
