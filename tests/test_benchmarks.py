@@ -41,6 +41,7 @@ import gpu
 import gpu_cells
 import order
 import reference_rehearsal
+import steps
 import trainer
 
 CPU = torch.device("cpu")
@@ -250,6 +251,34 @@ def test_feed_script_at_a_small_size(capsys: pytest.CaptureFixture[str]) -> None
         ("read from a file", "1"),
     ]
     assert all(math.isfinite(float(figure)) and float(figure) > 0 for row in rows[1:] for figure in row[2:])
+
+
+def test_what_a_step_costs_is_counted() -> None:
+    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8)
+    with steps.Kernels() as kernels, steps.kept() as held:
+        product = x @ y
+        (product.view(8, 4) * product.view(8, 4)).t()
+    assert kernels.names == {"mm": 1, "mul": 1}
+    assert held() == y.nbytes + product.nbytes, "each storage once, and nothing for views"
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2", "hubert"])
+def test_lora_dispatches_and_keeps_no_more_than_full_training(family: str) -> None:
+    full, lora, qlora = (steps.count(family, method) for method in ("full", "lora", "qlora"))
+    assert 40 < lora["kernels"] <= min(full["kernels"], 110 if family == "whisper" else 150)
+    assert qlora["kernels"] <= lora["kernels"] + 10
+    assert 10 < lora["kept_mb"] <= full["kept_mb"]
+
+
+def test_the_page_of_steps_has_a_row_for_every_family_and_method() -> None:
+    counts = {family: {m: {"kernels": 80.0, "kept_mb": 50.0} for m in steps.METHODS} for family in steps.FAMILIES}
+    before = {family: {m: {"kernels": 200.0, "kept_mb": 100.0} for m in steps.METHODS} for family in steps.FAMILIES}
+    rates = {method: {"now": [(4.0, 8.0)] * 3, "before": [(2.0, 4.0)] * 3} for method in steps.TIMED}
+    machine = {"torch": "1", "transformers": "2", "cores": "2", "processor": "x"}
+    result = {"machine": machine, "counts": counts, "before": before, "rates": rates, "load": 3.0}
+    page = steps.page(result, "command")
+    assert page.count("| 80 | 50.0 | 200 | 100.0 | 1.00 | 1.00 | 0.40 | 0.50 |") == 16
+    assert page.count("| 4.00 | 2.00 | **2.00** [2.00, 2.00] | 8.00 | 4.00 | **2.00** [2.00, 2.00] |") == 2
 
 
 def test_the_order_of_an_epoch_is_told_before_and_now() -> None:

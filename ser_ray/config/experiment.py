@@ -114,7 +114,8 @@ class Adapter(Section):
     alpha: Annotated[float, NO_UNIT] = Field(16.0, gt=0)
     """The update is scaled by alpha / rank. The default is twice the default rank, as is usual."""
     dropout: Annotated[float, Unit("share of the inputs")] = Field(0.05, ge=0, lt=1)
-    """Dropout on the input of the low-rank update. The default is the QLoRA paper's value for small models."""
+    """Dropout on the input of the low-rank update: of a layer's inputs for a whole batch, not of single frames. The
+    default is the QLoRA paper's value for small models."""
     first_layer: Annotated[int, Unit("layers")] = Field(0, ge=0)
     """Layers below this one stay frozen: they get no LoRA update, and ``full`` does not train them."""
     targets: Words | None = None

@@ -12,6 +12,8 @@ from torch import nn
 from ser_ray import config
 from ser_ray.models import pretrained
 from ser_ray.models.backbones import Backbone
+from ser_ray.models.lowrank import Updates
+from ser_ray.models.precision import hold_frozen
 from ser_ray.models.weights import read_object, read_weights
 from ser_ray.schema import UserError
 
@@ -50,10 +52,14 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
         return None
     backbone.model.requires_grad_(False)
     if adapter.method == "frozen":
+        hold_frozen(backbone.model, backbone.compute_dtype)
         return None
     from peft import get_peft_model
 
-    return get_peft_model(backbone.model, _lora_config(backbone, adapter))
+    peft = get_peft_model(backbone.model, _lora_config(backbone, adapter))
+    hold_frozen(backbone.model, backbone.compute_dtype)  # later than PEFT, which would round new updates as well
+    backbone.updates = Updates(backbone.layers())
+    return peft
 
 
 def targets_of_0_1(directory: Path, adapter: config.Adapter, backbone: str) -> bool:

@@ -28,7 +28,8 @@ from transformers import BitsAndBytesConfig
 
 from ser_ray.models import pretrained, wavlm
 from ser_ray.models.logmel import LogMel
-from ser_ray.models.precision import WEIGHTS, in_fp32, nf4_dtype, product_dtype
+from ser_ray.models.lowrank import Updates
+from ser_ray.models.precision import WEIGHTS, compute_dtype, in_fp32, nf4_dtype, product_dtype
 from ser_ray.models.pretrained import describe
 from ser_ray.models.weights import not_finite
 from ser_ray.schema import UserError
@@ -73,6 +74,10 @@ class Backbone(nn.Module):
         """SpecAugment in training: the largest share of channels, and of frames, that a mask covers."""
         self.recompute = False
         """Gradient checkpointing: a block's activations are recomputed in the backward pass, not stored."""
+        self.compute_dtype = WEIGHTS
+        """What products are computed in, and frozen weights may be held in."""
+        self.updates: Updates | None = None
+        """LoRA's, where there are any."""
         self._augments = False
 
     def layers(self) -> nn.ModuleList:
@@ -96,6 +101,8 @@ class Backbone(nn.Module):
         hiddens = [hidden_BFD]
         # Without a mask, torch may choose a faster kernel for attention.
         run = self._block(hidden_BFD, mask_BF if padded else None)
+        if self.updates is not None:
+            run = self.updates.during(run)
         for index in range(start, self.num_layers if stop is None else stop):
             trainable = self.first_trained is not None and index >= self.first_trained
             with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
@@ -274,7 +281,9 @@ def load(
     config, extractor = describe(name)
     pretrained.check_files(name, config)
     model = _from_pretrained(name, config, quantize, device, precision, whole)
-    return _wrapped(model, config, extractor).to(device)
+    backbone = _wrapped(model, config, extractor).to(device)
+    backbone.compute_dtype = compute_dtype(precision, device)
+    return backbone
 
 
 def untrained(name: str, seed: int = 0) -> Backbone:

@@ -14,11 +14,11 @@ from functools import wraps
 from typing import Final, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 WEIGHTS: Final = torch.float32
-"""The dtype of weights, trainable and frozen alike. Trainable ones need it: a step of AdamW is often smaller than the
-resolution of bf16. Frozen ones could be in `compute_dtype`, which would halve their size and save autocast its copies;
-until that is measured on a GPU, one dtype for both is simpler."""
+"""The dtype that weights are read in, and trainable ones stay in: a step of AdamW is often smaller than the resolution
+of bf16. See `hold_frozen` for the others."""
 CONTEXT_BYTES: Final = 600 * 2**20
 """Estimated GPU memory of a process besides its tensors: the CUDA context, loaded kernels, cuBLAS."""
 
@@ -63,6 +63,23 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that a matrix product with this tensor has here: that of `autocast` within it, else the tensor's."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what `autocast` would convert at every use, to the same bits: frozen weights of linear layers and
+    convolutions. That halves their memory, and saves the conversions. Norms, positions and 4-bit layers stay as they
+    are, and so does what is trainable.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.weight.is_floating_point():
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """The context in which nothing is converted unasked, within `autocast` too."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def in_fp32(function: Callable[P, R]) -> Callable[P, R]:

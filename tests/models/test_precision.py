@@ -166,17 +166,14 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
     batch = noise_batch((0.5, 0.83, 0.61))
     own = int(batch.lengths_B[0])
     alone = Batch(batch.utterance_ids[:1], batch.inputs[:1, :own], batch.lengths_B[:1], batch.labels_B[:1])
-    model = build(
-        experiment(
-            backbones_dir / variant,
-            adapter={"method": method, "first_layer": 1, "rank": 2},
-            head={"layer_mix": mix},
-            precision=setting,
-        )
-    ).eval()
-    torch.manual_seed(0)
-    _excite(model.backbone, 0.1)
-    assert {parameter.dtype for parameter in model.parameters()} <= {torch.float32, torch.uint8}  # uint8: NF4
+    described = {"adapter": {"method": method, "first_layer": 1, "rank": 2}, "head": {"layer_mix": mix}}
+    exact, model = (build(experiment(backbones_dir / variant, **described, precision=p)) for p in ("fp32", setting))
+    for one in (exact.eval(), model.eval()):
+        torch.manual_seed(0)
+        _excite(one.backbone, 0.1)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    held = {torch.float32} if method == "full" else {torch.float32, DTYPES[setting], torch.uint8}  # uint8: NF4
+    assert {parameter.dtype for parameter in model.parameters()} <= held
     for pooling in ("mean", "statistics", "attentive"):
         for hidden in (0, 8):
             torch.manual_seed(1)
@@ -186,7 +183,8 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
             )
             model.head, model.prefix = PooledHead(model.experiment, LAYERS, WIDTH).eval(), None
             _excite(model.head, 0.1)
-            expected_BK = _logits(model, batch, "fp32")
+            exact.head = model.head
+            expected_BK = _logits(exact, batch, "fp32")
             found_BK = _logits(model, batch, setting)
             largest = float(expected_BK.abs().max())
             assert largest > 0.1
@@ -195,6 +193,21 @@ def test_every_head_adapter_and_cache_gives_the_logits_of_fp32(
             torch.testing.assert_close(_logits(model, alone, setting), found_BK[:1], rtol=0, atol=atol / 2)
             of_cache_BK = _logits(model, cached(model, batch, setting), setting)
             torch.testing.assert_close(of_cache_BK, found_BK, rtol=0, atol=atol / 2)
+
+
+@pytest.mark.parametrize("setting", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frozen_weights_in_the_compute_dtype_change_no_bit(backbones_dir: Path, variant: str, setting: str) -> None:
+    """So a cache that was made before, or by a backbone that holds them in fp32, is the same."""
+    batch = noise_batch((0.5, 0.83))
+    plain = backbones.load(str(backbones_dir / variant)).eval()
+    held = build(experiment(backbones_dir / variant, adapter={"method": "frozen"}, precision=setting)).eval()
+    dtypes = {type(m): m.weight.dtype for m in held.backbone.modules() if isinstance(m, nn.Linear | nn.LayerNorm)}
+    assert dtypes == {nn.Linear: DTYPES[setting], nn.LayerNorm: torch.float32}
+    with torch.inference_mode(), precision.autocast(setting, "cpu"):
+        found, expected = (one(batch.inputs, batch.lengths_B)[0] for one in (held.backbone, plain))
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
