@@ -133,7 +133,12 @@ class Backbone(nn.Module):
         return self.blocks(hidden_BFD, mask_BF, stop=stop, padded=padded), mask_BF
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks, each when it first runs: one program for batches of any size and length."""
+        """Compile the blocks, each when it first runs: one program for batches of any size and length.
+
+        Low-rank updates are then those of PEFT's layers, whose kernels the compiler merges by itself; it cannot look
+        into an operation with a backward pass of its own.
+        """
+        self.updates = None
         # Programs differ by what a block is asked for: gradients or none, a mask or none, one utterance or several.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_PROGRAMS)
         for layer in self.layers():

@@ -232,6 +232,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B."""
         x_ND, a, b = ctx.saved_tensors
+        with no_autocast(x_ND.device):
+            return _Linear._gradients(ctx, x_ND, a, b, gradients)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, x_ND: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gradients: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
         layers, outputs, _ = b.shape
         low = x_ND @ a.flatten(0, 1).t()  # not kept: with it, LoRA may keep more than full training does
         y = gradients[0] if layers == 1 else torch.cat(gradients, -1)

@@ -146,8 +146,7 @@ def test_a_step_over_nf4_weights_that_are_dequantised_together(
     model = _model(backbone_fixtures.write_backbone(variant, tmp_path / variant).parent, variant, method="qlora")
     updates = model.backbone.updates
     assert updates is not None
-    together = [] if variant.startswith("wavlm") else [3]  # WavLM's attention is not adapted
-    assert sorted(len(group.layers) for group in updates.blocks[0]) == [1, 1, *([1, 3] if together else [])]
+    assert sorted(len(group.layers) for group in updates.blocks[0]) == [1, 1, 1, 3]
     _check_step(model)
 
 
