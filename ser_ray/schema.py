@@ -5,6 +5,7 @@ Every other module may import this one; it imports none of the project's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -87,10 +88,14 @@ def reason_of(error: Exception, most: int | None = None) -> str:
 def shortened(text: str, most: int = 80) -> str:
     """What a file says, for a message that quotes it: a damaged table may hold all of itself in one cell.
 
-    >>> shortened("angry"), shortened("ha" * 100, 6)
-    ('angry', 'hahaha...')
+    At most ``most`` characters as they are shown, which is ``\\x00`` for one that cannot be printed.
+
+    >>> shortened("angry"), shortened("ha" * 100, 6), shortened(chr(0) * 3, 6) == chr(0) + "..."
+    ('angry', 'hahaha...', True)
     """
-    return text if len(text) <= most else f"{text[:most]}..."
+    widths = itertools.accumulate(1 if character.isprintable() else len(r"\x00") for character in text)
+    fitting = sum(1 for _ in itertools.takewhile(lambda width: width <= most, widths))
+    return text if fitting == len(text) else f"{text[:fitting]}..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bitsandbytes
@@ -193,6 +195,25 @@ def test_a_job_that_hangs_or_fails_is_a_row_and_costs_the_others_nothing(tmp_pat
         ("fails", "exit code 3"),
         ("ends", None),
     ]
+
+
+def test_what_runs_ends_with_the_script(tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})\n"
+        "import gpu, argparse, pathlib\n"
+        "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
+        "gpu.machine = lambda: {}\n"
+        "gpu.jobs = lambda *_: [gpu.Job('sleeps', 600, command=['-c', sleeps])]\n"
+        f"gpu.main(['--rows', {str(tmp_path / 'rows.jsonl')!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    log, child = tmp_path / "rows.log", ""
+    while not child.isdigit():
+        time.sleep(0.1)
+        child = log.read_text().rpartition("==")[2].removeprefix(" sleeps").strip() if log.exists() else ""
+    process.terminate()
+    process.wait(60)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_what_a_search_did_is_read_from_its_folder(tmp_path: Path) -> None:

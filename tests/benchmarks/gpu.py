@@ -18,6 +18,7 @@ import csv
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -167,18 +168,24 @@ def run(job: Job, rows: Path, limit_s: float, arguments: argparse.Namespace) -> 
             code = process.wait(limit_s)
             failed = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            # Asked first, so that a search ends its Ray; then with all that it started.
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
             failed = f"not done in {limit_s:.0f} s"
+        finally:
+            _end(process)  # also where this script is ended: nothing of it may stay on the GPU
     took = round(time.perf_counter() - started, 1)
     if job.command or failed:
         found = {"failed": failed} if failed else outcome(job)
         add_row(rows, {"job": job.name, "took_s": took} | found)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, so that a search ends its Ray; then end it with all that it started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def outcome(job: Job) -> Row:
@@ -299,6 +306,7 @@ def main(given: list[str]) -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing")
     arguments = parser.parse_args(given)
     arguments.rows = arguments.rows.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     ends = time.monotonic() + 60 * arguments.minutes
     if not arguments.page:
         add_row(arguments.rows, machine())
