@@ -324,7 +324,8 @@ def test_another_batch_than_the_planned_one_is_noticed(tiny: Experiment) -> None
 def test_half_precision_gives_finite_steps(tiny: Experiment, precision: str) -> None:
     model, records = _run(with_sections(tiny, precision=precision, epochs=1))
     assert math.isfinite(records[0]["train_loss"])
-    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
