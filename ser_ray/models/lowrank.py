@@ -224,23 +224,30 @@ class _Linear(torch.autograd.Function):
             y.addmm_(low, b[0].t())
         else:
             _by_layer(y, layers).baddbmm_(_by_layer(low, layers), b.transpose(1, 2))
-        ctx.save_for_backward(x_ND, a, b)
+        # In fewer bits it is computed again: with it, LoRA may keep more than full training does. In fp32, that is on a
+        # CPU, the product costs more.
+        ctx.save_for_backward(x_ND, a, b, low if frozen.dtype is torch.float32 else None)
         ctx.frozen, ctx.shape, ctx.dtype = frozen, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1).split(outputs, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x_ND, a, b = ctx.saved_tensors
+        x_ND, a, b, low = ctx.saved_tensors  # once: gradient checkpointing gives them no second time
         with no_autocast(x_ND.device):
-            return _Linear._gradients(ctx, x_ND, a, b, gradients)
+            low = x_ND @ a.flatten(0, 1).t() if low is None else low
+            return _Linear._gradients(ctx, x_ND, a, b, low, gradients)
 
     @staticmethod
     def _gradients(
-        ctx: Any, x_ND: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gradients: tuple[torch.Tensor, ...]
+        ctx: Any,
+        x_ND: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        low: torch.Tensor,
+        gradients: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor | None, ...]:
         layers, outputs, _ = b.shape
-        low = x_ND @ a.flatten(0, 1).t()  # not kept: with it, LoRA may keep more than full training does
         y = gradients[0] if layers == 1 else torch.cat(gradients, -1)
         y = y.reshape(len(x_ND), layers * outputs)
         of_low = torch.empty_like(low)
