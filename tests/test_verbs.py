@@ -511,7 +511,8 @@ def test_training_on_what_frozen_layers_computed_gives_the_same_figures(space, r
 
 
 def test_targets_that_do_not_exist_stop_the_run_in_one_line(space, capsys):
-    arguments = ["resources.workers=0", "experiment.adapter={method: lora, rank: 2, targets: [query]}"]
+    arguments = ["experiment.name=targets", "resources.workers=0"]
+    arguments += ["experiment.adapter={method: lora, rank: 2, targets: [query]}"]
     assert main(["train", str(space), *arguments]) == 2
     assert "adapter.targets: 'query' is not a linear layer" in one_line(capsys)
 

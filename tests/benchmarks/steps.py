@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-import gpu
+import gpu_cells
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,7 +146,7 @@ def count(family: str, method: str) -> dict[str, float]:
     for blocks in (2, 3):
         with tempfile.TemporaryDirectory() as scratch:
             backbone = write_backbone(family, blocks, Path(scratch))
-            described = gpu.experiment(backbone, method, 1).model_copy(update={"precision": "bf16"})
+            described = _described(backbone, method, precision="bf16")
             # A CPU has 4-bit weights in fp32 (`precision.nf4_dtype`), a GPU in the precision of the experiment.
             with mock.patch.object(backbones, "nf4_dtype", compute_dtype):
                 model = build(described).train()
@@ -161,9 +161,9 @@ def count(family: str, method: str) -> dict[str, float]:
 def rate(backbone: Path, method: str) -> tuple[float, float]:
     """Utterances per second of `loop.fit` in the epochs after the first, in steps of 20 s as speed.py has them: by the
     clock, and by the seconds that the process had a core."""
-    described: Experiment = gpu.experiment(backbone, method, 1 + TIMED_EPOCHS)
-    described = described.model_copy(update={"batch_seconds": 20.0})
-    table = gpu.as_table(gpu.speech(UTTERANCES))
+    epochs = 1 + TIMED_EPOCHS
+    described = _described(backbone, method, epochs=epochs, patience=epochs)
+    table = gpu_cells.as_table(gpu_cells.speech(UTTERANCES))
     own = feed.data(described, stream.Held(table), stream.Held(table.slice(0, 1)), stream.SPEECH)
     times: list[tuple[float, float]] = []
 
@@ -301,6 +301,12 @@ def main(given: list[str]) -> None:
 # -- below: how it is done
 
 
+def _described(backbone: Path, method: str, **changes: Any) -> Experiment:
+    """As gpu.py has it, in batches of 20 s."""
+    experiment: Experiment = gpu_cells.described({"method": method, "seconds": 20}, backbone)
+    return experiment.model_copy(update=changes)
+
+
 def _write(result: dict[str, Any], out: Path, command: str) -> None:
     write_json(out / "steps.json", result)
     write_text(out / "steps.md", page(result, command))
@@ -310,7 +316,7 @@ def _whisper(name: str, scratch: Path) -> Path:
     """The directory of an encoder; for ``random`` one in the shape of whisper-tiny.en."""
     if name != "random":
         return Path(name).resolve()
-    return gpu.write_backbone("whisper", gpu.Shape(4, 384, 6, 80), scratch)
+    return gpu_cells.write_backbone("whisper", (4, 384, 6, 80), scratch)
 
 
 def _rates(result: dict[str, Any]) -> list[str]:
