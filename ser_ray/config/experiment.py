@@ -140,6 +140,15 @@ class Head(Section):
     init: Literal["random", "probe"] = "random"
     """probe: start from logistic regression on the frozen backbone's best layer (``concat``: on all layers), then
     fine-tune (arXiv 2202.10054: fine-tuning with a random head distorts good features)."""
+    speaker: Literal["none", "center", "standardize"] = "none"
+    """What is known of a speaker from recordings without labels. none: nothing is used, as a metric is comparable with
+    published ones only for speakers of whom nothing is known. center: their mean is subtracted from the pooled vector.
+    standardize: it is then divided by their deviation. Trained with a random number of recordings, so one model serves
+    any number, also none. `Protocol.enrolment` measures what they are worth."""
+    speaker_shrinkage: Annotated[float, Unit("recordings")] = Field(2.0, gt=0, le=1000)
+    """A speaker's mean over k recordings counts as if so many further ones, of an average speaker of train, were known:
+    (sum + s m) / (k + s). With 2 a single recording, which has an emotion of its own, moves the mean by a third. Near 0
+    the mean of one recording is that recording; 0 is refused, as nothing would be left at k = 0."""
 
     @field_validator("init")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Final
 CHECKPOINT: Final[Mapping[str, str]] = {
     "adapter/*": "low-rank updates in PEFT's layout (lora, qlora)",
     "backbone/*": "the whole encoder in transformers' layout (full)",
-    "head.safetensors": "layer mix, pooling and classifier",
+    "head.safetensors": "layer mix, pooling and classifier; with head.speaker the average speaker",
     "experiment.yaml": "the resolved experiment: all that is needed to build the model",
     "labels.json": "index of the output -> emotion",
     "metrics.json": "the record of its epoch; written last, so a checkpoint that has it is complete",

@@ -17,6 +17,7 @@ from ser_ray.models import backbones, heads
 from ser_ray.models.adapters import adapt, attach
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.prefix import unpack
+from ser_ray.models.voice import Voice
 from ser_ray.speech.cached_features import Prefix
 
 if TYPE_CHECKING:
@@ -30,20 +31,29 @@ class EmotionClassifier(nn.Module):
         super().__init__()
         self.experiment = experiment
         self.backbone = backbone
-        self.head = heads.of(experiment.head)(experiment, backbone.num_layers, backbone.width)
+        self.head = heads.make(experiment, backbone.num_layers, backbone.width)
         self.prefix: Prefix | None = None
         """Set while the model's inputs are cached features in place of waveforms."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
 
-    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK."""
+    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor, voices: Voice | None = None) -> torch.Tensor:
+        """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK.
+
+        ``voices``: what is known of each utterance's speaker; only for a head that uses it.
+        """
         if self._sees_moments():
-            return self.head.classify(self.head.embed_moments(inputs))
+            return self.head.classify(self.head.relative(self.head.embed_moments(inputs), voices))
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B)
-        logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
+        logits_BK: torch.Tensor = self.head(hiddens, mask_BF, voices)
         return logits_BK
+
+    def pooled(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """The same inputs -> pooled_BP: what a voice is made of, and what `Head.relative` takes."""
+        if self._sees_moments():
+            return self.head.embed_moments(inputs)
+        return self.head.embed(*self.hidden_states(inputs, lengths_B))
 
     def hidden_states(self, inputs: torch.Tensor, lengths_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The states that the head mixes, each (B, F, D), and mask_BF."""
