@@ -38,6 +38,8 @@ FILES: Final[Mapping[str, str]] = {
     "evaluation/choice.json": "the finalists on dev, which one was chosen and why",
     "evaluation/dev.json": "dev metrics of the chosen model, with intervals",
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",
+    "evaluation/enrolment.json": "with head.speaker: dev and test metrics by how many recordings of a speaker are used",
+    "evaluation/enrolment.png": "the same as a picture",
     "evaluation/test_openings.json": "each opening of the test set: when, for which trial, by which command",
     "evaluation/predictions.parquet": "probabilities of the chosen model for every dev and test utterance",
     "evaluation/confusion_*.png": "confusion matrices of dev and test",

@@ -70,19 +70,26 @@ def without(whole: Voice, part: Voice) -> Voice:
     return Voice(count_B, mean_BP * (rest > 0), (squares_BP / rest.clamp(min=1)).clamp(min=0) * (rest > 0))
 
 
-def of_the_others(pooled_NP: torch.Tensor, speakers: Sequence[str], recordings: Sequence[str]) -> Voice:
-    """For every row of ``pooled_NP`` the voice of its speaker's other recordings; k is 0 for speakers not known.
+class Others:
+    """The voice of all other recordings of a row's speaker, for rows of ``pooled_NP``; of speakers not known k is 0.
 
     ``recordings`` names what a row belongs to: rows of one recording, such as its windows, are never used for each
     other.
     """
-    of_speaker, of_recording = rows_by(speakers), rows_by(recordings)
-    whole = voices_of(pooled_NP, list(of_speaker.values()))
-    part = voices_of(pooled_NP, list(of_recording.values()))
-    place = {name: number for number, name in enumerate(of_speaker)}
-    own = {name: number for number, name in enumerate(of_recording)}
-    voices = without(whole.at([place[s] for s in speakers]), part.at([own[r] for r in recordings]))
-    return voices._replace(count_B=voices.count_B * torch.tensor([is_known(s) for s in speakers]))
+
+    def __init__(self, pooled_NP: torch.Tensor, speakers: Sequence[str], recordings: Sequence[str]) -> None:
+        of_speaker, of_recording = rows_by(speakers), rows_by(recordings)
+        place = {name: number for number, name in enumerate(of_speaker)}
+        self.pooled_NP, self.places = pooled_NP, [place[name] for name in speakers]
+        self.whole = voices_of(pooled_NP, list(of_speaker.values()))
+        self.own = [of_recording[name] for name in recordings]
+        self.known = torch.tensor([is_known(name) for name in speakers])
+
+    def at(self, rows: Sequence[int]) -> Voice:
+        """The voices that ``rows`` are answered with."""
+        part = voices_of(self.pooled_NP, [self.own[row] for row in rows])
+        voices = without(self.whole.at([self.places[row] for row in rows]), part)
+        return voices._replace(count_B=voices.count_B * self.known[list(rows)])
 
 
 def rows_by(names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ def test_the_voice_of_the_others_is_that_of_a_plain_loop(speakers: list[str], fi
     names = [unknown_speaker("c", str(n)) if s == "unknown" else s for n, s in enumerate(speakers)]
     recordings = [f"{name} {n % files}" for n, name in enumerate(names)]
     pooled_NP = _pooled(len(names), seed)
-    found = voice.of_the_others(pooled_NP, names, recordings)
+    found = voice.Others(pooled_NP, names, recordings).at(range(len(names)))
     for row, (name, recording) in enumerate(zip(names, recordings, strict=True)):
         rows = [n for n in range(len(names)) if names[n] == name and recordings[n] != recording]
         assert found.count_B[row] == (0 if "unknown" in name else len(rows))
@@ -114,7 +114,7 @@ def test_the_names_of_speakers_change_nothing(names: list[str]) -> None:
         assert torch.equal(mine, theirs)
     ids = [str(n) for n in range(11)]
     for mine, theirs in zip(
-        voice.of_the_others(pooled_NP, first, ids), voice.of_the_others(pooled_NP, second, ids), strict=True
+        *(voice.Others(pooled_NP, speakers, ids).at(range(11)) for speakers in (first, second)), strict=True
     ):
         assert torch.equal(mine, theirs)
 
