@@ -32,6 +32,7 @@ from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast, compute_dtype
+from ser_ray.models.voice import Voice
 from ser_ray.schema import UserError
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
@@ -190,14 +191,19 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Every batch (on the model's device) with its logits_BK, in evaluation mode and training's precision."""
+def predict_batches(
+    model: EmotionClassifier, batches: Iterable[Batch], voice: Voice | None = None
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Every batch (on the model's device) with its logits_BK, in evaluation mode and training's precision.
+
+    ``voice``: what is known of the one speaker of all of them.
+    """
     model.eval()
     device = _device(model)
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):
-            yield batch, model(batch.inputs, batch.lengths_B)
+            yield batch, model(batch.inputs, batch.lengths_B, voice and voice.at([0] * len(batch)))
 
 
 def evaluate(

@@ -94,6 +94,27 @@ def test_the_fold_does_not_depend_on_it(trained, space):
     assert fold_path(read, [], Path()) == fold_path(other, [], Path())
 
 
+def test_predict_with_a_table_is_the_evaluation_with_all_others(trained, actor, tiny_corpus, tmp_path, capsys):
+    """The same recordings from their files, in another order and by other names of the speakers."""
+    (point,) = (p for p in actor.enrolled(str(_checkpoint(trained)), "test") if p.recordings == "others")
+    (expected,) = point.draws
+    table = tmp_path / "calls.csv"
+    lines = [
+        f"{tiny_corpus / f'Actor_{speaker[-2:]}' / (utterance_id.partition('/')[2] + '.wav')},who-{speaker[-2:]}"
+        for utterance_id, speaker in zip(expected.utterance_ids, expected.speakers, strict=True)
+    ]
+    table.write_text("\n".join(["path,speaker", *reversed(lines)]) + "\n")
+    assert main(["predict", str(_checkpoint(trained)), str(table), "--enrol", "self", "--format", "jsonl"]) == 0
+    printed = capsys.readouterr()
+    assert "used all other unlabelled recordings of the speaker" in printed.err
+    answers = {Path(answer["path"]).stem: answer for answer in map(json.loads, printed.out.splitlines())}
+    assert len(answers) == len(expected)
+    for utterance_id, probabilities_K in zip(expected.utterance_ids, expected.probabilities, strict=True):
+        found = answers[utterance_id.partition("/")[2]]["probabilities"]
+        assert list(found) == list(expected.emotions)
+        np.testing.assert_allclose(list(found.values()), probabilities_K, atol=1e-3)
+
+
 @pytest.mark.ray
 def test_an_evaluation_writes_the_curve_beside_the_headline(trained, ray_cluster, capsys):
     assert main(["evaluate", str(trained)]) == 0
