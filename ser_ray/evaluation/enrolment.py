@@ -101,7 +101,10 @@ def _row(points: Sequence[Enrolled]) -> dict[str, Any]:
     num_emotions = len(draws[0].emotions)
     each = [headline(confusion(draw.labels, draw.predicted, num_emotions)) for draw in draws]
     every = pooled(draws)
-    limits, unit = bootstrap_ci95(every.labels, every.predicted, every.speakers, num_emotions)
+    # Of a single speaker utterances are resampled, each with all of its draws: these are no further utterances.
+    alone = len(set(every.speakers)) == 1
+    units = every.utterance_ids if alone else every.speakers
+    limits, unit = bootstrap_ci95(every.labels, every.predicted, units, num_emotions)
     sizes = [len(point.draws[0]) for point in points]
     return {
         "recordings": recordings,
@@ -111,5 +114,5 @@ def _row(points: Sequence[Enrolled]) -> dict[str, Any]:
         "n": len(draws[0]),
         **{name: float(np.mean([metrics[name] for metrics in each])) for name in HEADLINE},
         "ci95": {name: list(interval) for name, interval in limits.items()},
-        "ci95_unit": unit,
+        "ci95_unit": "utterances" if alone else unit,
     }

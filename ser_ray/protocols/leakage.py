@@ -52,7 +52,8 @@ def audit_search(
         notes["no listener ratings"] = f"{detail}: the intended emotion is used"
     pairs = list(pairs)
     if _knows_speakers(space):
-        notes["speakers are known"] = _enrolled_note(space, task.index.to_pylist(), pairs)
+        rows = task.index.select(["utterance_id", "speaker", "audio_sha256"]).to_pylist()
+        notes["speakers are known"] = _enrolled_note(space, rows, pairs)
     folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
     result = audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy, task.excluded)
     return result | {"advice": [*advice.to_exclude(result), *advice.other_folds(space, task.unsplit, folds)]}

@@ -6,9 +6,9 @@ serves every number, and knows 0. The draw depends on the seed, the epoch and th
 processes or the names of speakers. Speakers who are not known count as k = 0.
 
 The pooled vectors that voices are made of come from a pass over train without gradient or augmentation, before the
-first epoch and after each: of cached features a small part of an epoch, with adapters about a third. They are constants
-for the gradient, and at the end of an epoch they are those of the weights at its beginning. The average speaker, which
-is saved with the head, is always that of the current weights.
+first epoch and after each: it takes as long as the forward passes of an epoch. They are constants for the gradient,
+and at the end of an epoch they are those of the weights at its beginning. The average speaker, which is saved with the
+head, is always that of the current weights.
 """
 
 from __future__ import annotations

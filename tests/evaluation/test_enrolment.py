@@ -19,6 +19,7 @@ from ser_ray import config, report
 from ser_ray.config import OTHERS, Enrolment
 from ser_ray.evaluation import enrolment
 from ser_ray.evaluation.enrolment import Enrolled, answered_with
+from ser_ray.evaluation.summary import summarise
 from ser_ray.schema import UserError, unknown_speaker
 
 ROWS = st.lists(
@@ -121,6 +122,21 @@ def test_more_draws_do_not_narrow_the_interval_over_speakers():
     """They are of the same speakers."""
     one, five = (enrolment.curve([[_enrolled(1, [1] * n, 1.0)]])[0] for n in (1, 5))
     assert five["ci95"]["uar"] == pytest.approx(one["ci95"]["uar"], abs=1e-6)
+
+
+def test_nor_that_over_the_utterances_of_a_single_speaker():
+    """Draws are of the same utterances; the interval is about as wide as that of one draw."""
+
+    def of_one(point):
+        draws = [replace(draw, speakers=("ravdess/01",) * len(draw)) for draw in point.draws]
+        return Enrolled(point.recordings, tuple(draws), point.used)
+
+    one, five = (enrolment.curve([[of_one(_enrolled(1, [1] * n, 1.0))]])[0] for n in (1, 5))
+    assert one["ci95_unit"] == five["ci95_unit"] == "utterances"
+    widths = [row["ci95"]["uar"][1] - row["ci95"]["uar"][0] for row in (one, five)]
+    assert widths[1] == pytest.approx(widths[0], rel=1e-6)
+    plain = summarise(of_one(_enrolled(0, [1], 0.0)).draws[0], {}, False)["ci95"]["uar"]
+    assert widths[0] == pytest.approx(plain[1] - plain[0], rel=0.1)
 
 
 @pytest.mark.parametrize(
