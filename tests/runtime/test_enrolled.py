@@ -13,6 +13,7 @@ from test_verbs import write_space
 from ser_ray import config
 from ser_ray.__main__ import main
 from ser_ray.evaluation.enrolment import answered_with
+from ser_ray.evaluation.folder import trial_history
 from ser_ray.evaluation.results import read_results
 from ser_ray.models import checkpoint
 from ser_ray.protocols.task import Task
@@ -29,10 +30,14 @@ def space(tiny_corpus, tiny_cache, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(space) -> Path:
     """A results folder of one trial, trained in this process."""
+    return _train(space, "voices", "resources.workers=0")
+
+
+def _train(space: Path, name: str, *overrides: str) -> Path:
     changes = ("head.speaker=center", "protocol.enrolment.recordings=[0,1,4,others]", "protocol.enrolment.draws=2")
-    overrides = ["experiment.name=voices", "resources.workers=0", *(f"experiment.{change}" for change in changes)]
-    assert main(["train", str(space), *overrides, "experiment.adapter.method=frozen"]) == 0
-    return space.parent / "results" / "voices"
+    own = [f"experiment.name={name}", "experiment.adapter.method=frozen", *(f"experiment.{c}" for c in changes)]
+    assert main(["train", str(space), *own, *overrides]) == 0
+    return space.parent / "results" / name
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,18 @@ def test_predict_with_a_table_is_the_evaluation_with_all_others(trained, actor, 
         found = answers[utterance_id.partition("/")[2]]["probabilities"]
         assert list(found) == list(expected.emotions)
         np.testing.assert_allclose(list(found.values()), probabilities_K, atol=1e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_streams_takes_the_same_steps(trained, space, ray_cluster):
+    """Between two epochs it reads all of train once more, for the voices."""
+    streamed = _train(space, "streamed", "resources.data=streamed")
+    mine, theirs = (trial_history(folder / "trials" / "single") for folder in (streamed, trained))
+    assert [record["epoch"] for record in mine] == [1, 2]
+    for ours, expected in zip(mine, theirs, strict=True):
+        assert ours["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+        assert ours["dev_loss"] == pytest.approx(expected["dev_loss"], rel=1e-3)
 
 
 @pytest.mark.ray
