@@ -13,6 +13,7 @@ __all__ = [
     "Model",
     "Rows",
     "SearchResults",
+    "SpeakerVoice",
     "UserError",
     "audit_data",
     "load",

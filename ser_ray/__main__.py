@@ -45,6 +45,12 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Enrol(StrEnum):
+    """How the speakers of a table become known."""
+
+    self = "self"
+
+
 Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
@@ -217,9 +223,40 @@ def predict(
     backbone: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
     ] = None,
+    voice: Annotated[
+        Path | None, typer.Option(help="What is known of the one speaker of all AUDIO: a file of `ser-ray enrol`.")
+    ] = None,
+    enrol: Annotated[
+        Enrol | None,
+        typer.Option(
+            help="self: AUDIO is a table (path, speaker), whose speakers are known by their other recordings."
+        ),
+    ] = None,
 ) -> int:
     """Predict the emotion of recordings, with the probability of each."""
-    return _call("predict", checkpoint, audio, format=format.value, output=output, backbone=backbone)
+    options = {"output": output, "backbone": backbone, "voice": voice, "enrol": enrol is not None}
+    return _call("predict", checkpoint, audio, format=format.value, **options)
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray enrol results/mine/best anna/ --output anna.json",
+        "ser-ray predict results/mine/best call.wav --voice anna.json",
+    ),
+)
+def enrol(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/mine/best.")],
+    audio: Annotated[
+        list[Path], typer.Argument(metavar="AUDIO", help="Recordings of one speaker: files, and folders of them.")
+    ],
+    output: Annotated[Path, typer.Option(help="The file to write: numbers, no audio.")],
+    name: Annotated[str, typer.Option(help="Who it is; written to the file.")] = "",
+    backbone: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+    ] = None,
+) -> int:
+    """Make a speaker known by recordings without labels, for predict --voice."""
+    return _call("enrol", checkpoint, audio, output, name=name, backbone=backbone)
 
 
 def _run(arguments: list[str]) -> int:
@@ -258,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     if COMPLETE in os.environ:  # asked by the shell, for what may follow
         app(prog_name="ser-ray")
     try:
-        if name != "predict" and (
+        if name not in ("predict", "enrol") and (
             bad := [one for one in arguments if one != os.fsencode(one).decode(errors="replace")]
         ):
             raise UserError(f"{disk.readable(bad[0])}: this name is not UTF-8, as records and Ray need it; rename it")

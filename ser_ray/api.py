@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from ser_ray.evaluation.results import Results
     from ser_ray.models.classifier import EmotionClassifier
-    from ser_ray.training.inference import Source
+    from ser_ray.models.voice_file import SavedVoice
+    from ser_ray.training.inference import Answer, Source
 
     Recordings = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
@@ -62,7 +63,13 @@ class Model:
         """The classes, in the order of the model's outputs."""
         return self.classifier.experiment.emotions
 
-    def predict(self, recordings: Recordings, sampling_rate: int | None = None) -> Rows:
+    def predict(
+        self,
+        recordings: Recordings,
+        sampling_rate: int | None = None,
+        voice: SpeakerVoice | str | Path | None = None,
+        speakers: Sequence[str | None] | None = None,
+    ) -> Rows:
         """The emotion of each recording, and the probability of each.
 
         ``recordings``: paths of files, or of folders that are searched for audio, or arrays (T,) of float in [-1, 1] or
@@ -73,28 +80,98 @@ class Model:
         A recording longer than ``audio.max_seconds`` has a row for each of its equal windows, with start and end in
         seconds, and then one for all of it, their mean.
 
-        Raises UserError if no path exists, for folders without audio alone, and arrays without a sampling rate.
+        For a model with ``head.speaker``, ``voice`` is what is known of the one speaker of all recordings: of `enrol`,
+        or a file. Or ``speakers`` names that of each recording, None where it is not known: each is then answered with
+        all others of its speaker, never itself. An answer that uses either says nothing about unknown speakers.
+
+        Raises UserError if no path exists, for folders without audio alone, and arrays without a sampling rate; for a
+        voice of another checkpoint, and for a model that does not use what is known of a speaker.
         """
         import pyarrow as pa
 
         from ser_ray.evaluation.predictions import PROBABILITY
-        from ser_ray.training.inference import answer_columns, predict
+        from ser_ray.training.inference import answer_columns
 
-        answers = predict(self.classifier, _sources(recordings, sampling_rate))
+        answers = self._answers(_sources(recordings, sampling_rate), voice, speakers)
         columns = answer_columns(self.emotions)
         numbers = {"start", "end", *(PROBABILITY + emotion for emotion in self.emotions)}
         types = {name: pa.float64() if name in numbers else pa.string() for name in columns}
         return Rows(pa.Table.from_pylist([answer.row(self.emotions) for answer in answers], pa.schema(types)))
 
+    def enrol(self, recordings: Recordings, sampling_rate: int | None = None, name: str = "") -> SpeakerVoice:
+        """What recordings without labels say of their one speaker, for `predict`.
+
+        Arguments and errors: as `predict`; also if none can be used, and for a model without ``head.speaker``.
+        """
+        from ser_ray.models import voice_file
+        from ser_ray.training.enrolment import enrol
+
+        voice_file.check_uses_voices(self.classifier, "enrol")
+        voice, unusable = enrol(self.classifier, _sources(recordings, sampling_rate))
+        if not int(voice.count_B[0]):
+            raise UserError(f"no recording could be used{f': {unusable[0].reason}' if unusable else ''}")
+        return SpeakerVoice(voice_file.saved(self.classifier, voice, name))
+
+    def _answers(
+        self, sources: list[Source], voice: SpeakerVoice | str | Path | None, speakers: Sequence[str | None] | None
+    ) -> Iterator[Answer]:
+        from ser_ray.models import voice_file
+        from ser_ray.schema import unknown_speaker
+        from ser_ray.training.enrolment import predict_each_other
+        from ser_ray.training.inference import predict
+
+        if voice is None and speakers is None:
+            return predict(self.classifier, sources)
+        voice_file.check_uses_voices(self.classifier, "predict")
+        if speakers is None:
+            saved = (
+                voice.saved if isinstance(voice, SpeakerVoice) else voice_file.read(Path(str(voice)), self.classifier)
+            )
+            voice_file.check_is_of(saved, self.classifier, "voice")
+            return predict(self.classifier, sources, saved.voice)
+        if voice is not None:
+            raise UserError("voice and speakers: give one of them")
+        if len(speakers) != len(sources):
+            raise UserError(f"{len(speakers)} speakers for {len(sources)} recordings; name one for each")
+        named = [f"given/{s}" if s else unknown_speaker("given", str(n)) for n, s in enumerate(speakers)]
+        return predict_each_other(self.classifier, sources, named)
+
     def embed(self, recordings: Recordings, sampling_rate: int | None = None) -> np.ndarray:
-        """The pooled vector of each recording, which the classifier sees: (N, P) float32, NaN where it is not usable.
-        That of a recording longer than ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into.
+        """The pooled vector of each recording: (N, P) float32, NaN where it is not usable. It is what the classifier
+        sees, before what is known of the speaker is subtracted, if anything is. That of a recording longer than
+        ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into.
 
         Arguments and errors: as `predict`.
         """
         from ser_ray.training.inference import embed
 
         return embed(self.classifier, _sources(recordings, sampling_rate))
+
+
+@dataclass(frozen=True)
+class SpeakerVoice:
+    """What a model knows of a speaker by recordings without labels: numbers, no audio. `Model.enrol` makes it."""
+
+    saved: SavedVoice = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.saved)
+
+    @property
+    def name(self) -> str:
+        """Who it is."""
+        return self.saved.name
+
+    @property
+    def recordings(self) -> int:
+        """How many recordings it is made of; a long one counts once for each of its windows."""
+        return self.saved.recordings
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, for `Model.predict` and ``ser-ray predict --voice``."""
+        from ser_ray.models import voice_file
+
+        voice_file.write(self.saved, Path(path))
 
 
 @dataclass(frozen=True)
@@ -237,7 +314,7 @@ def _yaml(value: Any) -> str:
 def _sources(recordings: Recordings, sampling_rate: int | None) -> list[Source]:
     import numpy as np
 
-    from ser_ray.predict import find_audio
+    from ser_ray.corpora.files import find_audio
 
     alone = isinstance(recordings, str | Path | np.ndarray) or not isinstance(recordings, Sequence)
     several: Sequence[Any] = [recordings] if alone else recordings  # type: ignore[assignment]

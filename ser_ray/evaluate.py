@@ -27,6 +27,7 @@ from rich.console import Console
 from ser_ray import config, disk
 from ser_ray.config import Adapter, Experiment, Head, SearchSpace
 from ser_ray.evaluation import folder
+from ser_ray.evaluation.enrolment import Enrolled
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.record import Record, install_best, record_opening
 from ser_ray.evaluation.results import the_probe
@@ -97,6 +98,7 @@ def evaluate(
             with _cached(space, {PROBE: plain}, shard_dirs, allocation) as cached:
                 by_baseline = _score_baselines(scorers, plain, folds, cached[PROBE], console)
             answer = record.test(chosen, [test[run] for run in runs[chosen]], by_baseline)
+            record.enrolment(chosen, _score_enrolled(directory, experiments[chosen], runs[chosen], scorers, console))
             answer["baselines"][PROBE] |= _part_of_train(plain, len(task.labels("train")))
         else:
             console.print(f"chosen on dev: trial {chosen}; its test metrics are already known")
@@ -150,6 +152,24 @@ def _cached(
 
 def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures | None = None) -> Callable[[Any], Any]:
     return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, cached)
+
+
+def _score_enrolled(
+    directory: Path, experiment: Experiment, runs: Sequence[Run], scorers: Pool, console: Console
+) -> dict[str, list[list[Enrolled]]]:
+    """Dev and test -> for every run of the chosen model its predictions with recordings of each speaker known; nothing
+    for a model that does not use them."""
+    if experiment.head.speaker == "none":
+        return {}
+    known = ", ".join(map(str, experiment.protocol.enrolment.recordings))
+    console.print(f"scoring dev and test with unlabelled recordings of each speaker known: {known}")
+    jobs = {(split, run): _by_enrolled(directory, run, split) for split in ("dev", "test") for run in runs}
+    done = dict(scorers.map(jobs, "enrolment"))
+    return {split: [done[split, run] for run in runs] for split in ("dev", "test")}
+
+
+def _by_enrolled(directory: Path, run: Run, split: str) -> Callable[[Any], Any]:
+    return lambda actor: actor.enrolled.remote(str(directory / run.checkpoint), split)
 
 
 def _score_baselines(

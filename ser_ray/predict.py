@@ -1,6 +1,8 @@
 """Predict the emotions of audio files with a checkpoint; prints a table, JSON lines or CSV, with probabilities.
 
     python -m ser_ray.predict CHECKPOINT AUDIO... [--format table|jsonl|csv] [--output FILE] [--backbone DIR]
+    python -m ser_ray.predict CHECKPOINT AUDIO... --voice voice.json     # of `ser_ray.enrol`
+    python -m ser_ray.predict CHECKPOINT TABLE --enrol self              # a table with the columns path and speaker
 
 CHECKPOINT is a directory such as results/demo/best, AUDIO a file, a folder, or - for standard input. Audio is decoded,
 resampled and trimmed as the training data was; a long recording is answered window by window, and as a whole. It runs
@@ -23,56 +25,49 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from ser_ray.corpora.files import audio_files
+from ser_ray.corpora import table
+from ser_ray.corpora.files import find_audio
 from ser_ray.disk import readable
-from ser_ray.models import checkpoint
+from ser_ray.models import checkpoint, voice_file
+from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
-from ser_ray.speech.formats import ADVICE, SUFFIXES
-from ser_ray.speech.long import STDIN
+from ser_ray.speech.formats import ADVICE
 from ser_ray.terminal import PlainConsole, one_line, opened_output, output_path
+from ser_ray.training.enrolment import predict_each_other
 from ser_ray.training.inference import Answer, answer_columns, predict
 
 
-def find_audio(inputs: Sequence[Path]) -> list[Path]:
-    """Named files as they are, and in place of a folder all recordings in it, to any depth.
-
-    A path that does not exist and a folder without recordings stay, for an answer that says so. Raises UserError if
-    there is nothing else.
-    """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in inputs:
-        is_folder = os.path.isdir(path)  # noqa: PTH112  (false, not an error, for an impossible name)
-        # Nobody writes into a pipe that lies in a folder: reading it would not end.
-        inside = [file for name in audio_files(path) if not (file := path / name).is_fifo()] if is_folder else []
-        files += inside or [path]
-        if is_folder and not inside:
-            problems.append(f"{readable(path)}: no audio in this folder (looked for {', '.join(SUFFIXES)})")
-        elif not is_folder and path != STDIN and not os.path.exists(path):  # noqa: PTH110
-            problems.append(f"{readable(path)}: no such file or folder")
-    if problems and len(problems) == len(inputs):
-        raise UserError("; ".join(problems))
-    return files
-
-
 def main(
-    directory: Path, audio: list[Path], format: str = "table", output: Path | None = None, backbone: str | None = None
+    directory: Path,
+    audio: list[Path],
+    format: str = "table",
+    output: Path | None = None,
+    backbone: str | None = None,
+    voice: Path | None = None,
+    enrol: bool = False,
 ) -> int:
     """``ser-ray predict``: predictions of the checkpoint in ``directory``; returns 1 if a file could not be used.
-    ``backbone``: where the checkpoint's backbone is now, if that has moved."""
+
+    ``backbone``: where the checkpoint's backbone is now, if that has moved. ``voice``: what is known of the one speaker
+    of all recordings. ``enrol``: ``audio`` is a table, and the recordings of a speaker in it make the speaker known.
+    """
     target = output and output_path(output)
-    paths = find_audio(audio)
+    if voice and enrol:
+        raise UserError("--voice and --enrol: give one of them")
+    named = _of_table(audio) if enrol else []
+    paths = [path for path, _ in named] or find_audio(audio)
     if target and any(_is_same(path, target) for path in paths):
         raise UserError(f"--output: {readable(output or '')} is one of the recordings")
     model = checkpoint.load(directory, choose_device(), backbone)
     progress = PlainConsole(stderr=True)
+    predicted = _predicted(model, directory, paths, voice, [speaker for _, speaker in named], progress)
     failed: list[Answer] = []
     with progress.status("") as status, opened_output(target) as file:
 
         def answers() -> Iterator[Answer]:
             done = 0
-            for answer in predict(model, paths):
+            for answer in predicted:
                 yield answer
                 done += answer.start is None
                 failed.extend([answer] if answer.reason and answer.start is None else [])
@@ -85,6 +80,33 @@ def main(
 
 
 # -- below: how it is done
+
+
+def _of_table(audio: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The recordings of the one table, each with its speaker."""
+    if len(audio) != 1 or not table.is_table(audio[0]):
+        raise UserError("--enrol self: give one table (.csv, .tsv, .parquet) with the columns path and speaker")
+    return table.recordings_of(audio[0])
+
+
+def _predicted(
+    model: EmotionClassifier,
+    directory: Path,
+    paths: Sequence[Path],
+    voice: Path | None,
+    speakers: Sequence[str],
+    progress: PlainConsole,
+) -> Iterator[Answer]:
+    """The answers, with what is to be known of the speakers; says so, as every such answer depends on it."""
+    if not voice and not speakers:
+        return predict(model, paths)
+    voice_file.check_uses_voices(model, directory)
+    if voice:
+        known = voice_file.read(voice, model)
+        progress.print(f"{known}: {one_line(str(voice))}")
+        return predict(model, paths, known.voice)
+    progress.print(f"used all other unlabelled recordings of the speaker: {len(set(speakers))} speakers")
+    return predict_each_other(model, paths, speakers)
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -104,13 +126,13 @@ def _problems(failed: Sequence[Answer]) -> Iterator[str]:
 def _table(answers: Iterable[Answer], emotions: Sequence[str], file: TextIO) -> None:
     all_answers = list(answers)
     with_times = any(answer.start is not None for answer in all_answers)
-    table = Table("file", *(["from", "to"] if with_times else []), "emotion", *emotions, box=None, header_style="bold")
+    grid = Table("file", *(["from", "to"] if with_times else []), "emotion", *emotions, box=None, header_style="bold")
     for answer in all_answers:
         cells = [f"{answer.probabilities[e]:.2f}" if answer.probabilities else "" for e in emotions]
         times = ["" if at is None else f"{at:.1f} s" for at in (answer.start, answer.end)] if with_times else []
-        table.add_row(one_line(answer.path), *times, answer.emotion or "(not usable)", *cells)
+        grid.add_row(one_line(answer.path), *times, answer.emotion or "(not usable)", *cells)
     width = 60 + 11 * len(emotions) + max((len(one_line(a.path)) for a in all_answers), default=0)
-    PlainConsole(file=file, width=width, soft_wrap=False).print(table)
+    PlainConsole(file=file, width=width, soft_wrap=False).print(grid)
 
 
 def _jsonl(answers: Iterable[Answer], emotions: Sequence[str], file: TextIO) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ser_ray.disk import resolved, write_bytes, write_text
-from ser_ray.evaluation import comparison
+from ser_ray.evaluation import comparison, enrolment
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, read_trials
 from ser_ray.evaluation.gaps import limits
@@ -36,6 +36,7 @@ from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.page import (
     TITLES,
     comparison_page,
+    enrolment_curves,
     interval,
     interval_units,
     named_leader,
@@ -55,12 +56,14 @@ FILES = {
     "test": "evaluation/confusion_test.png",
     "dev": "evaluation/confusion_dev.png",
     "curves": "learning_curves.png",
+    "enrolment": "evaluation/enrolment.png",
 }
 """Plots that are also written as files, for papers and slides."""
 
 
 def build(results_dir: Path, audio: bool = True) -> Path:
-    """Write ``report.html``, ``learning_curves.png`` and ``evaluation/confusion_{dev,test}.png``; returns the page.
+    """Write ``report.html``, ``learning_curves.png`` ``evaluation/confusion_{dev,test}.png`` and, where it is
+    known, ``evaluation/enrolment.png``; returns the page.
 
     With ``audio`` the page holds the recordings of the most confident mistakes, if the prepared speech still exists.
 
@@ -107,6 +110,8 @@ def print_summary(results_dir: Path, console: Console) -> None:
         console.print(sentence)
     if not results.test:
         console.print(titled("no test metrics yet", ": the search was interrupted, or is still running", "yellow"))
+    for split, rows in enrolment_curves(results).items():
+        console.print(enrolment.sentence(rows, results.metric, f"{split} {TITLES[results.metric]}"))
     if results.test:
         console.print(what_chose(results.test, results.metric))
     if results.openings:

@@ -18,7 +18,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 VERBS = {
     *("prepare", "audit", "train", "evaluate", "tune", "report", "predict", "leakage", "cache", "rerun"),
     *("spaces", "explain", "table"),
-    *("fetch", "serve", "export"),
+    *("fetch", "serve", "export", "enrol"),
 }
 LEVELS = {
     "disk": 0,

@@ -5,6 +5,7 @@ does not fit, and where.
 """
 
 from ser_ray.config.changes import MAY_CHANGE, differences, refused
+from ser_ray.config.enrolment import OTHERS, Enrolment
 from ser_ray.config.experiment import EXCLUDABLE, Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol
 from ser_ray.config.reader import (
     UNSPECIFIED,
@@ -25,12 +26,14 @@ __all__ = [
     "EXCLUDABLE",
     "MAY_CHANGE",
     "NO_UNIT",
+    "OTHERS",
     "THE_SAME_FOR_ALL",
     "UNSPECIFIED",
     "Adapter",
     "Audio",
     "Augment",
     "Distribution",
+    "Enrolment",
     "Experiment",
     "Head",
     "Optimizer",

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
+from ser_ray.config.enrolment import Enrolment
 from ser_ray.config.section import NO_UNIT, Section, Unit, Word, Words, as_tuple, with_word_keys
-from ser_ray.config.validation import Problem, hint, refuse
+from ser_ray.config.validation import Problem, hint, refuse, to_dict
 from ser_ray.config.words import named, own_words
 from ser_ray.schema import EMOTIONS
 
@@ -72,6 +73,8 @@ class Protocol(Section):
     seed: Annotated[int, NO_UNIT] = Field(0, ge=0)
     """Seed of the assignment to folds; separate from the training seed, which therefore does not change the folds."""
 
+    enrolment: Enrolment = Enrolment()
+
     @field_validator("fold")
     @classmethod
     def _fold_exists(cls, fold: int, info: ValidationInfo) -> int:
@@ -101,6 +104,10 @@ class Protocol(Section):
             if not getattr(self, name)
         )
         return self
+
+    def split(self) -> dict[str, Any]:
+        """The keys that decide how utterances are split, as plain types."""
+        return {key: value for key, value in to_dict(self).items() if key != "enrolment"}
 
 
 class Adapter(Section):
@@ -141,6 +148,15 @@ class Head(Section):
     init: Literal["random", "probe"] = "random"
     """probe: start from logistic regression on the frozen backbone's best layer (``concat``: on all layers), then
     fine-tune (arXiv 2202.10054: fine-tuning with a random head distorts good features)."""
+    speaker: Literal["none", "center", "standardize"] = "none"
+    """What is known of a speaker from recordings without labels. none: nothing is used, as a metric is comparable with
+    published ones only for speakers of whom nothing is known. center: their mean is subtracted from the pooled vector.
+    standardize: it is then divided by their deviation. Trained with a random number of recordings, so one model serves
+    any number, also none. `Protocol.enrolment` measures what they are worth."""
+    speaker_shrinkage: Annotated[float, Unit("recordings")] = Field(2.0, gt=0, le=1000)
+    """A speaker's mean over k recordings counts as if so many further ones, of an average speaker of train, were known:
+    (sum + s m) / (k + s). With 2 a single recording, which has an emotion of its own, moves the mean by a third. Near 0
+    the mean of one recording is that recording; 0 is refused, as nothing would be left at k = 0."""
 
     @field_validator("init")
     @classmethod
@@ -307,6 +323,17 @@ class Experiment(Section):
             if what not in EXCLUDABLE and not what.endswith(".csv")
         )
         return exclude
+
+    @field_validator("protocol")
+    @classmethod
+    def _enrolled_are_known(cls, protocol: Protocol, info: ValidationInfo) -> Protocol:
+        which, emotions = protocol.enrolment.which, info.data.get("emotions", ())
+        refuse(
+            (("enrolment", "which", n), f"{emotion!r} is not among the experiment's emotions{hint(emotion, emotions)}")
+            for n, emotion in enumerate(which if which != "any" and emotions else ())
+            if emotion not in emotions
+        )
+        return protocol
 
     def over(self, emotions: tuple[str, ...]) -> Experiment:
         """The same over some of its emotions: those that its data have. What is merged into others has no data either,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from ser_ray.disk import readable
-from ser_ray.schema import Rejected, Utterance
+from ser_ray.schema import Rejected, UserError, Utterance
 from ser_ray.speech.formats import SUFFIXES
+from ser_ray.speech.long import STDIN
 
 FIRST: Final = (".wav", ".flac")
 """Of a recording that a corpus has in several formats, one of these is used."""
@@ -37,6 +38,28 @@ def audio_files(directory: Path) -> list[Path]:
             if not name.startswith(".") and name.lower().endswith(SUFFIXES)
         ]
     return sorted(paths)
+
+
+def find_audio(inputs: Sequence[Path]) -> list[Path]:
+    """Named files as they are, and in place of a folder all recordings in it, to any depth.
+
+    A path that does not exist and a folder without recordings stay, for an answer that says so. Raises UserError if
+    there is nothing else.
+    """
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in inputs:
+        is_folder = os.path.isdir(path)  # noqa: PTH112  (false, not an error, for an impossible name)
+        # Nobody writes into a pipe that lies in a folder: reading it would not end.
+        inside = [file for name in audio_files(path) if not (file := path / name).is_fifo()] if is_folder else []
+        files += inside or [path]
+        if is_folder and not inside:
+            problems.append(f"{readable(path)}: no audio in this folder (looked for {', '.join(SUFFIXES)})")
+        elif not is_folder and path != STDIN and not os.path.exists(path):  # noqa: PTH110
+            problems.append(f"{readable(path)}: no such file or folder")
+    if problems and len(problems) == len(inputs):
+        raise UserError("; ".join(problems))
+    return files
 
 
 def from_names(directory: Path, parse: Callable[[Path], Utterance]) -> tuple[list[Utterance], list[Rejected]]:

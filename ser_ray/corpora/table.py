@@ -17,8 +17,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.corpora.rows import COLUMNS, REQUIRED, Row, example_of, utterances_of
-from ser_ray.schema import Rejected, UserError, Utterance, reason_of, shortened
+from ser_ray.corpora.rows import COLUMNS, NO_VALUE, NOT_KNOWN, REQUIRED, Row, example_of, utterances_of
+from ser_ray.schema import Rejected, UserError, Utterance, reason_of, shortened, unknown_speaker
 
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
 SUFFIXES: Final = (*DELIMITERS, ".parquet")
@@ -44,19 +44,39 @@ def read(name: str, path: Path, labels: Mapping[str, str]) -> tuple[list[Utteran
     return utterances, rejected
 
 
-def rows_of(path: Path) -> Iterator[Row]:
+def recordings_of(path: Path) -> list[tuple[Path, str]]:
+    """The recordings of a table with the columns path and speaker, each with its speaker, in order; for `predict`.
+
+    Raises UserError for a file that cannot be read, lacks a column or has no row, and for a row without a path or of a
+    part of a recording.
+    """
+    found = []
+    for row, where in rows_of(path, ("path", "speaker")):
+        if row["path"] in NO_VALUE:
+            raise UserError(f"{path}, {where}: no path")
+        if row.get("start") or row.get("end"):
+            raise UserError(f"{path}, {where}: start and end are not read here; cut the recording, or leave them out")
+        speaker = row["speaker"]
+        known = speaker not in NO_VALUE and speaker.lower() not in NOT_KNOWN
+        found.append((path.parent / row["path"], f"table/{speaker}" if known else unknown_speaker("table", where)))
+    if not found:
+        raise UserError(f"{path}: it has no row")
+    return found
+
+
+def rows_of(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[Row]:
     """Rows as text, empty where a value is missing, each with its line (its number, for Parquet).
 
-    Raises UserError for a file that cannot be read, or lacks a column.
+    ``required``: the columns that have to be there. Raises UserError for a file that cannot be read, or lacks a column.
     """
     try:
         if path.suffix.lower() == ".parquet":
-            yield from _rows_of_parquet(path)
+            yield from _rows_of_parquet(path, required)
             return
         delimiter = DELIMITERS[path.suffix.lower()]
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            wanted = _known_columns(path, list(reader.fieldnames or ()), delimiter)
+            wanted = _known_columns(path, list(reader.fieldnames or ()), required, delimiter)
             for fields in reader:
                 if any(fields.get(None) or ()):
                     raise UserError(
@@ -98,16 +118,16 @@ def text_rows(table: pa.Table) -> Iterator[dict[str, str]]:
 # -- below: how it is done
 
 
-def _rows_of_parquet(path: Path) -> Iterator[Row]:
+def _rows_of_parquet(path: Path, required: Sequence[str]) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
-        wanted = _known_columns(path, file.schema_arrow.names)
+        wanted = _known_columns(path, file.schema_arrow.names, required)
         table = file.read(columns=wanted)  # other columns may hold the audio itself
     for number, row in enumerate(text_rows(table), start=1):
         yield row, f"row {number}"
 
 
-def _known_columns(path: Path, columns: Sequence[Any], delimiter: str = "") -> list[str]:
-    if missing := [column for column in REQUIRED if column not in columns]:
+def _known_columns(path: Path, columns: Sequence[Any], required: Sequence[str], delimiter: str = "") -> list[str]:
+    if missing := [column for column in required if column not in columns]:
         others = [words for sign, words in OTHER_DELIMITERS.items() if len(columns) == 1 and sign in columns[0]]
         if delimiter and others:
             header = shortened(repr(columns[0]))
@@ -116,7 +136,7 @@ def _known_columns(path: Path, columns: Sequence[Any], delimiter: str = "") -> l
                 "tabs (.tsv)"
             )
         unknown = "; where no speaker is known, write unknown" if missing[0] == "speaker" else ""
-        has, needs = shortened(", ".join(columns)), ", ".join(REQUIRED)
+        has, needs = shortened(", ".join(columns)), ", ".join(required)
         raise UserError(f"{path}: no column {missing[0]!r}; it has {has}, and needs {needs}{unknown}")
     known = [column for column in columns if column in COLUMNS]
     if twice := [column for column in known if known.count(column) > 1]:

@@ -11,6 +11,11 @@ from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.verdicts import NAMES
 
 METRICS: Final = ("accuracy", "uar", "macro_f1", "kappa")
+_KNOWN: Final = (
+    "These metrics are for speakers of whom nothing is known. Recordings of a speaker, without labels, make him or her "
+    "known: `ser-ray enrol THIS_DIRECTORY AUDIO... --output voice.json`, then `ser-ray predict` with `--voice "
+    "voice.json`.\n\n"
+)
 
 
 def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
@@ -28,6 +33,7 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
         f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
+        f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
         f"{_speech(list(experiment.corpora))} Expect lower metrics on other speakers, languages and microphones. "

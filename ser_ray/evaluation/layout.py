@@ -11,7 +11,7 @@ from typing import Final
 CHECKPOINT: Final[Mapping[str, str]] = {
     "adapter/*": "low-rank updates in PEFT's layout (lora, qlora)",
     "backbone/*": "the whole encoder in transformers' layout (full)",
-    "head.safetensors": "layer mix, pooling and classifier",
+    "head.safetensors": "layer mix, pooling and classifier; with head.speaker the average speaker",
     "experiment.yaml": "the resolved experiment: all that is needed to build the model",
     "labels.json": "index of the output -> emotion",
     "metrics.json": "the record of its epoch; written last, so a checkpoint that has it is complete",
@@ -38,6 +38,8 @@ FILES: Final[Mapping[str, str]] = {
     "evaluation/choice.json": "the finalists on dev, which one was chosen and why",
     "evaluation/dev.json": "dev metrics of the chosen model, with intervals",
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",
+    "evaluation/enrolment.json": "with head.speaker: dev and test metrics by how many recordings of a speaker are used",
+    "evaluation/enrolment.png": "the same as a picture",
     "evaluation/test_openings.json": "each opening of the test set: when, for which trial, by which command",
     "evaluation/predictions.parquet": "probabilities of the chosen model for every dev and test utterance",
     "evaluation/confusion_*.png": "confusion matrices of dev and test",

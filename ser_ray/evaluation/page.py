@@ -14,7 +14,6 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ser_ray.config import to_dict
 from ser_ray.evaluation import comparison, mistakes, plots, trial_plots
 from ser_ray.evaluation.calibration import reliability
 from ser_ray.evaluation.card import what_chose
@@ -64,7 +63,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
     predictions = results.predictions.get(split)
     doubtful = mistakes.most_confident(predictions) if predictions is not None else []
     recordings, silent = _recordings(results, doubtful) if audio and doubtful else ({}, "")
-    protocol = detail.get("protocol") or to_dict(results.space.experiment.protocol)
+    protocol = detail.get("protocol") or results.space.experiment.protocol.split()
     return (
         _environment()
         .get_template("search.html")
@@ -84,6 +83,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
             importances=importances,
             front=_front(results),
             calibration=reliability(predictions) if predictions is not None else None,
+            enrolment=enrolment_curves(results),
             mistakes=doubtful,
             wrong=int((predictions.predicted != predictions.labels).sum()) if predictions is not None else 0,
             recordings=recordings,
@@ -96,7 +96,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
 
 
 def search_parts(results: Results) -> dict[str, Part]:
-    """The plots that there are data for, of: test, dev, curves, parallel, cost, reliability."""
+    """The plots that there are data for, of: test, dev, curves, parallel, cost, enrolment, reliability."""
     metric, winner = results.space.tune.metric, results.leader.get("trial_id")
     parts = {}
     for split, summary in (("test", results.test), ("dev", results.dev)):
@@ -114,10 +114,19 @@ def search_parts(results: Results) -> dict[str, Part]:
     rows = _with_numbers(results.trials, [metric, *spent])
     if len(rows) > 1 and spent:
         parts["cost"] = _part(trial_plots.plot_cost(rows, spent, _front(results), metric), "cost of the trials")
+    if curves := enrolment_curves(results):
+        parts["enrolment"] = _part(
+            plots.plot_enrolment(curves, results.metric), "what recordings of a speaker are worth"
+        )
     predictions = results.predictions.get("test" if results.test else "dev")
     if predictions is not None:
         parts["reliability"] = _part(_plot_reliability(predictions), "reliability diagram")
     return parts
+
+
+def enrolment_curves(results: Results) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Split -> the rows of its curve of `ser_ray.evaluation.enrolment`; empty for a model that knows no speakers."""
+    return {split: results.enrolment[split] for split in ("test", "dev") if results.enrolment.get(split)}
 
 
 def comparison_page(searches: Sequence[Results]) -> str:

@@ -133,6 +133,26 @@ def plot_winners(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figur
     return figure
 
 
+def plot_enrolment(curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> Figure:
+    """The metric of each split by how many recordings of a speaker are known, with intervals; rows as of
+    `ser_ray.evaluation.enrolment.curve`."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (split, rows) in enumerate(curves.items()):
+            places = np.arange(len(rows)) + 0.06 * number  # beside each other: intervals would hide one another
+            values = [row[metric] for row in rows]
+            low, high = np.array([row["ci95"][metric] for row in rows]).T
+            errors = np.maximum([values - low, high - values], 0)
+            style: dict[str, Any] = {"color": SERIES[number], "marker": MARKS[number], "markersize": 5}
+            axes.errorbar(places, values, errors, label=split, elinewidth=1, capsize=2, **style)
+            axes.set_xticks(range(len(rows)), [str(row["recordings"]) for row in rows])
+        axes.set(title=f"{plain(metric)}, 95 % intervals", xlabel="unlabelled recordings of the speaker that were used")
+        axes.grid(axis="y", color=MUTED, alpha=0.25)
+        axes.legend(frameon=False)
+    return figure
+
+
 def plot_intervals(rows: Mapping[str, tuple[float, Sequence[float] | None]], title: str) -> Figure:
     """Metrics with their intervals, one line each, the first on top."""
     with mpl.rc_context(STYLE):

@@ -13,8 +13,9 @@ import numpy as np
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation import baselines, published
+from ser_ray.evaluation import baselines, enrolment, published
 from ser_ray.evaluation.card import model_card
+from ser_ray.evaluation.enrolment import Enrolled
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
@@ -96,12 +97,22 @@ class Record:
         answer["published"] = (
             []
             if experiment.exclude
-            else published.matching(
-                experiment.corpora, config.to_dict(experiment.protocol), whole.emotions, answer["leaky"]
-            )
+            else published.matching(experiment.corpora, experiment.protocol.split(), whole.emotions, answer["leaky"])
         )
         write_predictions(whole, "test", self.directory / "evaluation" / "predictions.parquet")
         return answer
+
+    def enrolment(self, chosen: str, by_split: Mapping[str, Sequence[Sequence[Enrolled]]]) -> None:
+        """Write what recordings of a speaker without labels are worth to the chosen model; ``by_split``: for dev and
+        test one entry per run, none if it does not use them: the file of an earlier choice is then removed."""
+        path = self.directory / "evaluation" / enrolment.FILE
+        if not by_split:
+            path.unlink(missing_ok=True)
+            return
+        settings = config.to_dict(self.space.experiment.protocol.enrolment)
+        runs = [run.checkpoint for run in self.runs[chosen]]
+        curves = {split: enrolment.curve(own) for split, own in by_split.items()}
+        disk.write_json(path, {"trial_id": chosen, "checkpoints": runs, "settings": settings} | curves)
 
     def _seen_by_the_choice(self, test: Predictions) -> dict[str, int]:
         """How many utterances are tested, and how many of them were dev in another run and so influenced the choice."""
@@ -117,7 +128,7 @@ class Record:
         return metrics | {"mean": _mean([self._summary(p) for p in averaged])}
 
     def _summary(self, predictions: Predictions) -> dict[str, Any]:
-        protocol = config.to_dict(self.space.experiment.protocol) | {"description": self._description()}
+        protocol = self.space.experiment.protocol.split() | {"description": self._description()}
         leaky = self.task.fold.leaky or disk.read_json(self.directory / "audit.json")["leaky"]
         return summarise(predictions, protocol, leaky)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
 from ser_ray.disk import resolved
+from ser_ray.evaluation import enrolment
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import UserError
@@ -33,6 +34,8 @@ class Results:
     choice: dict[str, Any]
     dev: dict[str, Any]
     test: dict[str, Any]
+    enrolment: dict[str, Any]
+    """What recordings of a speaker without labels are worth: a curve for dev and test; see `evaluation.enrolment`."""
     openings: list[dict[str, Any]]
     """One entry for every opening of the test set."""
     trials: list[dict[str, str]]
@@ -129,6 +132,7 @@ def read_results(results_dir: Path) -> Results:
         choice=_read_json(evaluation / "choice.json", {}),
         dev=_read_json(evaluation / "dev.json", {}),
         test=_read_json(evaluation / "test.json", {}),
+        enrolment=_read_json(evaluation / enrolment.FILE, {}),
         openings=_read_json(evaluation / "test_openings.json", []),
         trials=_read_trials(results_dir / "trials.csv", space.tune.metric),
         histories={path.parent.name: read_history(path) for path in histories},

@@ -2,7 +2,7 @@
 
 adapter/             low-rank updates in PEFT's layout (lora, qlora)
 backbone/            the whole encoder in transformers' layout (full)
-head.safetensors     layer mix, pooling, classifier
+head.safetensors     layer mix, pooling, classifier, average speaker
 experiment.yaml      the resolved configuration
 labels.json          index -> emotion
 metrics.json         the metrics when it was written

@@ -17,6 +17,7 @@ from ser_ray.models import backbones, heads
 from ser_ray.models.adapters import FEED_FORWARD, adapt, attach, targets_of_0_1
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.prefix import unpack
+from ser_ray.models.voice import Voice
 from ser_ray.speech.cached_features import Prefix
 
 if TYPE_CHECKING:
@@ -30,23 +31,32 @@ class EmotionClassifier(nn.Module):
         super().__init__()
         self.experiment = experiment
         self.backbone = backbone
-        self.head = heads.of(experiment.head)(experiment, backbone.num_layers, backbone.width)
+        self.head = heads.make(experiment, backbone.num_layers, backbone.width)
         self.prefix: Prefix | None = None
         """Set while the model's inputs are cached features in place of waveforms."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
 
-    def forward(self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True, voices: Voice | None = None
+    ) -> torch.Tensor:
         """Waveforms (B, T) at 16 kHz, zero beyond ``lengths_B`` samples, or cached features -> logits_BK.
 
-        ``padded``: whether the lengths may differ; see `Batch.padded`.
+        ``padded``: whether the lengths may differ; see `Batch.padded`. ``voices``: what is known of each utterance's
+        speaker; only for a head that uses it.
         """
         if self._sees_moments():
-            return self.head.classify(self.head.embed_moments(inputs))
+            return self.head.classify(self.head.relative(self.head.embed_moments(inputs), voices))
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B, padded)
-        logits_BK: torch.Tensor = self.head(hiddens, mask_BF)
+        logits_BK: torch.Tensor = self.head(hiddens, mask_BF, voices)
         return logits_BK
+
+    def pooled(self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True) -> torch.Tensor:
+        """The same inputs -> pooled_BP: what a voice is made of, and what `Head.relative` takes."""
+        if self._sees_moments():
+            return self.head.embed_moments(inputs)
+        return self.head.embed(*self.hidden_states(inputs, lengths_B, padded))
 
     def hidden_states(
         self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True

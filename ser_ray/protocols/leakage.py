@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ser_ray.config import SearchSpace
 from ser_ray.protocols import advice
-from ser_ray.protocols.exclusion import flawed
+from ser_ray.protocols.exclusion import flawed, recordings
 from ser_ray.protocols.finals import more_dev, trained_folds
 from ser_ray.protocols.findings import Finding, Group, finding, named, some
 from ser_ray.protocols.folds import unheard
@@ -50,6 +50,10 @@ def audit_search(
     if space.experiment.label == "perceived" and (counts := unheard(task.index)):
         detail = ", ".join(f"{n} of {corpus}" for corpus, n in counts.items())
         notes["no listener ratings"] = f"{detail}: the intended emotion is used"
+    pairs = list(pairs)
+    if _knows_speakers(space):
+        rows = task.index.select(["utterance_id", "speaker", "audio_sha256"]).to_pylist()
+        notes["speakers are known"] = _enrolled_note(space, rows, pairs)
     folds, remedy = trained_folds(space, task.unsplit), more_dev(space, task.unsplit)
     result = audit(task.index, folds, task.emotions, pairs, overlaps, notes, remedy, task.excluded)
     return result | {"advice": [*advice.to_exclude(result), *advice.other_folds(space, task.unsplit, folds)]}
@@ -118,6 +122,28 @@ def audit(
 
 
 # -- below: how it is done
+
+
+def _knows_speakers(space: SearchSpace) -> bool:
+    searched = space.search.get("head.speaker")
+    return any(value != "none" for value in (space.experiment.head.speaker, *(searched.examples() if searched else ())))
+
+
+def _enrolled_note(space: SearchSpace, rows: Rows, pairs: Sequence[SameRecording]) -> str:
+    """What `Protocol.enrolment` uses of dev and test, and how many utterances it would answer with their own copies."""
+    counts = ", ".join(map(str, space.experiment.protocol.enrolment.recordings))
+    said = (
+        f"beside the headline, speakers of dev and test are known by recordings without labels ({counts}); no "
+        "recording is answered with itself, and nothing is chosen by it"
+    )
+    copies = sum(
+        number
+        for group in recordings(rows, pairs)
+        for number in Counter(row["speaker"] for row in group).values()
+        if number > 1
+    )
+    copied = f"; {copies} utterances have a copy of the same speaker: leave it out with experiment.exclude: duplicates"
+    return said + (copied if copies else "")
 
 
 def _of_all_data(rows: Rows) -> list[Finding]:

@@ -135,7 +135,7 @@ def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -
     table = Path(given).read_text(encoding="utf-8") if isinstance(given, str) and given.endswith(".csv") else ""
     listed = [sorted(exclusion.read_list(what)) for what in experiment.exclude if what not in config.EXCLUDABLE]
     excluded = (experiment.exclude, listed) if experiment.exclude else ()
-    deciding = (experiment.protocol, table, experiment.emotions, experiment.merge, experiment.label, *excluded)
+    deciding = (experiment.protocol.split(), table, experiment.emotions, experiment.merge, experiment.label, *excluded)
     return folds / f"{config.fingerprint(*deciding, [str(directory) for directory in shard_dirs])}.parquet"
 
 

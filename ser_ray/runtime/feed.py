@@ -159,7 +159,8 @@ def data(
     label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
     made = partial(stream.batches, content=content, threads=threads)
 
-    @lru_cache(maxsize=2)
+    # This epoch and the next, and epoch 0, which is read between them for the voices of speakers.
+    @lru_cache(maxsize=3)
     def ordered(number: int) -> list[Window]:
         return epoch(train.rows, experiment.batch_seconds, (experiment.seed, number))
 
@@ -179,9 +180,11 @@ def data(
 
     def train_batches(number: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + number
-        # The probe is fitted without augmentation.
+        # The probe is fitted without augmentation, and recordings that a speaker is known by have none.
         augmentation = partial(augment.augmented, settings=experiment.augment, seed=seed) if number else None
-        following = partial(share, number + 1) if number < experiment.epochs else None
+        # With voices of speakers epoch 0 is read before every other, so what follows is not known here.
+        early = experiment.head.speaker == "none" and number < experiment.epochs
+        following = partial(share, number + 1) if early else None
         return prefetched(
             batch
             for table, packed in train.read(share(number), following)
@@ -196,7 +199,8 @@ def data(
             batch for table, packed in dev.read(own_dev, lambda: own_dev) for batch in made(table, packed)
         )
 
-    return loop.Data(train_batches, dev_batches, counts)
+    speakers = dict(zip(*(train.rows[name].to_pylist() for name in ("utterance_id", "speaker")), strict=True))
+    return loop.Data(train_batches, dev_batches, counts, speakers)
 
 
 # -- below: how it is done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,25 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ser_ray.config import Experiment
+from ser_ray.config import OTHERS, Experiment
 from ser_ray.evaluation import baselines, egemaps
+from ser_ray.evaluation.enrolment import Enrolled, answered_with, draws_of
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.models.precision import bound_memory, choose_device
+from ser_ray.models.voice import Others, Voice, voices_of
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.runtime.feature_cache import CachedFeatures
 from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch
+from ser_ray.training.enrolment import probabilities
 from ser_ray.training.loop import predict_batches
 from ser_ray.training.memory import with_what_fits
 from ser_ray.training.probe import start_from_probe
+from ser_ray.training.speakers import pooled_vectors
 
 
 class Scorer:
@@ -45,6 +50,34 @@ class Scorer:
         task = self._task(model.experiment)
         model.prefix = cached.prefix if cached else None
         return self._predict(model, task, split, cached)
+
+    def enrolled(self, directory: str, split: str) -> list[Enrolled]:
+        """A checkpoint's predictions on one split of its own fold, with recordings of each speaker known: an entry for
+        each number in `config.Enrolment.recordings`. For a head that uses voices."""
+        model = checkpoint.load(directory, self.device)
+        task, settings = self._task(model.experiment), model.experiment.protocol.enrolment
+
+        def pooled(batch_seconds: float) -> tuple[list[str], torch.Tensor]:
+            return pooled_vectors(model, self._batches(task, split, batch_seconds), lambda value: [value])
+
+        ids, pooled_NP = with_what_fits(pooled, model.experiment.batch_seconds)
+        index = task.rows(split).sort_by("utterance_id")
+        assert index["utterance_id"].to_pylist() == ids
+        speakers, emotions = index["speaker"].to_pylist(), index["emotion"].to_pylist()
+        others = Others(pooled_NP, speakers, ids)
+
+        def point(recordings: int | str) -> Enrolled:
+            draws, used = [], 0.0
+            for draw in draws_of(settings, recordings):
+                chosen = answered_with(ids, speakers, emotions, settings, recordings, draw)
+                used += float(np.mean([len(own) for own in chosen]))
+                everyone = recordings == OTHERS and settings.which == "any"  # at the cost of one subtraction
+                voices_at = others.at if everyone else partial(_voices_of, pooled_NP, chosen)
+                found_NK = probabilities(model, pooled_NP, voices_at)
+                draws.append(_predictions(task, split, dict(zip(ids, found_NK, strict=True))))
+            return Enrolled(recordings, tuple(draws), used / len(draws))
+
+        return [point(recordings) for recordings in settings.recordings]
 
     def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
         """The same by logistic regression on the experiment's frozen backbone, on the layer that is best on dev."""
@@ -101,6 +134,10 @@ class Scorer:
             return probabilities
 
         return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
+
+
+def _voices_of(pooled_NP: torch.Tensor, chosen: Sequence[np.ndarray], rows: Sequence[int]) -> Voice:
+    return voices_of(pooled_NP, [chosen[row] for row in rows])
 
 
 def _predictions(task: Task, split: str, probabilities: dict[str, np.ndarray]) -> Predictions:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
+from ser_ray.models.voice import Voice
 from ser_ray.speech import stream
 from ser_ray.speech.audio import Unusable, from_samples, is_silent, to_int16
 from ser_ray.speech.long import Window, load_windows, split, windows_of
@@ -65,53 +66,73 @@ def answer_columns(emotions: Sequence[str]) -> list[str]:
     return ["path", "start", "end", "emotion", *(PROBABILITY + emotion for emotion in emotions), "reason"]
 
 
-def predict(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Answer]:
+def predict(model: EmotionClassifier, sources: Sequence[Source], voice: Voice | None = None) -> Iterator[Answer]:
     """An answer for every recording, in the order given; memory is bounded, whatever their number and length.
 
     A recording that is longer than ``audio.max_seconds`` of the model's experiment is cut into equal windows, as
     ``audio.too_long: split`` cuts the training data. Each has an answer with its times; that for the whole follows,
     and is their mean.
+
+    ``voice``: what is known of the one speaker of all recordings (`ser_ray.training.enrolment.enrol`).
     """
-    pieces = _pieces(model, sources)
+    yield from with_whole(_answered(model, pieces_of(model, sources), voice))
+
+
+def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
+    """The answers for all pieces, with that for the whole of each recording that has several."""
     windows: list[Answer] = []
-    while group := list(islice(pieces, GROUP)):
-        for piece, answer in zip(group, _answers(model, group), strict=True):
-            if piece.of == 1 and not windows:
-                yield Answer(answer.path, answer.probabilities, answer.reason)
-                continue
-            windows.append(answer)
-            if answer.start is not None:
-                yield answer
-            if piece.number == piece.of:
-                yield _whole(windows)
-                windows = []
+    for piece, answer in answered:
+        if piece.of == 1 and not windows:
+            yield Answer(answer.path, answer.probabilities, answer.reason)
+            continue
+        windows.append(answer)
+        if answer.start is not None:
+            yield answer
+        if piece.number == piece.of:
+            yield _whole(windows)
+            windows = []
 
 
 @torch.inference_mode()
 def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
-    """The pooled vector of every recording, which the classifier sees: (N, P) float32; NaN for one that is not usable.
+    """The pooled vector of every recording, which the classifier sees, before what is known of its speaker is
+    subtracted: (N, P) float32; NaN for one that is not usable.
 
     That of a recording longer than ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into;
     those that are silent do not count, as there.
     """
+    pieces, pooled_NP = pooled_pieces(model, sources)
+    windows: list[list[np.ndarray]] = [[] for _ in sources]
+    for piece, vector_P in zip(pieces, pooled_NP.numpy(), strict=True):
+        if piece.reason and piece.start is None:  # it could not be read to its end
+            windows[piece.source].clear()
+        windows[piece.source].append(vector_P)
+    return np.stack([_mean(own) for own in windows]) if windows else pooled_NP.numpy()
+
+
+@torch.inference_mode()
+def pooled_pieces(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[list[Piece], torch.Tensor]:
+    """Every piece of the recordings, without its samples, and pooled_NP, NaN for one that is not usable."""
     model.eval()
-    vectors_RP: list[np.ndarray] = []
-    windows: list[np.ndarray] = []
-    pieces = _pieces(model, sources)
-    while group := list(islice(pieces, GROUP)):
-        for piece, vector_P in zip(group, _pooled(model, group), strict=True):
-            windows.append(vector_P)
-            if piece.number == piece.of:
-                vectors_RP.append(vector_P if piece.start is None else _mean(windows))
-                windows = []
-    return np.stack(vectors_RP) if vectors_RP else np.empty((0, model.head.embedding_width), np.float32)
+    waiting, pieces = pieces_of(model, sources), []
+    vectors = [np.empty((0, model.head.embedding_width), np.float32)]
+    while group := list(islice(waiting, GROUP)):
+        vectors_BP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
+        for rows, pooled_BP in _pooled(model, [piece.samples for piece in group]):
+            vectors_BP[rows] = pooled_BP
+        vectors.append(vectors_BP)
+        pieces += [replace(piece, samples=None) for piece in group]
+    return pieces, torch.from_numpy(np.concatenate(vectors))
 
 
-# -- below: how it is done
+def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) -> Answer:
+    """The answer for a piece; ``values``: a probability for each emotion, none where they are not finite."""
+    reason = piece.reason or ("" if values else NOT_FINITE)
+    return Answer(piece.path, dict(zip(emotions, values, strict=False)), reason, piece.start, piece.end)
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A window that waits for its answer, or the reason why there is none."""
 
     path: str
@@ -122,24 +143,30 @@ class _Piece:
     end: float | None = None
     number: int = 1
     of: int = 1
+    source: int = 0
+    """The number of its recording among all, from 0."""
 
 
-def _pieces(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[_Piece]:
+def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Piece]:
     """The windows of all recordings; whatever is wrong with one recording, the others follow."""
-    for source in sources:
+    for place, source in enumerate(sources):
         path = readable(source) if isinstance(source, Path) else ""
         try:
             for window in _windows(source, model):
-                times = (window.start, window.end, window.number, window.of)
+                times = (window.start, window.end, window.number, window.of, place)
                 if window.of > 1 and is_silent(window.waveform):
-                    yield _Piece(path, None, "silent: the window's peak is below -60 dBFS", *times)
+                    yield Piece(path, None, "silent: the window's peak is below -60 dBFS", *times)
                 else:
-                    yield _Piece(path, to_int16(window.waveform), "", *times)
+                    yield Piece(path, to_int16(window.waveform), "", *times)
         except Unusable as error:
-            yield _Piece(path, None, str(error))
+            yield Piece(path, None, str(error), source=place)
         except OSError as error:
-            place = f"{error.filename}: " if error.filename and error.filename != str(source) else ""
-            yield _Piece(path, None, f"cannot be read: {place}{os.strerror(error.errno or 0)}")
+            where = f"{error.filename}: " if error.filename and error.filename != str(source) else ""
+            reason = f"cannot be read: {where}{os.strerror(error.errno or 0)}"
+            yield Piece(path, None, reason, source=place)
+
+
+# -- below: how it is done
 
 
 def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
@@ -148,30 +175,27 @@ def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
     return windows_of(from_samples(*source, split(model.experiment.audio)))
 
 
-def _answers(model: EmotionClassifier, group: Sequence[_Piece]) -> Iterator[Answer]:
-    probabilities: dict[int, list[float]] = {}
-    table = _table([piece.samples for piece in group])
-    for batch, logits_BK in predict_batches(model, stream.short_to_long(table, model.experiment.batch_seconds)):
-        for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
-            probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
-    for number, piece in enumerate(group):
-        values = probabilities.get(number, [])
-        known = dict(zip(model.experiment.emotions, values, strict=False))
-        reason = piece.reason or ("" if values else NOT_FINITE)
-        yield Answer(piece.path, known, reason, piece.start, piece.end)
+def _answered(
+    model: EmotionClassifier, waiting: Iterator[Piece], voice: Voice | None
+) -> Iterator[tuple[Piece, Answer]]:
+    while group := list(islice(waiting, GROUP)):
+        probabilities: dict[int, list[float]] = {}
+        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
+        for batch, logits_BK in predict_batches(model, batches, voice):
+            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
+                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
+        for number, piece in enumerate(group):
+            yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
 
 
-def _pooled(model: EmotionClassifier, group: Sequence[_Piece]) -> np.ndarray:
-    """The pooled vector of every window, NaN where there is nothing to pool."""
-    vector_NP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
+def _pooled(model: EmotionClassifier, samples: Sequence[np.ndarray | None]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Places among ``samples``, of those that are there, and their pooled vectors, batch by batch."""
     device = next(model.head.parameters()).device
-    table = _table([piece.samples for piece in group])
-    for batch in stream.short_to_long(table, model.experiment.batch_seconds):
+    for batch in stream.short_to_long(_table(samples), model.experiment.batch_seconds):
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):
-            pooled_BP = model.head.embed(*model.hidden_states(batch.inputs, batch.lengths_B))
-        vector_NP[list(map(int, batch.utterance_ids))] = pooled_BP.float().cpu().numpy()
-    return vector_NP
+            pooled_BP = model.pooled(batch.inputs, batch.lengths_B, batch.padded)
+        yield list(map(int, batch.utterance_ids)), pooled_BP.float().cpu().numpy()
 
 
 def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,8 +16,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from ser_ray.models import checkpoint
 from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast, compute_dtype
+from ser_ray.models.voice import Voice
 from ser_ray.schema import UserError
 from ser_ray.speech import order
 from ser_ray.speech.stream import Batch
 from ser_ray.training import step
 from ser_ray.training.losses.cross_entropy import cross_entropy
 from ser_ray.training.probe import start_from_probe
+from ser_ray.training.speakers import TrainVoices
 
 Record = dict[str, Any]
 Save = Callable[[Path], None]
@@ -49,11 +51,13 @@ class Data:
 
     train: Callable[[int], Iterable[Batch]]
     """Epoch -> the batches that this process runs, in the order of its steps (`order.steps`). In epoch 0, which is for
-    the probe, each batch is run by one process only."""
+    the probe and for the voices of speakers, each batch is run by one process only."""
     dev: Callable[[], Iterable[Batch]]
     """This process's share of dev."""
     counts: Callable[[int], np.ndarray]
     """Epoch -> (B, K): number of utterances of every emotion in every batch, over all processes, in their order."""
+    speakers: Mapping[str, str] = field(default_factory=dict)
+    """Utterance id -> speaker, for all of train; needed for `config.Head.speaker`."""
 
 
 def fit(
@@ -78,8 +82,9 @@ def fit(
     if resume_from is not None:
         counters = _resume(model, optimizer, scaler, resume_from)
     elif experiment.head.init == "probe":
-        start_from_probe(model, data.train(0), data.dev(), gather)
+        start_from_probe(model, data.train(0), data.dev(), gather, data.speakers)
     trained = step.distribute(model)
+    voices = TrainVoices(model, lambda: data.train(0), data.speakers, gather)
     train_counts_K = torch.from_numpy(data.counts(1).sum(axis=0)).to(device)
     weights_K = class_weights(experiment, tuple(train_counts_K.tolist())).to(device)
     steps_of = [len(_steps(experiment, data.counts(epoch))) for epoch in range(1, experiment.epochs + 1)]
@@ -87,18 +92,17 @@ def fit(
     # Steps of the current schedule: with other workers or batches than before, an epoch has other numbers of steps.
     counters["step"] = sum(steps_of[: counters["epoch"]])
 
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
     def should_continue(epoch: int) -> bool:
         return epoch <= experiment.epochs and epoch - counters["best_epoch"] <= experiment.patience
 
     def finish(record: Record) -> None:
+        voices.update(record["epoch"])
         record |= evaluate(model, data.dev(), weights_K, train_counts_K > 0)
         counters["epoch"] = record["epoch"]
         if record[metric] > counters["best"]:
             counters.update(best=record[metric], best_epoch=record["epoch"])
         record |= {f"best_{metric}": counters["best"], "best_epoch": counters["best_epoch"]}
-        record |= {"last": not should_continue(record["epoch"] + 1), "trainable_parameters": trainable}
+        record |= {"last": not should_continue(record["epoch"] + 1), "trainable_parameters": _trainable(model)}
         report(record)
 
     def report(record: Record) -> None:
@@ -115,7 +119,7 @@ def fit(
         finish({"epoch": 0, "train_loss": None, "seconds": 0.0} | _memory(device))
     while should_continue(counters["epoch"] + 1):
         epoch = counters["epoch"] + 1
-        finish(_train_epoch(model, trained, data, epoch, counters, total_steps, optimizer, scaler, weights_K))
+        finish(_train_epoch(model, trained, data, epoch, counters, total_steps, optimizer, scaler, weights_K, voices))
 
 
 def _resume(
@@ -142,8 +146,10 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     weights_K: torch.Tensor,
+    voices: TrainVoices,
 ) -> Record:
     experiment, device = model.experiment, _device(model)
+    voices.update(epoch - 1)
     torch.manual_seed(hash((experiment.seed, epoch, _rank())) % 2**63)
     model.train()
     counts_BK = data.counts(epoch)
@@ -156,7 +162,8 @@ def _train_epoch(
             batch, last = next(arriving), number == taken.read[-1]
             assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
             share = len(steps) / train_weight if taken.own else 0.0
-            loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last)
+            known = voices.drawn(batch.utterance_ids, epoch)
+            loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last, known)
             if taken.own:
                 own_losses.append(loss)
                 seen += len(batch)
@@ -187,14 +194,19 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def predict_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Every batch (on the model's device) with its logits_BK, in evaluation mode and training's precision."""
+def predict_batches(
+    model: EmotionClassifier, batches: Iterable[Batch], voice: Voice | None = None
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Every batch (on the model's device) with its logits_BK, in evaluation mode and training's precision.
+
+    ``voice``: what is known of the one speaker of all of them.
+    """
     model.eval()
     device = _device(model)
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):
-            yield batch, model(batch.inputs, batch.lengths_B, batch.padded)
+            yield batch, model(batch.inputs, batch.lengths_B, batch.padded, voice and voice.at([0] * len(batch)))
 
 
 def evaluate(
@@ -312,6 +324,10 @@ def _memory(device: torch.device) -> Record:
         return {"peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+
+
+def _trainable(model: EmotionClassifier) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _device(model: EmotionClassifier) -> torch.device:

@@ -7,22 +7,26 @@ with a few hundred utterances per emotion they may never recover.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
+from ser_ray.config import Experiment
 from ser_ray.evaluation import metrics
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
+from ser_ray.models.voice import average_speaker, relative
 from ser_ray.speech.stream import Batch
+from ser_ray.training.speakers import Drawn
 
 if TYPE_CHECKING:  # takes a second to import, also for trials without a probe
     from sklearn.linear_model import LogisticRegression
 
 PROBE_C: Final = 0.01
 """Inverse regularisation C, for about a thousand standardised features and about as many utterances."""
+NOBODY: Final[Mapping[str, str]] = {}
 PROBE_BYTES: Final = 2_000_000_000
 """Largest size of the features that a probe is fitted on. Of whisper-large (33 layers, 2 x 1280 features) 5 900
 utterances fit, where 100 hours have 120 000 and would take 40 GB."""
@@ -33,17 +37,23 @@ def start_from_probe(
     train: Iterable[Batch],
     dev: Iterable[Batch],
     gather: Callable[[Any], list[Any]],
+    speakers: Mapping[str, str] = NOBODY,
 ) -> int:
     """Fit the probe on train, write it into ``model.head``, return its layer (0: the first block's input, or all).
 
     The layer is the one whose probe has the best UAR on dev; with ``head.layer_mix: concat`` one probe sees all layers.
     It sees what the head's own pooling makes of a layer, so the head starts as exactly the probe. Of a large corpus the
     probe sees a random part (`most_utterances`), the same whatever the order and the number of processes.
+
+    With ``head.speaker`` it sees train as the head does in training (`ser_ray.training.speakers`), and dev without
+    knowledge of its speakers. ``speakers``: utterance id -> speaker, for train; not used otherwise.
     """
-    features_NLP, labels_N = _features(model, train, gather)
-    dev_features_MLP, dev_labels_M = _features(model, dev, gather)
+    ids_N, features_NLP, labels_N = _features(model, train, gather)
+    _, dev_features_MLP, dev_labels_M = _features(model, dev, gather)
     if model.experiment.head.layer_mix == "concat":
         features_NLP, dev_features_MLP = (f.reshape(len(f), 1, -1) for f in (features_NLP, dev_features_MLP))
+    if model.experiment.head.speaker != "none":
+        _relate(features_NLP, dev_features_MLP, ids_N.tolist(), speakers, model.experiment)
     center_LP, scale_LP = features_NLP.mean(0), features_NLP.std(0) + 1e-5
     for features in (features_NLP, dev_features_MLP):  # in place: they may be large
         features -= center_LP
@@ -68,10 +78,8 @@ def most_utterances(layers: int, width: int) -> int:
 
 
 @torch.inference_mode()
-def _features(
-    model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features of every layer (N, L, P) and labels (N,), of all processes, in order of utterance id."""
+def _features(model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]) -> _Features:
+    """Utterance ids, pooled features of every layer and labels, of all processes, in order of utterance id."""
     model.eval()
     device = next(model.head.parameters()).device
     own: list[_Features] = []
@@ -89,7 +97,24 @@ def _features(
     ids_N, features_NLP, labels_N = _sampled([part for parts in gather(own) for part in parts])
     # Sorted: the probe does not depend on how the batches were distributed and ordered.
     in_order = np.argsort(ids_N, kind="stable")
-    return features_NLP[in_order], labels_N[in_order]
+    return ids_N[in_order], features_NLP[in_order], labels_N[in_order]
+
+
+def _relate(
+    train_NLP: np.ndarray,
+    dev_MLP: np.ndarray,
+    ids: Sequence[str],
+    speakers: Mapping[str, str],
+    experiment: Experiment,
+) -> None:
+    """In place: every layer in relation to its own speakers' means."""
+    named = [speakers[utterance_id] for utterance_id in ids]
+    for layer in range(train_NLP.shape[1]):
+        train_NP, dev_MP = (torch.from_numpy(features[:, layer].copy()) for features in (train_NLP, dev_MLP))
+        average = average_speaker(train_NP, named)
+        voices = Drawn(train_NP, ids, named).voices(ids, experiment.seed, 0)
+        train_NLP[:, layer] = relative(train_NP, average, voices, experiment.head)
+        dev_MLP[:, layer] = relative(dev_MP, average, None, experiment.head)
 
 
 _Features = tuple[np.ndarray, np.ndarray, np.ndarray]

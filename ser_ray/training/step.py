@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_ray.config import Experiment
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
+from ser_ray.models.voice import Voice
 from ser_ray.speech.stream import Batch
 from ser_ray.training import losses
 
@@ -28,7 +29,8 @@ def distribute(model: EmotionClassifier) -> nn.Module:
     """The model to call in training: compiled if its experiment says so; with several processes its gradients are
     averaged over them.
 
-    Its buffers are the same in all processes and never change, so they are not broadcast.
+    Its buffers are the same in all processes, so they are not broadcast: those of `SpeakerNorm` change between epochs,
+    and are computed from what all processes have gathered.
     """
     if model.experiment.compile:
         model.backbone.compile_blocks()
@@ -54,9 +56,11 @@ def add_gradients(
     scaler: torch.amp.GradScaler,
     experiment: Experiment,
     last: bool,
+    voices: Voice | None = None,
 ) -> torch.Tensor:
     """Forward and backward of one batch; returns its `weighted_loss`, detached. Nothing here waits for a GPU.
 
+    ``voices``: what the model knows of each utterance's speaker; a constant for the gradient.
     ``share``: one over the average sum of class weights of a step in the epoch; 0 for a batch of another process, which
     this one runs only because gradients are summed over all. ``last``: whether it is this process's last batch of the
     step. Processes synchronise there, once per step, whatever the number of batches each has.
@@ -65,7 +69,7 @@ def add_gradients(
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
     with alone:
         with autocast(experiment.precision, batch.inputs.device):
-            logits_BK = model(batch.inputs, batch.lengths_B, batch.padded)
+            logits_BK = model(batch.inputs, batch.lengths_B, batch.padded, voices)
         loss = weighted_loss(logits_BK, batch.labels_B, weights_K, losses.of(experiment.loss))
         # Gradients must be summed over processes, but DistributedDataParallel averages them.
         scaler.scale(loss * (share * processes)).backward()

@@ -222,3 +222,26 @@ def test_what_a_frozen_prefix_kept_has_a_size_of_its_own(prepared, monkeypatch):
     assert feed.resident_splits(space, stays, frames) == ("train", "dev")  # 250 h x 3600 x 50 x 64 bytes: 2.9e9
     assert feed.resident_splits(space, sized(monkeypatch, 300, 50), frames) == ("dev",)
     assert feed.resident_splits(space, sized(monkeypatch, 30_000, 50), moments) == ("train", "dev")
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("speaker", ["none", "center"])
+def test_nothing_is_read_early_where_another_epoch_may_be_read_between(prepared, speaker):
+    """With voices of speakers epoch 0 is read before every other; streamed data would be taken for it."""
+    task, space = prepared
+    head = space.experiment.head.model_copy(update={"speaker": speaker})
+    space = space.model_copy(update={"experiment": space.experiment.model_copy(update={"head": head, "epochs": 2})})
+    early = []
+
+    class Read(stream.Files):
+        def read(self, windows, following=None):
+            early.append(following is not None)
+            return super().read(windows, following)
+
+    found = data(space, Read(task.rows("train")), files(task, "dev"))
+    plain = data(space, files(task, "train"), files(task, "dev"))
+    for epoch in (0, 1, 0, 2):
+        assert same(list(found.train(epoch)), list(plain.train(epoch)))
+    assert early == ([True, True, True, False] if speaker == "none" else [False] * 4)
+    rows = task.rows("train")
+    assert found.speakers == dict(zip(rows["utterance_id"].to_pylist(), rows["speaker"].to_pylist(), strict=True))

@@ -147,14 +147,14 @@ def test_of_a_large_corpus_the_same_part_is_used_however_it_arrives(backbones_di
         processes.append(own)
         return [own]
 
-    expected_NLP, expected_N = module._features(model, train, _alone)
+    _, expected_NLP, expected_N = module._features(model, train, _alone)
     assert expected_NLP.shape == (20, layers, width)
     processes: list[list] = []
     for order in (train[::-1], train[::2], train[1::2]):
-        found_NLP, found_N = module._features(model, order, gathered)
+        _, _, found_N = module._features(model, order, gathered)
         assert len(found_N) == 20
-    backwards_NLP, backwards_N = module._features(model, train[::-1], _alone)
-    two_NLP, two_N = module._features(model, [], lambda _: processes[1:])
+    _, backwards_NLP, backwards_N = module._features(model, train[::-1], _alone)
+    _, two_NLP, two_N = module._features(model, [], lambda _: processes[1:])
     for found_NLP, found_N in ((backwards_NLP, backwards_N), (two_NLP, two_N)):
         np.testing.assert_allclose(found_NLP, expected_NLP, atol=1e-5)
         np.testing.assert_array_equal(found_N, expected_N)

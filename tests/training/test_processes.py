@@ -24,9 +24,10 @@ from ser_ray.training import loop, step
 
 DEV = tone_batches(15, 3, batch=5, seed=2, noisiness=2.0)
 TONES = tone_batches(24, 3, batch=4, seed=1, noisiness=2.0)
-SPLITS = {"ragged": (5, 2), "uneven": (5, 1), "even": (4, 2), "one batch": (1, 2)}
+SPLITS = {"ragged": (5, 2), "uneven": (5, 1), "even": (4, 2), "one batch": (1, 2), "voices": (5, 2)}
 """Batches an epoch, and how many of each process a step takes at most. Of ragged, the two have two and one in the first
-step; of uneven, one has none in the second and in the third; of one batch, one has none at all."""
+step; of uneven, one has none in the second and in the third; of one batch, one has none at all. Voices: as ragged, with
+what is known of the speakers."""
 WEIGHTS = torch.tensor([9.0, 1.0, 3.0])
 VARIANTS = ("whisper", "wavlm-layer")
 """Whose gradients are compared; in WavLM all blocks share the position bias of the first."""
@@ -44,8 +45,11 @@ def _first(batch: Batch, count: int) -> Batch:
     return Batch(batch.utterance_ids[:count], batch.inputs[:count], batch.lengths_B[:count], batch.labels_B[:count])
 
 
-def _described(backbone: str, init: str = "random", accumulate: int = 2) -> Experiment:
-    head = {"init": init, "dropout": 0.0}
+SPEAKERS = {f"synthetic/{n}": f"synthetic/{n % 5}" for n in range(24)}
+
+
+def _described(backbone: str, init: str = "random", accumulate: int = 2, name: str = "") -> Experiment:
+    head = {"init": init, "dropout": 0.0, "speaker": "standardize" if name == "voices" else "none"}
     optimizer = {"lr": 1e-3, "accumulate": accumulate}
     return experiment(backbone, head=head, optimizer=optimizer, adapter={"dropout": 0.0}, epochs=2)
 
@@ -63,8 +67,8 @@ def _still(described: Experiment) -> EmotionClassifier:
 
 def _fit(backbone: str, out: Path, name: str, rank: int, init: str, dev: list[Batch]) -> None:
     accumulate = SPLITS[name][1]
-    model, records = _still(_described(backbone, init, accumulate)), []
-    data = data_of(lambda epoch: _train(name), dev, accumulate, rank, 2)
+    model, records = _still(_described(backbone, init, accumulate, name)), []
+    data = replace(data_of(lambda epoch: _train(name), dev, accumulate, rank, 2), speakers=SPEAKERS)
     loop.fit(model, data, lambda record, save: records.append(dict(record)))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / f"{name}_{rank}.safetensors")
     (out / f"{name}_{rank}.json").write_text(json.dumps(records))
@@ -105,6 +109,7 @@ def _worker(rank: int, backbone: str, out: str) -> None:
     _fit(backbone, Path(out), "uneven", rank, "random", DEV)
     _fit(backbone, Path(out), "even", rank, "probe", DEV[:1])
     _fit(backbone, Path(out), "one batch", rank, "random", DEV)
+    _fit(backbone, Path(out), "voices", rank, "probe", DEV)
     for variant in VARIANTS:
         _gradients(str(Path(backbone).parent / variant), Path(out), rank)
     _spoiled(backbone, Path(out), rank)
@@ -168,16 +173,20 @@ def test_dev_figures_are_those_of_the_whole_dev_set(
 
 @pytest.mark.parametrize(
     ("name", "init", "dev"),
-    [(name, "probe", DEV[:1]) if name == "even" else (name, "random", DEV) for name in SPLITS],
+    [
+        *((name, "random", DEV) for name in ("ragged", "uneven", "one batch")),
+        *(("even", "probe", DEV[:1]), ("voices", "probe", DEV)),
+    ],
 )
 def test_two_processes_take_the_steps_of_one(
     ran: Path, backbones_dir: Path, name: str, init: str, dev: list[Batch]
 ) -> None:
     """Twice as many batches accumulated in one as in each of two."""
     together = 2 * SPLITS[name][1]
-    described = _described(str(backbones_dir / "whisper"), init, together)
+    described = _described(str(backbones_dir / "whisper"), init, together, name)
     model, records = _still(described), []
-    loop.fit(model, data_of(lambda epoch: _train(name), dev, together), lambda record, save: records.append(record))
+    data = replace(data_of(lambda epoch: _train(name), dev, together), speakers=SPEAKERS)
+    loop.fit(model, data, lambda record, save: records.append(record))
     weights, told = _results(ran, name, 0)
     for mine, theirs in zip(records, told, strict=True):
         assert mine["dev_loss"] == pytest.approx(theirs["dev_loss"], abs=1e-4)

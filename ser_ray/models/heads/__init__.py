@@ -19,12 +19,14 @@ from ser_ray import config
 from ser_ray.config import Experiment
 from ser_ray.config.choices import HEADS
 from ser_ray.models.precision import in_fp32
+from ser_ray.models.voice import SpeakerNorm, Voice
 from ser_ray.schema import UserError
 from ser_ray.speech.cached_features import Moments
 
 
 class Head(nn.Module):
-    """Hidden states -> one vector per utterance (`embed`) -> logits (`classify`).
+    """Hidden states -> one vector per utterance (`embed`) -> logits (`classify`); between the two, what is known of the
+    speaker is subtracted from the vector (`relative`), if `config.Head.speaker` says so.
 
     A head must define these two, set `embedding_width`, and use all of its trainable weights. Both run in fp32: mark
     them with `in_fp32`, and `ser_ray.models.pooling.normalise` the states, which are in the precision of the backbone.
@@ -36,15 +38,26 @@ class Head(nn.Module):
 
     embedding_width: int
     """P."""
+    speaker: SpeakerNorm | None
+    """Set by `make` where ``head.speaker`` is not none."""
 
     def __init__(self, experiment: Experiment, num_layers: int, width: int) -> None:
         """``num_layers`` (the states are one more) and ``width`` (D) are those of the backbone."""
         super().__init__()
+        self.speaker = None
 
     @in_fp32
-    def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
-        """Hidden states and frame mask (B, F) -> logits_BK."""
-        return self.classify(self.embed(hiddens, mask_BF))
+    def forward(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor, voices: Voice | None = None) -> torch.Tensor:
+        """Hidden states, frame mask (B, F) and what is known of the speakers -> logits_BK."""
+        return self.classify(self.relative(self.embed(hiddens, mask_BF), voices))
+
+    def relative(self, pooled_BP: torch.Tensor, voices: Voice | None = None) -> torch.Tensor:
+        """What `embed` returns -> what `classify` takes: the same without `config.Head.speaker`, else in relation to
+        the speakers' ``voices``; None if nothing is known of them."""
+        if self.speaker is None:
+            return pooled_BP
+        relative_BP: torch.Tensor = self.speaker(pooled_BP, voices)
+        return relative_BP
 
     def embed(self, hiddens: list[torch.Tensor], mask_BF: torch.Tensor) -> torch.Tensor:
         """Hidden states, each (B, F, D), and frame mask (B, F) -> pooled_BP.
@@ -55,7 +68,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
-        """What `embed` returns -> logits_BK."""
+        """What `relative` returns -> logits_BK."""
         raise NotImplementedError
 
     @classmethod
@@ -90,3 +103,11 @@ def of(settings: config.Head) -> type[Head]:
     if settings.init == "probe" and not kind.can_start_from_probe:
         raise UserError(f"head.init: probe: head.kind {settings.kind} cannot start from a probe; set it to random")
     return kind
+
+
+def make(experiment: Experiment, num_layers: int, width: int) -> Head:
+    """The head of an experiment over a backbone of so many layers and that width. Raises UserError as `of`."""
+    head = of(experiment.head)(experiment, num_layers, width)
+    if experiment.head.speaker != "none":
+        head.speaker = SpeakerNorm(experiment.head, head.embedding_width)
+    return head
