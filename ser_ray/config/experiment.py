@@ -118,7 +118,7 @@ class Adapter(Section):
     """Dropout on the input of the low-rank update. The default is the QLoRA paper's value for small models. pissa has
     none: it would drop a part of what the backbone knows."""
     variant: Literal["plain", "rslora", "dora", "pissa", "loftq", "loraplus"] = "plain"
-    """plain: LoRA as in its paper; no other was found better on emotions (results/benchmarks/variants.md).
+    """plain: LoRA as in its paper, the most tried one; tests/benchmarks/variants.py compares the others with it.
     rslora: scaled by alpha over the root of rank, so that large ranks learn as fast (arXiv 2312.03732).
     dora: the length of every row of the weights is trained apart from its direction (arXiv 2402.09353).
     pissa: starts from the largest singular directions of the weights, which are then trained themselves
