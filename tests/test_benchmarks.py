@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import bitsandbytes
@@ -45,6 +47,7 @@ import order
 import reference_rehearsal
 import steps
 import trainer
+import variants
 
 CPU = torch.device("cpu")
 BACKBONES = ("wav2vec2-layer", "wav2vec2-group", "whisper")
@@ -481,3 +484,24 @@ def test_a_fuzz_run_sees_what_a_terminal_obeys() -> None:
     for sign in ("\x1b", "\r", "\u202e", "\u2028", "\udce9"):
         with pytest.raises(fuzz.Wrong, match="a terminal obeys"):
             fuzz._check_printable(f"a{sign}b")
+
+
+def test_the_page_of_variants_counts_whole_seeds_and_says_what_is_missing(tmp_path: Path) -> None:
+    labels = [number % 8 for number in range(32)]
+    predicted = {"LoRA": [*labels[:24], *[0] * 8], "DoRA": labels}
+    (tmp_path / "runs").mkdir()
+    for way, guesses in predicted.items():
+        runs = [(rate, 0, 0) for rate in variants.RATES]
+        runs += [(variants.RATES[0], fold, seed) for fold in range(6) for seed in range(2) if seed == 0 or fold < 3]
+        for run in (variants.Run(way, *rest) for rest in runs):
+            told = {"dev": [0.5, 0.25], "loss": [1.0, 0.5], "seconds": 3.0, "parameters": 10, "labels": labels}
+            told |= {"predicted": guesses, "speakers": [f"{run.fold}{number // 16}" for number in range(32)]}
+            run.file(tmp_path).write_text(json.dumps(told))
+    page = variants.page(Namespace(scratch=tmp_path, seeds=2))
+    assert "Not complete: of 24 runs 6 are missing" in page
+    cells = [line.split(" | ") for line in page.splitlines()]
+    uar = {way: float(recall_score(labels, guesses, average="macro")) for way, guesses in predicted.items()}
+    assert ["| LoRA", f"{variants.RATES[0]:g}", "1", "0.50", "0.250"] in [row[:5] for row in cells]
+    (gap,) = (row for row in cells if row[0] == "| DoRA over LoRA")
+    assert gap[1] == "1"
+    assert gap[2].startswith(f"+{100 * (uar['DoRA'] - uar['LoRA']):.1f} [")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Final
 
@@ -108,14 +109,19 @@ def _problems_of_key(key: str, search: Mapping[str, Any], added: Added) -> Itera
     elif not any(f"{known}.".startswith(f"{key}.") for known in _KEYS):
         yield (key,), f"unknown key{_meant(key)}"
     else:
-        yield from dict.fromkeys(problem for value in _values(search[key]) for problem in added({key: value}))
+        points = [(before, {**before, key: value}) for value, before in _values(search[key])]
+        found = (problem for before, point in points for problem in added(point) if problem not in added(before))
+        yield from dict.fromkeys(found)
 
 
-def _values(distribution: object) -> tuple[Any, ...]:
+def _values(distribution: object) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The values of a searched key, each with every combination of values that its conditions allow to other keys."""
     try:
-        return Distribution.model_validate(distribution).examples()
+        known = Distribution.model_validate(distribution)
     except ValidationError:
-        return ()
+        return
+    for value, *conditions in itertools.product(known.examples(), *known.when.values()):
+        yield value, dict(zip(known.when, conditions, strict=True))
 
 
 def _problems_of_point(point: Mapping[str, Any], search: Mapping[str, Any], added: Added) -> Iterator[Problem]:

@@ -20,7 +20,8 @@ from ser_ray.schema import UserError
 
 THE_PROBE: Final = "the probe"
 """The name of a model whose best epoch is 0: `Head.init` probe, before any training of the backbone."""
-_LORA_ONLY: Final = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets")
+_LORA_ONLY: Final = tuple(f"adapter.{name}" for name in Adapter.model_fields if name not in ("method", "first_layer"))
+_OF_LORAPLUS: Final = ("adapter.loraplus_ratio",)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Results:
             key: functools.reduce(lambda node, part: node[part], key.split("."), base) for key in keys
         }
         values |= {key: self.leader[key] for key in keys if key in self.space.search and self.leader.get(key)}
-        without = _LORA_ONLY if values["adapter.method"] in ("frozen", "full") else ()
+        without: tuple[str, ...] = () if values["adapter.variant"] == "loraplus" else _OF_LORAPLUS
+        if values["adapter.method"] in ("frozen", "full"):
+            without = _LORA_ONLY
         untrained = ("adapter.", "optimizer.") if self.probe == THE_PROBE else ()
         return {
             key: value

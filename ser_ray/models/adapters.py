@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ser_ray import config
-from ser_ray.models import pretrained
+from ser_ray.models import pretrained, variants
 from ser_ray.models.backbones import Backbone
 from ser_ray.models.lowrank import Updates
 from ser_ray.models.precision import hold_frozen
@@ -35,11 +35,13 @@ FEED_FORWARD: Final = {
 }
 
 
-def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
+def adapt(backbone: Backbone, adapter: config.Adapter, saved: bool = False) -> PeftModel | None:
     """Set which of the backbone's weights are trainable; for lora and qlora, insert low-rank updates.
 
-    Returns PEFT's view of the backbone, which saves and loads the updates; None for frozen and full.
-    Raises UserError where `adapter.targets` or `adapter.first_layer` do not fit this backbone.
+    Returns PEFT's view of the backbone; None for frozen and full. ``saved``: `load_updates` will load saved updates
+    into it, so that those of pissa and loftq need no initial ones.
+    Raises UserError where `adapter.targets`, `adapter.first_layer` or for pissa and loftq `adapter.rank` do not fit
+    this backbone.
     """
     if adapter.method != "frozen" and adapter.first_layer >= backbone.num_layers:
         raise UserError(
@@ -57,6 +59,7 @@ def adapt(backbone: Backbone, adapter: config.Adapter) -> PeftModel | None:
     from peft import get_peft_model
 
     peft = get_peft_model(backbone.model, _lora_config(backbone, adapter))
+    variants.start(peft, adapter.variant, saved)
     hold_frozen(backbone.model, backbone.compute_dtype)  # later than PEFT, which would round new updates as well
     backbone.updates = Updates(backbone.layers())
     return peft
@@ -81,19 +84,27 @@ def attach(backbone: Backbone, directory: Path, adapter: config.Adapter) -> Peft
     stranger's, and only has to agree with it. Raises UserError where it does not, and where `read_weights` does.
     """
     path = directory / "adapter_config.json"
-    _check_saved(path, backbone, _lora_config(backbone, adapter).to_dict())
-    peft = adapt(backbone, adapter)
+    _check_saved(path, backbone, _lora_config(backbone, variants.as_saved(adapter)).to_dict())
+    peft = adapt(backbone, adapter, saved=True)
     assert peft is not None, adapter.method
     load_updates(peft, directory)
     return peft
+
+
+def save_updates(peft: PeftModel, directory: Path) -> None:
+    """Write the low-rank updates of a model in PEFT's layout, as they fit the backbone that was loaded."""
+    state = variants.saved_state(peft)
+    peft.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state)
 
 
 def load_updates(peft: PeftModel, directory: Path) -> None:
     """Load saved low-rank updates into those of a model; raises UserError where `read_weights` does."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted: dict[str, torch.Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    set_peft_model_state_dict(peft, read_weights(directory / "adapter_model.safetensors", wanted))
+    state = variants.saved_state(peft)
+    wanted: dict[str, torch.Tensor] = get_peft_model_state_dict(peft, state_dict=state, save_embedding_layers=False)
+    weights = read_weights(directory / "adapter_model.safetensors", wanted)
+    set_peft_model_state_dict(peft, variants.unpacked(peft, weights))
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -129,7 +140,9 @@ def _lora_config(backbone: Backbone, adapter: config.Adapter) -> LoraConfig:
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        lora_dropout=0.0 if adapter.variant == "pissa" else adapter.dropout,
+        use_rslora=adapter.variant == "rslora",
+        use_dora=adapter.variant == "dora",
         target_modules=_target_modules(backbone, adapter),
     )
 

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from ser_ray import config
 from ser_ray.disk import expanded, write_json
-from ser_ray.models import backbones
-from ser_ray.models.adapters import load_updates
+from ser_ray.models import backbones, variants
+from ser_ray.models.adapters import load_updates, save_updates
 from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import autocast
 from ser_ray.models.pretrained import MissingBackboneError
@@ -39,7 +39,7 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
     directory.mkdir(parents=True, exist_ok=True)
     with _system_errors(directory):
         if model.peft is not None:
-            model.peft.save_pretrained(str(directory / "adapter"), safe_serialization=True, save_embedding_layers=False)
+            save_updates(model.peft, directory / "adapter")
         elif model.experiment.adapter.method == "full":
             model.backbone.model.save_pretrained(directory / "backbone")
             model.backbone.extractor.save_pretrained(directory / "backbone")
@@ -114,6 +114,7 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
     """Load a checkpoint's trained weights into a model that was built from the same experiment."""
     model.head.load_state_dict(read_weights(directory / "head.safetensors", model.head.state_dict()))
     if model.peft is not None:
+        variants.restore(model.peft)
         load_updates(model.peft, directory / "adapter")
     elif model.experiment.adapter.method == "full":
         device = next(model.head.parameters()).device

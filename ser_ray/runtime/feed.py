@@ -159,6 +159,13 @@ def data(
     label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
     made = partial(stream.batches, content=content, threads=threads)
 
+    def read(
+        source: Source, order: list[Window], following: Callable[[], list[Window]] | None, **how: Any
+    ) -> Iterator[Batch]:
+        tables = source.read(order, following)
+        batches = (batch for table, packed in tables for batch in made(table, packed, **how))
+        return stream.Prefetcher(batch.pin() if pin else batch for batch in batches)
+
     # This epoch and the next, and epoch 0, which is read between them for the voices of speakers.
     @lru_cache(maxsize=3)
     def ordered(number: int) -> list[Window]:
@@ -175,9 +182,6 @@ def data(
         # Epoch 0 is the linear probe's, which takes no optimiser steps.
         return _only(windows, [b for step in taken for b in step.read] if number else range(rank, batches, size))
 
-    def prefetched(batches: Iterable[Batch]) -> Iterator[Batch]:
-        return stream.Prefetcher(batch.pin() if pin else batch for batch in batches)
-
     def train_batches(number: int) -> Iterator[Batch]:
         seed = experiment.seed * 10_000 + number
         # The probe is fitted without augmentation, and recordings that a speaker is known by have none.
@@ -185,22 +189,13 @@ def data(
         # With voices of speakers epoch 0 is read before every other, so what follows is not known here.
         early = experiment.head.speaker == "none" and number < experiment.epochs
         following = partial(share, number + 1) if early else None
-        return prefetched(
-            batch
-            for table, packed in train.read(share(number), following)
-            for batch in made(table, packed, augmentation=augmentation)
-        )
+        return read(train, share(number), following, augmentation=augmentation)
 
     dev_order = epoch(dev.rows, experiment.batch_seconds, None)
     own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
-    def dev_batches() -> Iterator[Batch]:
-        return prefetched(
-            batch for table, packed in dev.read(own_dev, lambda: own_dev) for batch in made(table, packed)
-        )
-
     speakers = dict(zip(*(train.rows[name].to_pylist() for name in ("utterance_id", "speaker")), strict=True))
-    return loop.Data(train_batches, dev_batches, counts, speakers)
+    return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers)
 
 
 # -- below: how it is done

@@ -204,8 +204,8 @@ def check(space: SearchSpace) -> None:
     """Check every combination of backbone and adapter, and every head, that a trial can have, before anything is
     prepared.
 
-    Raises UserError where a backbone cannot be found, `adapter.first_layer` is beyond its last block, or a head is to
-    start from a probe and cannot.
+    Raises UserError where a backbone cannot be found, `adapter.first_layer` is beyond its last block, a variant of LoRA
+    meets a method that it is not for, or a head is to start from a probe and cannot.
     """
     from ser_ray.models import heads, pretrained
 
@@ -216,6 +216,7 @@ def check(space: SearchSpace) -> None:
                 f"adapter.first_layer: {experiment.adapter.first_layer}, but {experiment.backbone} has blocks 0 to "
                 f"{blocks - 1}; to adapt nothing set adapter.method to frozen"
             )
+    variants(space, ("adapter.method", "adapter.variant"))  # every combination is validated
     for experiment in variants(space, ("head.kind", "head.init")):
         heads.of(experiment.head)
 

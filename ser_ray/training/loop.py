@@ -236,11 +236,18 @@ def evaluate(
 
 
 def make_optimizer(model: EmotionClassifier) -> torch.optim.AdamW:
-    """AdamW; the head has its own learning rate, vectors (biases, norms, layer mix) have no weight decay."""
-    settings = model.experiment.optimizer
+    """AdamW; the head has its own learning rate, and so has B in LoRA+. Vectors (biases, norms, layer mix, DoRA's
+    magnitudes) have no weight decay."""
+    settings, adapter = model.experiment.optimizer, model.experiment.adapter
+    of_backbone = [(adapter.variant == "loraplus" and ".lora_B." in n, p) for n, p in model.backbone.named_parameters()]
+    parts = (
+        ([p for faster, p in of_backbone if not faster], settings.lr),
+        ([p for faster, p in of_backbone if faster], settings.lr * adapter.loraplus_ratio),
+        (list(model.head.parameters()), settings.head_lr),
+    )
     groups = []
-    for part, rate in ((model.backbone, settings.lr), (model.head, settings.head_lr)):
-        trainable = [p for p in part.parameters() if p.requires_grad]
+    for parameters, rate in parts:
+        trainable = [p for p in parameters if p.requires_grad]
         for decay, members in (
             (settings.weight_decay, [p for p in trainable if p.ndim > 1]),
             (0.0, [p for p in trainable if p.ndim <= 1]),

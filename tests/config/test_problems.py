@@ -209,6 +209,36 @@ def test_values_that_do_not_fit_together_name_the_other_key(tmp_path):
     )
 
 
+VARIANTS = "  adapter.method: {{choice: [lora, qlora]}}\n  adapter.variant: {{choice: {}{}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "when", "said"),
+    [
+        ("[plain, loftq]", ", when: {adapter.method: [qlora]}", None),
+        ("[plain, pissa]", ", when: {adapter.method: [lora]}", None),
+        ("[plain, dora]", ", when: {adapter.method: [lora, qlora]}", None),
+        ("[plain, loftq]", "", "search.adapter.variant: loftq makes up for the error of 4-bit weights: set adapter"),
+        (
+            "[plain, pissa]",
+            ", when: {adapter.method: [lora, qlora]}",
+            "search.adapter.variant: with qlora, pissa would",
+        ),
+    ],
+)
+def test_values_of_a_key_are_looked_at_as_its_conditions_say(tmp_path, values, when, said):
+    path, (before, _, after) = (
+        tmp_path / "space.yaml",
+        "\n".join(GOOD).partition("  adapter.method: {choice: [lora, full]}\n"),
+    )
+    text = before + VARIANTS.format(values, when) + after
+    if said is None:
+        path.write_text(text)
+        assert "adapter.variant" in config.load(path).search
+    else:
+        assert said in problems(path, text)[0]
+
+
 def test_a_search_space_from_python_is_checked_too():
     experiment = Experiment(name="x", corpora={"synthetic": None}, backbone="b")
     fine = Distribution(choice=(4, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,22 @@ def test_a_searched_first_layer_is_looked_at_for_every_backbone(path, backbones_
         plan.check(space)
 
 
+@pytest.mark.parametrize("methods", [["lora"], ["lora", "qlora"]])
+def test_a_variant_is_looked_at_with_every_method(path, methods):
+    search = {"adapter.method": {"choice": methods}, "adapter.variant": {"choice": ["plain", "pissa"]}}
+    space = config.load(path, [f"search={json.dumps(search)}", "tune.first=[]"])
+    with pytest.raises(UserError, match=r"adapter\.variant: with qlora") if "qlora" in methods else nullcontext():
+        plan.check(space)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("verb", ["train", "tune"])
 def test_dry_run_prints_the_plan_and_trains_nothing(path, capsys, verb):
-    own = ["experiment.adapter={method: lora, first_layer: 1}", "search={optimizer.lr: {uniform: [0.001, 0.01]}}"]
+    search = (
+        "{optimizer.lr: {uniform: [0.001, 0.01]}, adapter.variant: {choice: [plain, rslora, dora, pissa, loraplus]}}"
+    )
+    own = ["experiment.adapter={method: lora, first_layer: 1}", f"search={search}"]
     assert main([verb, str(path), *own, "tune.first=[]", "--dry-run"]) == 0
     said = capsys.readouterr().out
     for part in (

@@ -151,11 +151,20 @@ def test_the_same_seed_gives_the_same_run(tiny: Experiment) -> None:
 
 
 @pytest.mark.parametrize("init", ["random", "probe"])
-@pytest.mark.parametrize("method", ["frozen", "lora", "qlora", "full"])
-def test_a_resumed_run_is_the_unbroken_one(tiny: Experiment, tmp_path: Path, method: str, init: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [
+        *((method, "plain") for method in ("frozen", "lora", "qlora", "full")),
+        *(("lora", variant) for variant in ("rslora", "dora", "pissa", "loraplus")),
+        *(("qlora", variant) for variant in ("dora", "loftq")),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_one(
+    tiny: Experiment, tmp_path: Path, method: str, variant: str, init: str
+) -> None:
     described = with_sections(
         tiny,
-        adapter={"method": method, "rank": 4, "dropout": 0.2},
+        adapter={"method": method, "variant": variant, "rank": 4, "dropout": 0.2},
         head={"dropout": 0.2, "init": init},
         optimizer={"lr": 1e-3, "accumulate": 2},
     )
