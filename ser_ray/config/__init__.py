@@ -4,9 +4,10 @@
 does not fit, and where.
 """
 
+from ser_ray.config.adapter import Adapter
 from ser_ray.config.changes import MAY_CHANGE, differences, refused
 from ser_ray.config.enrolment import OTHERS, Enrolment
-from ser_ray.config.experiment import EXCLUDABLE, Adapter, Audio, Augment, Experiment, Head, Optimizer, Protocol
+from ser_ray.config.experiment import EXCLUDABLE, Audio, Augment, Experiment, Head, Optimizer, Protocol
 from ser_ray.config.reader import (
     UNSPECIFIED,
     built_in_spaces,
