@@ -20,6 +20,7 @@ from ser_ray.config import Adapter
 from ser_ray.models import backbones, checkpoint
 from ser_ray.models.adapters import check_gradients
 from ser_ray.models.classifier import EmotionClassifier, build
+from ser_ray.models.precision import autocast
 from ser_ray.schema import UserError
 from ser_ray.training.loop import make_optimizer
 
@@ -178,6 +179,20 @@ def test_a_checkpoint_is_the_model_to_the_bit(backbones_dir: Path, tmp_path: Pat
     checkpoint.save(loaded, tmp_path / "again", {})
     adapter = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / adapter).read_bytes() == (tmp_path / adapter).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_and_so_it_is_in_bf16(backbones_dir: Path, tmp_path: Path, method: str) -> None:
+    """Whatever frozen weights are rounded to, and when."""
+    settings = {"method": method, "variant": "pissa" if method == "lora" else "loftq", "rank": RANK}
+    described = experiment(backbones_dir / "whisper", adapter=settings, precision="bf16")
+    model, batch = _trained(build(described)), noise_batch()
+    checkpoint.save(model, tmp_path, {})
+    loaded, resumed = checkpoint.load(tmp_path), build(described)
+    checkpoint.load_weights(resumed, tmp_path)
+    with autocast("bf16", "cpu"):
+        expected, *found = (logits(one, batch) for one in (model, loaded, resumed))
+    assert all(torch.equal(own, expected) for own in found)
 
 
 @pytest.mark.parametrize(("method", "variant"), EVERY)
