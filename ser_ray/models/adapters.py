@@ -59,9 +59,9 @@ def adapt(backbone: Backbone, adapter: config.Adapter, saved: bool = False) -> P
     from peft import get_peft_model
 
     peft = get_peft_model(backbone.model, _lora_config(backbone, adapter))
-    variants.start(peft, adapter.variant, saved)
     hold_frozen(backbone.model, backbone.compute_dtype)  # later than PEFT, which would round new updates as well
     backbone.updates = Updates(backbone.layers())
+    variants.start(peft, adapter.variant, saved)  # last: what it changes in the weights, loading changes to the bit
     return peft
 
 

@@ -77,17 +77,14 @@ def saved_state(peft: PeftModel) -> dict[str, torch.Tensor]:
 def unpacked(peft: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The updates to load of those that were saved. For pissa, the saved initial ones are taken out of the weights,
     which are the published ones until then."""
-    updates, layers = dict(saved), _layers(peft, of_pissa=True)
-    # Weights that are held in fewer bits are rounded once, after it, as they were when training began.
-    rounded = any(layer.get_base_layer().weight.dtype is not torch.float32 for layer in layers.values())
-    published = _published(peft) if rounded else {}
-    for name, layer in layers.items():
+    updates = dict(saved)
+    for name, layer in _layers(peft, of_pissa=True).items():
         key_a, key_b = (f"{_PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
         updates[key_a], initial_a = saved[key_a].chunk(2, 0)
         updates[key_b], minus_b = saved[key_b].chunk(2, 1)
         layer.initial_A.copy_(initial_a)
         layer.initial_B.copy_(-minus_b)
-        _take_out(layer, published.get(name))
+        _take_out(layer)
     return updates
 
 
@@ -126,11 +123,10 @@ def _dequantised(weight: Any) -> torch.Tensor:
     return dequantised.float()
 
 
-def _take_out(layer: Any, published: torch.Tensor | None = None) -> None:
-    """Set the frozen weights of a layer to the published ones, or those that it has, without the initial update."""
+def _take_out(layer: Any) -> None:
+    """Subtract the initial update from the frozen weights of a layer."""
     weight = layer.get_base_layer().weight
-    whole = weight if published is None else published.to(weight.device)
-    weight.copy_(whole.float() - (layer.scaling[ADAPTER] * layer.initial_B) @ layer.initial_A)
+    weight.copy_(weight.float() - (layer.scaling[ADAPTER] * layer.initial_B) @ layer.initial_A)
 
 
 def _largest(matrix: torch.Tensor, rank: int, scaling: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
