@@ -31,9 +31,13 @@ EMBEDDED: Final = "embedded/"
 
 _REFUSED = ("auto_map", "quantization_config", "transformers_weights")
 """Keys that name code, a way to unpack weights, or other files."""
-_IGNORED = ("num_labels", "id2label", "label2id", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
+_IGNORED = (
+    *("num_labels", "id2label", "label2id", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation"),
+    *("initializer_range", "init_std"),
+)
 """Keys of config.json that an encoder does not need: of a head (a large number of labels alone would fill the memory),
-of the dtype, which `precision.WEIGHTS` sets, and of attention, which may name code on the hub."""
+of the dtype, which `precision.WEIGHTS` sets, of attention, which may name code on the hub, and of random weights, as
+all are read."""
 _STRIDES: Final = range(160, 1601)
 """Samples from frame to frame, 10 to 100 ms. All known backbones have 320; attention over more frames needs memory that
 grows with their square, and fewer describe no speech."""

@@ -219,7 +219,7 @@ def _measured(space: SearchSpace, console: Console) -> sharing.Footprint:
 
 def _on_gpus(gpus: float, console: Console, function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own that holds so many GPUs; says if it has to wait for them."""
-    asked = ray.remote(function).options(num_cpus=0, num_gpus=gpus, max_calls=1).remote(*arguments)
+    asked = ray.remote(num_cpus=0, num_gpus=gpus, max_calls=1)(function).remote(*arguments)
     patience = PATIENCE_S
     while not ray.wait([asked], timeout=patience)[0]:
         console.print(f"  ... {waiting_for(f'{gpus:g} GPUs')}")
