@@ -194,7 +194,8 @@ def data(
     dev_order = epoch(dev.rows, experiment.batch_seconds, None)
     own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
-    speakers = dict(zip(*(train.rows[name].to_pylist() for name in ("utterance_id", "speaker")), strict=True))
+    needed = ("utterance_id", "speaker") if experiment.head.speaker != "none" else ()
+    speakers = dict(zip(*(train.rows[name].to_pylist() for name in needed), strict=True))
     return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers)
 
 
