@@ -6,7 +6,7 @@ Every other module may import this one; it imports none of the project's.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,6 +83,15 @@ def reason_of(error: Exception, most: int | None = None) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep"
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
+def first_few(words: Sequence[str], most: int) -> str:
+    """At most so many of the words, and how many more there are.
+
+    >>> first_few(["angry", "happy", "sad"], 2)
+    'angry, happy and 1 more'
+    """
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def shortened(text: str, most: int = 80) -> str:

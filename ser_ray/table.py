@@ -24,7 +24,7 @@ from ser_ray.config.words import emotion_of
 from ser_ray.corpora.files import audio_files
 from ser_ray.corpora.guess import FIELDS, Guess, by_looks, by_pattern, word_counts
 from ser_ray.corpora.rows import COLUMNS
-from ser_ray.schema import EMOTIONS, UserError
+from ser_ray.schema import EMOTIONS, UserError, first_few
 from ser_ray.terminal import PlainConsole
 
 SHOWN: Final = 20
@@ -94,13 +94,13 @@ def _emotions(guess: Guess) -> Iterator[str]:
         yield "emotion: not known: no folder and no part of the names has words for emotions"
         return
     counts = word_counts(guess.rows, "emotion")
-    words = _some([_meaning(word, n) for word, n in counts.most_common()])
+    words = first_few([_meaning(word, n) for word, n in counts.most_common()], SHOWN)
     yield f"emotion, from {guess.origins['emotion']}: {words}"
     emotions = sorted({emotion_of(word) for word in counts if word})
     if others := [emotion for emotion in emotions if emotion not in EMOTIONS]:
         yield (
-            f"not among the emotions of the default: {_some(others)}. To train on them write emotions: "
-            f"[{_some(emotions)}] in the section experiment of the search space"
+            f"not among the emotions of the default: {first_few(others, SHOWN)}. To train on them write emotions: "
+            f"[{first_few(emotions, SHOWN)}] in the section experiment of the search space"
         )
 
 
@@ -115,7 +115,7 @@ def _speakers(guess: Guess) -> str:
     if "speaker" not in guess.origins:
         return "speaker: not known; splits are then by recording, and stamped LEAKY"
     counts = word_counts(guess.rows, "speaker")
-    words = _some([f"{word} {n}" for word, n in sorted(counts.items())])
+    words = first_few([f"{word} {n}" for word, n in sorted(counts.items())], SHOWN)
     return f"speaker, from {guess.origins['speaker']}: {len(counts)} of them: {words}"
 
 
@@ -128,14 +128,8 @@ def _places(guess: Guess, unknown: Sequence[str]) -> Iterator[str]:
     yield f"folders and names have, where {guess.rows[0]['path']} is {guess.skeleton}:"
     for number, counts in guess.places.items():
         words = [word for word, _ in counts.most_common()]
-        yield f"  {{{number}}}: {len(words)} different: {_some(words, PLACE_SHOWN)}"
+        yield f"  {{{number}}}: {len(words)} different: {first_few(words, PLACE_SHOWN)}"
     yield (
         f"run this again with {' and '.join(f'{{{field}}}' for field in FIELDS[:2])} in place of their numbers: "
         f"--pattern '{guess.skeleton}'; or fill the column"
     )
-
-
-def _some(words: Sequence[str], shown: int = SHOWN) -> str:
-    """The first words, and how many more there are."""
-    more = f" and {len(words) - shown} more" if len(words) > shown else ""
-    return f"{', '.join(words[:shown])}{more}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ser_ray.config.words import emotion_of
-from ser_ray.schema import Rejected, UserError, Utterance, shortened, unknown_speaker
+from ser_ray.schema import Rejected, UserError, Utterance, first_few, shortened, unknown_speaker
 
 REQUIRED: Final = ("path", "speaker", "emotion")
 OPTIONAL: Final = ("split", "text", "language", "gender", "start", "end", "rater")
@@ -220,9 +220,7 @@ def _emotions_of(one: _Checked, other: _Checked) -> str:
 
 
 def _some(words: Sequence[str]) -> str:
-    """All of a few, or the first of them."""
-    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    return f"{', '.join(shortened(word, 40) for word in words[:MOST_NAMED])}{more}"
+    return first_few([shortened(word, 40) for word in words], MOST_NAMED)
 
 
 def _elected(votes: Sequence[_Checked]) -> tuple[str, float] | str:

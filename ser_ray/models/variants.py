@@ -19,13 +19,12 @@ from torch import nn
 
 from ser_ray import config
 from ser_ray.models import backbones
+from ser_ray.models.lowrank import ADAPTER
 from ser_ray.schema import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER: Final = "default"
-"""PEFT's name of the only adapter."""
 ITERATIONS: Final = 16
 """Of the randomised singular value decomposition: the largest number that the PiSSA paper tries. With twice as many
 directions as are needed, the approximation of whisper-base's weights is within 1e-4 of the best one."""

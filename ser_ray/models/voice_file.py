@@ -15,16 +15,15 @@ from typing import Any, Final
 
 import torch
 
-from ser_ray.disk import read_json, write_json
+from ser_ray.disk import write_json
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.voice import Voice
-from ser_ray.schema import UserError, reason_of
+from ser_ray.models.weights import read_object
+from ser_ray.schema import UserError
 
 FORMAT: Final = 1
 MOST: Final = 1e9
 """A limit for every number of a file; no pooled vector comes near it."""
-REASON: Final = 160
-"""Characters of what a library says of a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,10 @@ def write(saved: SavedVoice, path: Path) -> None:
 
 def read(path: Path, model: EmotionClassifier) -> SavedVoice:
     """A voice of this model. Raises UserError, in one line, for a file that is none, or is that of another model."""
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; ser-ray enrol makes one") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {reason_of(error, REASON)}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; ser-ray enrol makes one")
+    content = read_object(path)
+    if content.get("format") != FORMAT:
         raise UserError(f"{path}: not a voice of this version; make one with ser-ray enrol")
     if content.get("checkpoint") != digest(model):
         raise _of_another(path)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from ser_ray.schema import first_few
+
 Row = Mapping[str, Any]
 Group = dict[str, Any]
 """What belongs together in a finding: ``utterances`` (utterance_id, speaker, emotion) or ``speakers``; with several
@@ -31,8 +33,7 @@ def finding(level: str, what: str, detail: str, groups: Sequence[Group] = ()) ->
 
 def some(names: Sequence[str]) -> str:
     """How many names there are, and the first few."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
+    return f"{len(names)}: {first_few(names, SHOWN)}"
 
 
 def named(row: Row) -> dict[str, str]:

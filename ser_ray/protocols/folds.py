@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from ser_ray.config import Protocol
 from ser_ray.protocols.balance import Rows, balanced_groups
 from ser_ray.protocols.given import read_folds
-from ser_ray.schema import SPLITS, Fold, UserError, is_known, shortened
+from ser_ray.schema import SPLITS, Fold, UserError, first_few, is_known, shortened
 
 EMOBOX_RAVDESS: Final = (
     ("01", "11", "20", "21"),
@@ -295,8 +295,7 @@ def _groups_words(speakers: Mapping[str, set[str]]) -> str:
 
 def _names(names: Iterable[str | None]) -> str:
     """The first few names, sorted, and how many more."""
-    names = sorted({shortened(str(name), 60) for name in names})
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return first_few(sorted({shortened(str(name), 60) for name in names}), 5)
 
 
 def _id(row: Mapping[str, str | None]) -> str:

@@ -16,12 +16,12 @@ import torch
 from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
-from ser_ray.models.precision import autocast
 from ser_ray.models.voice import Voice
 from ser_ray.speech import stream
 from ser_ray.speech.audio import Unusable, from_samples, is_silent, to_int16
 from ser_ray.speech.long import Window, load_windows, split, windows_of
 from ser_ray.training.loop import predict_batches
+from ser_ray.training.speakers import pooled_batches
 
 GROUP: Final = 64
 """Windows held at a time: they are sorted by length, and answered together. At most 60 MB."""
@@ -93,7 +93,6 @@ def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
             windows = []
 
 
-@torch.inference_mode()
 def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
     """The pooled vector of every recording, which the classifier sees, before what is known of its speaker is
     subtracted: (N, P) float32; NaN for one that is not usable.
@@ -110,16 +109,15 @@ def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
     return np.stack([_mean(own) for own in windows]) if windows else pooled_NP.numpy()
 
 
-@torch.inference_mode()
 def pooled_pieces(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[list[Piece], torch.Tensor]:
     """Every piece of the recordings, without its samples, and pooled_NP, NaN for one that is not usable."""
-    model.eval()
     waiting, pieces = pieces_of(model, sources), []
     vectors = [np.empty((0, model.head.embedding_width), np.float32)]
     while group := list(islice(waiting, GROUP)):
         vectors_BP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
-        for rows, pooled_BP in _pooled(model, [piece.samples for piece in group]):
-            vectors_BP[rows] = pooled_BP
+        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
+        for numbers, pooled_BP in pooled_batches(model, batches):
+            vectors_BP[list(map(int, numbers))] = pooled_BP
         vectors.append(vectors_BP)
         pieces += [replace(piece, samples=None) for piece in group]
     return pieces, torch.from_numpy(np.concatenate(vectors))
@@ -186,16 +184,6 @@ def _answered(
                 probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
         for number, piece in enumerate(group):
             yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
-
-
-def _pooled(model: EmotionClassifier, samples: Sequence[np.ndarray | None]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Places among ``samples``, of those that are there, and their pooled vectors, batch by batch."""
-    device = next(model.head.parameters()).device
-    for batch in stream.short_to_long(_table(samples), model.experiment.batch_seconds):
-        batch = batch.to(device)
-        with autocast(model.experiment.precision, device):
-            pooled_BP = model.pooled(batch.inputs, batch.lengths_B, batch.padded)
-        yield list(map(int, batch.utterance_ids)), pooled_BP.float().cpu().numpy()
 
 
 def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:

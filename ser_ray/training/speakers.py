@@ -14,7 +14,7 @@ head, is always that of the current weights.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -86,19 +86,22 @@ class Drawn:
 
 
 @torch.inference_mode()
-def pooled_vectors(
-    model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
-) -> tuple[list[str], torch.Tensor]:
-    """Utterance ids, sorted, and pooled_NP on the CPU, over the batches of all processes; in evaluation mode and
-    training's precision."""
+def pooled_batches(model: EmotionClassifier, batches: Iterable[Batch]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """The utterance ids of every batch, and its pooled_BP; in evaluation mode and training's precision."""
     model.eval()
     device = next(model.head.parameters()).device
-    own: list[tuple[str, np.ndarray]] = []
     for batch in batches:
         batch = batch.to(device)
         with autocast(model.experiment.precision, device):
             pooled_BP = model.pooled(batch.inputs, batch.lengths_B, batch.padded)
-        own += zip(batch.utterance_ids, pooled_BP.float().cpu().numpy(), strict=True)
+        yield batch.utterance_ids, pooled_BP.float().cpu().numpy()
+
+
+def pooled_vectors(
+    model: EmotionClassifier, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
+) -> tuple[list[str], torch.Tensor]:
+    """Utterance ids, sorted, and pooled_NP on the CPU, over the batches of all processes."""
+    own = [pair for ids, pooled_BP in pooled_batches(model, batches) for pair in zip(ids, pooled_BP, strict=True)]
     every = sorted((pair for part in gather(own) for pair in part), key=lambda pair: pair[0])
     ids = [utterance_id for utterance_id, _ in every]
     assert len(set(ids)) == len(ids), "an utterance was run twice"
