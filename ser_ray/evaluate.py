@@ -74,7 +74,7 @@ def evaluate(
     allocation = allocation or cluster.allocate(space, len(everything), console)
     with Pool(
         ray.remote(Scorer),
-        (shard_dirs, str(directory / "folds"), max(1, int(allocation.worker.cpus)), allocation.worker.gpus),
+        (shard_dirs, str(directory / "folds"), allocation.worker.threads, allocation.worker.gpus),
         min(allocation.pool, len(everything)),
         allocation.worker,
         console,

@@ -62,8 +62,8 @@ FILES = {
 
 
 def build(results_dir: Path, audio: bool = True) -> Path:
-    """Write ``report.html``, ``learning_curves.png`` ``evaluation/confusion_{dev,test}.png`` and, where it is
-    known, ``evaluation/enrolment.png``; returns the page.
+    """Write ``report.html``, ``learning_curves.png``, ``evaluation/confusion_{dev,test}.png`` and, for a model with
+    ``head.speaker``, ``evaluation/enrolment.png``; returns the page.
 
     With ``audio`` the page holds the recordings of the most confident mistakes, if the prepared speech still exists.
 

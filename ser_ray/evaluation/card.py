@@ -84,8 +84,8 @@ def _elsewhere(experiment: Experiment) -> str:
     if experiment.adapter.method not in ("lora", "qlora"):
         return ""
     return (
-        " With PEFT alone, merge adapter/ before use (`merge_and_unload()`): the attention of transformers' WavLM "
-        "bypasses updates that are not merged."
+        " With PEFT alone, merge adapter/ before use (`merge_and_unload()`), if the backbone is a WavLM: in "
+        "transformers its attention bypasses updates that are not merged."
     )
 
 

@@ -32,6 +32,11 @@ class Worker:
     cpus: float
     gpus: float
 
+    @property
+    def threads(self) -> int:
+        """How many threads its process computes with."""
+        return max(1, int(self.cpus))
+
 
 @dataclass(frozen=True)
 class Allocation:

@@ -147,12 +147,8 @@ def wait_for_room(worker: Worker, count: int, wanted: str, console: Console) -> 
     """
     resources = {"CPU": worker.cpus, "GPU": worker.gpus}
     group = ray.util.placement_group([{name: amount for name, amount in resources.items() if amount}] * count)
-    next_line = time.monotonic() + LOOK_S
     try:
-        while not group.wait(timeout_seconds=1):
-            if time.monotonic() > next_line:
-                console.print(f"  ... {waiting_for(wanted)}")
-                next_line = time.monotonic() + REPEAT_S
+        _wait(lambda: group.wait(timeout_seconds=1), LOOK_S, wanted, console)
     finally:
         ray.util.remove_placement_group(group)
 
@@ -220,11 +216,18 @@ def _measured(space: SearchSpace, console: Console) -> sharing.Footprint:
 def _on_gpus(gpus: float, console: Console, function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own that holds so many GPUs; says if it has to wait for them."""
     asked = ray.remote(num_cpus=0, num_gpus=gpus, max_calls=1)(function).remote(*arguments)
-    patience = PATIENCE_S
-    while not ray.wait([asked], timeout=patience)[0]:
-        console.print(f"  ... {waiting_for(f'{gpus:g} GPUs')}")
-        patience = REPEAT_S
+    _wait(lambda: bool(ray.wait([asked], timeout=1)[0]), PATIENCE_S, f"{gpus:g} GPUs", console)
     return ray.get(asked)
+
+
+def _wait(looks: Callable[[], bool], patience: float, wanted: str, console: Console) -> None:
+    """Until ``looks``, which takes a second at most, finds that it is there; after ``patience``, and then again, say
+    what is waited for."""
+    next_line = time.monotonic() + patience
+    while not looks():
+        if time.monotonic() > next_line:
+            console.print(f"  ... {waiting_for(wanted)}")
+            next_line = time.monotonic() + REPEAT_S
 
 
 def _look_at_device() -> tuple[bool, str]:

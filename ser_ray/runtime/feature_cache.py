@@ -128,7 +128,7 @@ def by_pool(planned: RunPlan) -> Extract:
     ) -> Iterator[object]:
         worker = planned.allocation.worker
         size = min(planned.allocation.pool, len(work), math.ceil(seconds / ACTOR_S))
-        arguments = (wanted, max(1, int(worker.cpus)), worker.gpus)
+        arguments = (wanted, worker.threads, worker.gpus)
         with Pool(_RemoteExtractor, arguments, size, worker, console) as pool:
             jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(*pair)) for pair in work}
             yield from pool.map(jobs, f"frozen prefix {wanted}")
@@ -143,7 +143,7 @@ def by_this_process(planned: RunPlan) -> Extract:
         wanted: Prefix, work: Sequence[tuple[Path, Path]], seconds: float, console: Console
     ) -> Iterator[object]:
         worker = planned.allocation.worker
-        extractor = Extractor(wanted, max(1, int(worker.cpus)), worker.gpus)
+        extractor = Extractor(wanted, worker.threads, worker.gpus)
         for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (its own order)
             if not target.is_file():  # another process may have made it meanwhile
                 extractor.extract(source, target)

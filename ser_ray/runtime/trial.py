@@ -22,6 +22,7 @@ from ser_ray.config import Experiment
 from ser_ray.evaluation import folder
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import cluster, failures, feature_cache, feed, nodes
+from ser_ray.runtime.allocation import Worker
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.schema import MemoryShortageError
 from ser_ray.speech import cached_features
@@ -62,6 +63,11 @@ class Trial:
     """Which splits stay in memory between epochs."""
     prefix: dict[str, Any] | None
     """The fields of the `ser_ray.speech.cached_features.Prefix` that ``cached`` belongs to, if it is set."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads a worker computes with, and decodes with."""
+        return Worker(self.cpus, self.gpus).threads
 
     def load(self) -> tuple[Experiment, Task]:
         """The experiment and its utterances by split."""
@@ -207,7 +213,7 @@ def fit_here(trial: Trial, callback: EpochCallback = lambda record: None) -> Non
     model, content = trial.model(experiment, choose_device())
     files = {split: stream.Files(task.rows(split), *trial.files()) for split in ("train", "dev")}
     train, dev = (own.hold() if split in trial.resident else own for split, own in files.items())
-    data = feed.data(experiment, train, dev, content, threads=max(1, int(trial.cpus)))
+    data = feed.data(experiment, train, dev, content, threads=trial.threads)
     loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
 
 
@@ -224,8 +230,7 @@ def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> No
 
     trial = Trial(**settings)
     experiment, task = trial.load()
-    threads = max(1, int(trial.cpus))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(trial.threads)
     bound_memory(trial.gpus)
     rank, size, directory = 0, 1, Path(trial.directory)
     if callback is None:
@@ -245,7 +250,7 @@ def _work(settings: dict[str, Any], callback: EpochCallback | None = None) -> No
 
     loop.forget_peak()  # that of the previous trial, if this process trained one
     model, content = trial.model(experiment, get_device() if trial.cuda else torch.device("cpu"))
-    data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size, threads)
+    data = feed.data(experiment, sources["train"], sources["dev"], content, rank, size, trial.threads)
     try:
         loop.fit(model, data, on_epoch, trial.metric, _last_checkpoint(directory))
     finally:

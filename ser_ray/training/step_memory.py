@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from ser_ray.config import Experiment
@@ -11,7 +13,7 @@ from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop, step
 
-USUAL_SECONDS = 4.0
+USUAL_SECONDS: Final = 4.0
 """Length of an utterance of acted speech."""
 
 
