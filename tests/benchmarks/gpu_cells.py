@@ -204,6 +204,7 @@ def write_backbone(
     else:
         of_family = {
             "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
+            "hubert": (transformers.HubertConfig, transformers.HubertModel),
             "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
         }
         described, kind = of_family[family]

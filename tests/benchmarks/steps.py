@@ -41,7 +41,6 @@ import gpu_cells
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.config import Experiment
 from ser_ray.disk import write_json, write_text
@@ -95,33 +94,6 @@ def kept() -> Iterator[Callable[[], int]]:
         yield lambda: sum(storage.nbytes() for storage in storages.values())
 
 
-def write_backbone(family: str, blocks: int, directory: Path) -> Path:
-    """Random weights; wav2vec2, HuBERT and WavLM in the norm order of their large models."""
-    if family == "whisper":
-        shape = {"d_model": WIDTH, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 4 * WIDTH}
-        WhisperEncoder(transformers.WhisperConfig(encoder_layers=blocks, **shape)).save_pretrained(directory)
-        transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(directory)
-        return directory
-    config_class, model_class = {
-        "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
-        "hubert": (transformers.HubertConfig, transformers.HubertModel),
-        "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
-    }[family]
-    config = config_class(
-        hidden_size=WIDTH,
-        num_hidden_layers=blocks,
-        num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
-        conv_dim=[16] * 7,
-        conv_bias=True,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
-    model_class(config).save_pretrained(directory)
-    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(directory)
-    return directory
-
-
 def speech(times: int) -> tuple[torch.Tensor, torch.Tensor]:
     """waveform_BT and lengths_B of `SECONDS`, so many times over."""
     lengths_B = (16_000 * torch.tensor(SECONDS * times)).long()
@@ -145,7 +117,8 @@ def count(family: str, method: str) -> dict[str, float]:
     found = []
     for blocks in (2, 3):
         with tempfile.TemporaryDirectory() as scratch:
-            backbone = write_backbone(family, blocks, Path(scratch))
+            shape = (blocks, WIDTH, HEADS, 80 if family == "whisper" else 16)
+            backbone = gpu_cells.write_backbone(family, shape, Path(scratch))
             described = _described(backbone, method, precision="bf16")
             # A CPU has 4-bit weights in fp32 (`precision.nf4_dtype`), a GPU in the precision of the experiment.
             with mock.patch.object(backbones, "nf4_dtype", compute_dtype):
