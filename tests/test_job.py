@@ -1,5 +1,5 @@
-"""The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with half of its
-trials and a quarter of their epochs."""
+"""The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with a quarter of
+its trials and of their epochs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from ray_head import RAY, ray_head
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TRIALS = 4
-"""Two points that the demo's file names, and two that the sampler chooses."""
+TRIALS = 2
+"""The points that the demo's file names, one of each family."""
 EPOCHS = 2
 """After the probe, with which the head starts."""
 
