@@ -1,5 +1,5 @@
-"""The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with a quarter of
-its trials and of their epochs."""
+"""The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with a quarter
+of its trials and of their epochs."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ Kept: what autograd saves, each storage once. Of a batch of twice the utterances
 copies of them do not count, and again of three blocks less two.
 
 With ``--against``, another checkout of this project is counted too, in a process of its own. With ``--whisper`` as
-well, both train that encoder (or its shape in random weights, if DIR is ``random``) in fp32 by turns, and utterances
-per second are compared, by the clock and by the time that a process had a core.
+well, both train that encoder (or its shape in random weights, if DIR is ``random``) by turns, in fp32 and in bf16, and
+utterances per second are compared, by the clock and by the time that a process had a core.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from ser_ray.training import loop
 
 FAMILIES: Final = ("whisper", "wav2vec2", "hubert", "wavlm")
 METHODS: Final = ("frozen", "full", "lora", "qlora")
-TIMED: Final = ("lora", "qlora")
+TIMED: Final = (("lora", "fp32"), ("qlora", "fp32"), ("lora", "bf16"), ("qlora", "bf16"))
 WIDTH, HEADS = 256, 4
 SECONDS: Final = (3.0, 2.5, 1.5, 3.0)
 """Of the utterances of a batch: 12 s with padding."""
@@ -131,11 +131,11 @@ def count(family: str, method: str) -> dict[str, float]:
     return {"kernels": more - fewer, "kept_mb": (larger - less) / 1e6 * 100 / seconds}
 
 
-def rate(backbone: Path, method: str) -> tuple[float, float]:
+def rate(backbone: Path, method: str, precision: str) -> tuple[float, float]:
     """Utterances per second of `loop.fit` in the epochs after the first, in steps of 20 s as speed.py has them: by the
     clock, and by the seconds that the process had a core."""
     epochs = 1 + TIMED_EPOCHS
-    described = _described(backbone, method, epochs=epochs, patience=epochs)
+    described = _described(backbone, method, epochs=epochs, patience=epochs, precision=precision)
     table = gpu_cells.as_table(gpu_cells.speech(UTTERANCES))
     own = feed.data(described, stream.Held(table), stream.Held(table.slice(0, 1)), stream.SPEECH)
     times: list[tuple[float, float]] = []
@@ -156,9 +156,9 @@ def rate(backbone: Path, method: str) -> tuple[float, float]:
 
 
 def answer(request: list[str]) -> Any:
-    """For the process of another checkout: ``count FAMILY METHOD`` or ``rate DIRECTORY METHOD``."""
-    verb, what, method = request
-    return count(what, method) if verb == "count" else rate(Path(what), method)
+    """For the process of another checkout: ``count FAMILY METHOD`` or ``rate DIRECTORY METHOD PRECISION``."""
+    verb, what, *how = request
+    return count(what, *how) if verb == "count" else rate(Path(what), *how)
 
 
 class Checkout:
@@ -195,13 +195,14 @@ def every_count(ask: Callable[..., Any]) -> Counts:
 
 def by_turns(whisper: Path, other: Callable[..., Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """The rates of both, turn by turn; a busy machine slows both of a turn."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {method: {"now": [], "before": []} for method in TIMED}
-    sides = {"now": rate, "before": lambda directory, method: tuple(other("rate", str(directory), method))}
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found |= {", ".join(how): {"now": [], "before": []} for how in TIMED}
+    sides = {"now": rate, "before": lambda directory, *how: tuple(other("rate", str(directory), *how))}
     for turn in range(TURNS):
-        for method, rates in found.items():
+        for how, rates in zip(TIMED, found.values(), strict=True):
             for name in sorted(sides, reverse=turn % 2 == 1):
-                rates[name].append(sides[name](whisper, method))
-                print(method, name, *(f"{one:.2f}" for one in rates[name][-1]), file=sys.stderr, flush=True)
+                rates[name].append(sides[name](whisper, *how))
+                print(*how, name, *(f"{one:.2f}" for one in rates[name][-1]), file=sys.stderr, flush=True)
     return found
 
 
@@ -295,7 +296,7 @@ def _whisper(name: str, scratch: Path) -> Path:
 def _rates(result: dict[str, Any]) -> list[str]:
     machine = result["machine"]
     lines = [
-        "Utterances per second of whisper-tiny.en's encoder in training, fp32, steps of 20 s, one thread, "
+        "Utterances per second of whisper-tiny.en's encoder in training, steps of 20 s, one thread, "
         f"{machine['processor']}: medians of {TURNS} turns.",
         "Of a core: per second that the process had one, which counts on a busy machine "
         f"(load average over a quarter of an hour: {result['load']:.1f}, on {machine['cores']} cores).",
