@@ -182,7 +182,8 @@ def _with_ffmpeg(file: BinaryIO, kind: str) -> Iterator[Opened]:
 
     file.seek(0)
     try:
-        with av.open(file, format=FFMPEG[kind][0]) as container:
+        # Titles and names of encoders need not be UTF-8, and say nothing that is used.
+        with av.open(file, format=FFMPEG[kind][0], metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise Unusable("holds pictures, no audio")
             stream = container.streams.audio[0]

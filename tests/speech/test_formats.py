@@ -125,6 +125,13 @@ def wav(length: int | None = None) -> bytes:
     return bytes(content)
 
 
+def test_a_title_that_is_not_utf_8_is_no_fault_of_the_recording(m4a, tmp_path):
+    content = m4a.read_bytes()
+    assert content.count(b"Lavf") == 1, "the name of the encoder"
+    (tmp_path / "a.m4a").write_bytes(content.replace(b"Lavf", b"\xff\xfevf"))
+    assert np.array_equal(load_waveform(tmp_path / "a.m4a", AUDIO), load_waveform(m4a, AUDIO))
+
+
 @pytest.mark.parametrize("length", [0, 2**32 - 1, 2**31 - 1])
 def test_a_wav_file_without_a_length_is_read_to_its_end(tmp_path, length):
     (tmp_path / "a.wav").write_bytes(wav(length))
