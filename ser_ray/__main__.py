@@ -192,6 +192,26 @@ def rerun(results: Results, overrides: Overrides = None) -> int:
     return _call("rerun", results, overrides or [])
 
 
+@app.command(
+    epilog=_epilog(
+        "ser-ray distil results/mine --student embedded/tiny-whisper",
+        "ser-ray distil results/mine --student embedded/tiny-whisper --speech calls/ experiment.epochs=60",
+    )
+)
+def distil(
+    results: Results,
+    student: Annotated[
+        str, typer.Option(metavar="BACKBONE", help="Of the student: at most 2 million parameters with its head.")
+    ],
+    overrides: Overrides = None,
+    speech: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of recordings without labels to train on as well.")
+    ] = None,
+) -> int:
+    """Train a small student on the probabilities of a search's winner, evaluate it, and compare the two."""
+    return _call("distil", results, student, overrides or [], speech=speech)
+
+
 @app.command(epilog=_epilog("ser-ray leakage mine.yaml", "ser-ray leakage mine.yaml experiment.protocol.folds=4"))
 def leakage(space: Space, overrides: Overrides = None) -> int:
     """Measure what shared speakers add: the same experiment under random and speaker-disjoint splits."""

@@ -201,6 +201,7 @@ def _frozen(experiment: Experiment) -> Experiment:
         "adapter": Adapter(method="frozen"),
         "head": Head(init="probe", pooling="statistics", dropout=0.0),
         "augment": config.Augment(),
+        "distil": config.Distil(),
     }
     return experiment.model_copy(update=plain)
 

@@ -41,6 +41,7 @@ RUN_BY = {
     r"ser-ray rerun": "tests/test_verbs.py::test_a_rerun_says_that_nothing_differs",
     r"ser-ray cache": "tests/test_cache.py::test_the_command_makes_and_then_finds",
     r"ser-ray leakage": "tests/test_leakage_gap.py::test_the_leakage_gap_of_a_small_corpus",
+    r"ser-ray distil": "tests/test_distil.py::test_a_student_is_distilled_with_a_folder_without_labels",
     r"ser-ray enrol|ser-ray predict .*--(voice|enrol)": "tests/test_enrol.py::test_a_voice_is_enrolled_and_used",
     r"ser-ray predict": "tests/test_verbs.py::test_the_winner_predicts_what_the_evaluation_said",
     r"ser-ray fetch": "tests/test_fetch.py::test_what_was_fetched_is_found_offline",

@@ -18,7 +18,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 VERBS = {
     *("prepare", "audit", "train", "evaluate", "tune", "report", "predict", "leakage", "cache", "rerun"),
     *("spaces", "explain", "table"),
-    *("fetch", "serve", "export", "enrol"),
+    *("fetch", "serve", "export", "enrol", "distil"),
 }
 LEVELS = {
     "disk": 0,
@@ -36,7 +36,7 @@ LEVELS = {
 }
 """Nouns: each may import those below, and within its own folder; folders of level 2 may also know each other."""
 
-VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit", "cache", "rerun"}
+VERBS_THAT_NEED_DATA = {"train", "tune", "evaluate", "audit", "cache", "rerun", "distil"}
 """The one exception beside tune and leakage: they prepare what is missing by themselves."""
 
 
@@ -129,6 +129,7 @@ def test_of_the_verbs_only_tune_and_leakage_import_others() -> None:
             "tune": {"train", "evaluate", "report", "cache"},
             "leakage": {"train", "evaluate"},
             "rerun": {"train", "tune", "report"},
+            "distil": {"tune", "report"},
             "train": {"cache"},
             "evaluate": {"cache"},
         }.get(verb, set())

@@ -188,7 +188,7 @@ def lopsided(tiny_corpus, tmp_path_factory) -> Path:
 
 ALWAYS_THERE = layout.FILES.keys() - {
     *("finals/*", "rerun.json", "leakage.json", "tensorboard/*", "mlflow.db", "trials/*/notes.txt", ".lock"),
-    *("evaluation/enrolment.json", "evaluation/enrolment.png"),
+    *("evaluation/enrolment.json", "evaluation/enrolment.png", "evaluation/teacher.json"),
 }
 """Of what a results folder may hold: what every search leaves."""
 

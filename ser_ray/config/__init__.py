@@ -6,6 +6,7 @@ does not fit, and where.
 
 from ser_ray.config.adapter import Adapter
 from ser_ray.config.changes import MAY_CHANGE, differences, refused
+from ser_ray.config.distil import Distil
 from ser_ray.config.enrolment import OTHERS, Enrolment
 from ser_ray.config.experiment import EXCLUDABLE, Audio, Augment, Experiment, Head, Optimizer, Protocol
 from ser_ray.config.reader import (
@@ -33,6 +34,7 @@ __all__ = [
     "Adapter",
     "Audio",
     "Augment",
+    "Distil",
     "Distribution",
     "Enrolment",
     "Experiment",

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from ser_ray.config.adapter import Adapter
 from ser_ray.config.choices import HEADS, LOSSES, POOLINGS, NameIn
+from ser_ray.config.distil import Distil
 from ser_ray.config.enrolment import Enrolment
 from ser_ray.config.section import NO_UNIT, Section, Unit, Word, Words, as_tuple, with_word_keys
 from ser_ray.config.validation import Problem, hint, refuse, to_dict
@@ -250,6 +251,7 @@ class Experiment(Section):
     """The loss of an utterance in training, before its class weight. cross_entropy: the usual one. focal: smaller for
     utterances that are classified well already (Lin et al. 2017, arXiv 1708.02002). ``dev_loss`` is cross-entropy
     whatever is trained, so that trials with different losses can be compared."""
+    distil: Distil = Distil()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU."""
     recompute: bool = False

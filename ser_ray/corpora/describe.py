@@ -35,7 +35,10 @@ def describe(utterances: Sequence[Utterance], durations: Mapping[str, float] | N
 
 def left_out(corpus: str, utterances: Sequence[Utterance], experiment: Experiment) -> str:
     """A line that counts the utterances of no class of an experiment, by their words, and says how to use them; empty
-    where there are none. Known emotions that an experiment left out when it named its own are left out on purpose."""
+    where there are none, and for a corpus without labels. Known emotions that an experiment left out when it named its
+    own are left out on purpose."""
+    if corpus in experiment.distil.unlabelled:
+        return ""
     heard = experiment.label == "perceived"
     counts = Counter((utterance.perceived if heard else None) or utterance.emotion for utterance in utterances)
     used = {*experiment.emotions, *experiment.merge, TIE}

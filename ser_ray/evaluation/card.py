@@ -33,6 +33,7 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
         f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
+        f"{_taught(experiment)}"
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
@@ -76,6 +77,18 @@ def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
     return (
         f"{experiment.backbone}, frozen, with the probe: logistic regression on its hidden states{others}; no epoch of "
         f"{experiment.adapter.method} was better on dev"
+    )
+
+
+def _taught(experiment: Experiment) -> str:
+    """Who a student was taught by; empty for a model without a teacher."""
+    settings = experiment.distil
+    if not settings.answers:
+        return ""
+    unlabelled = f" and of {', '.join(settings.unlabelled)}, which has no labels" if settings.unlabelled else ""
+    return (
+        f"Distilled: trained on the probabilities that its teacher, {settings.teacher}, gives to the utterances of "
+        f"train{unlabelled} (temperature {settings.temperature:g}; weight of the labels {settings.label_weight:g}).\n\n"
     )
 
 

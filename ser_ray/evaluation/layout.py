@@ -40,6 +40,7 @@ FILES: Final[Mapping[str, str]] = {
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",
     "evaluation/enrolment.json": "with head.speaker: dev and test metrics by how many recordings of a speaker are used",
     "evaluation/enrolment.png": "the same as a picture",
+    "evaluation/teacher.json": "of a student of ser-ray distil: its teacher, the gap to it on test, what both cost",
     "evaluation/test_openings.json": "each opening of the test set: when, for which trial, by which command",
     "evaluation/predictions.parquet": "probabilities of the chosen model for every dev and test utterance",
     "evaluation/confusion_*.png": "confusion matrices of dev and test",

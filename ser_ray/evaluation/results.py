@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,8 @@ from ser_ray.schema import UserError
 
 THE_PROBE: Final = "the probe"
 """The name of a model whose best epoch is 0: `Head.init` probe, before any training of the backbone."""
+TEACHER: Final = "evaluation/teacher.json"
+"""The record of `evaluation.student`."""
 _LORA_ONLY: Final = tuple(f"adapter.{name}" for name in Adapter.model_fields if name not in ("method", "first_layer"))
 _OF_LORAPLUS: Final = ("adapter.loraplus_ratio",)
 
@@ -45,6 +47,8 @@ class Results:
     """Trial -> its epochs in order."""
     predictions: dict[str, Predictions]
     """Split -> the predictions of the chosen trial."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """Of a student of ``ser-ray distil``: the gap to its teacher, and what both cost; see `evaluation.student`."""
 
     @property
     def metric(self) -> str:
@@ -140,6 +144,7 @@ def read_results(results_dir: Path) -> Results:
         trials=_read_trials(results_dir / "trials.csv", space.tune.metric),
         histories={path.parent.name: read_history(path) for path in histories},
         predictions=read_predictions(predictions) if predictions.is_file() else {},
+        teacher=_read_json(results_dir / TEACHER, {}),
     )
 
 

@@ -28,9 +28,27 @@ def verdicts(results: Results) -> list[str]:
         name = f"the runner-up, trial {runner_up['trial_id']}"
         sentences.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
     sentences += [_part_of_train(name, row) for name, row in results.test.get("baselines", {}).items()]
+    sentences += against_teacher(results)
     sentences.append(_averaged(results))
     sentences.append(_beside_published(results))
     return [sentence for sentence in sentences if sentence]
+
+
+def against_teacher(results: Results) -> list[str]:
+    """The gap of a student to its teacher, and what both cost; nothing for a model without a teacher."""
+    record = results.teacher
+    if not record:
+        return []
+    own, other = (record["costs"][name] for name in ("student", "teacher"))
+    costs = (
+        f"It has {_cost(own)}; its teacher has {_cost(other)} (one core of a CPU, median of {own['utterances']} "
+        "utterances)."
+    )
+    if not (metric := _metric(record["against"], results.metric)):
+        return [f"It is not compared with its teacher {record['teacher']}: {record['no_gap_reason']}.", costs]
+    own_value, other_value = (record["test"][name][metric] for name in ("student", "teacher"))
+    against = comparison(f"its teacher {record['teacher']}", record["against"][metric], metric)
+    return [f"On test it {against} ({own_value:.3f} and {other_value:.3f}).", costs]
 
 
 def comparison(name: str, gap: Gap, metric: str) -> str:
@@ -119,6 +137,13 @@ def _part_of_train(name: str, row: Mapping[str, Any]) -> str:
     if "fitted_on" not in row:
         return ""
     return f"Baseline {name}: fitted on a random {row['fitted_on']} of {row['train']} train utterances, to fit memory."
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    return (
+        f"{cost['parameters'] / 1e6:.2f} million parameters, {cost['megabytes']:.1f} MB and "
+        f"{cost['milliseconds']:.1f} ms an utterance"
+    )
 
 
 def _averaged(results: Results) -> str:

@@ -35,6 +35,9 @@ BY_SPEAKER: Final = ("speaker_kfold", "given_folds", "leave_one_speaker_out")
 """Schemes that keep the speakers of test out of train by their names. Where a speaker is not known they cannot, and the
 fold is stamped leaky. The other schemes have a test set that does not depend on who speaks."""
 
+UNLABELLED: Final = "unlabelled"
+"""The column that says whether an utterance is of `config.Distil.unlabelled`."""
+
 
 def labelled(index: pa.Table, emotions: Sequence[str], merge: Mapping[str, str], label: str = "intended") -> pa.Table:
     """The utterances that an experiment uses: emotions merged, others dropped, and an int64 column ``label``.
@@ -82,12 +85,17 @@ def unheard(index: pa.Table) -> dict[str, int]:
 def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
     """Assign the utterances of a labelled index to train, dev or test; ``cross_corpus`` leaves some out.
 
-    ``index`` needs the columns utterance_id, corpus, speaker, emotion and gender, and split for ``official``.
+    ``index`` needs the columns utterance_id, corpus, speaker, emotion and gender, and split for ``official``. Where it
+    has a bool column unlabelled, such utterances are train, and the others are split as if those were not there.
 
     Raises UserError, saying what to change, if the data do not fit the protocol.
     """
     columns = ["utterance_id", "corpus", "speaker", "emotion", "gender"]
     columns += ["split"] if protocol.scheme == "official" else []
+    unlabelled: list[str] = []
+    if UNLABELLED in index.column_names:
+        unlabelled = index.filter(index[UNLABELLED])["utterance_id"].to_pylist()
+        index = index.filter(pc.invert(index[UNLABELLED]))
     rows = sorted(index.select(columns).to_pylist(), key=_id)
     splits = {
         "speaker_kfold": _speaker_kfold,
@@ -114,6 +122,9 @@ def make_fold(index: pa.Table, protocol: Protocol) -> Fold:
         stamp = "LEAKY: " if leaky and protocol.scheme != "random" else ""
         description += f"; {stamp}the speaker of {unknown} of {len(rows)} utterances is not known"
         description += ", they are split by recording" if protocol.scheme not in ("random", "official") else ""
+    if unlabelled:
+        description += f"; {len(unlabelled)} utterances without labels in train"
+    splits |= dict.fromkeys(unlabelled, "train")
     return Fold(splits, leaky, description, protocol.scheme == "cross_corpus")
 
 

@@ -22,7 +22,7 @@ from ser_ray import config
 from ser_ray.config import Experiment
 from ser_ray.config.validation import hint
 from ser_ray.disk import replacing
-from ser_ray.protocols import exclusion
+from ser_ray.protocols import exclusion, unlabelled
 from ser_ray.protocols.folds import labelled, make_fold, merged
 from ser_ray.schema import Fold, UserError, shortened
 from ser_ray.speech import shards
@@ -121,6 +121,7 @@ def load_task(experiment: Experiment, shard_dirs: Sequence[Path]) -> Task:
     if experiment.exclude:
         known = everything["utterance_id"].to_pylist()
         index, excluded = exclusion.without(index, experiment.exclude, known, lambda: same_recordings_in(shard_dirs))
+    index = unlabelled.added(index, everything, experiment.distil, emotions)
     fold = make_fold(index, experiment.protocol)
     splits = pa.array([fold.splits.get(i) for i in index["utterance_id"].to_pylist()], pa.string())
     index = index.rename_columns({"split": "own_split"}).append_column("split", splits).filter(splits.is_valid())
@@ -135,8 +136,11 @@ def fold_path(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -
     table = Path(given).read_text(encoding="utf-8") if isinstance(given, str) and given.endswith(".csv") else ""
     listed = [sorted(exclusion.read_list(what)) for what in experiment.exclude if what not in config.EXCLUDABLE]
     excluded = (experiment.exclude, listed) if experiment.exclude else ()
-    deciding = (experiment.protocol.split(), table, experiment.emotions, experiment.merge, experiment.label, *excluded)
-    return folds / f"{config.fingerprint(*deciding, [str(directory) for directory in shard_dirs])}.parquet"
+    distil = experiment.distil
+    answered_by = (distil.answers, distil.unlabelled) if distil.unlabelled else ()
+    deciding = (experiment.protocol.split(), table, experiment.emotions, experiment.merge, experiment.label)
+    directories = [str(directory) for directory in shard_dirs]
+    return folds / f"{config.fingerprint(*deciding, *excluded, *answered_by, directories)}.parquet"
 
 
 def write_fold(experiment: Experiment, shard_dirs: Sequence[Path], folds: Path) -> Path:

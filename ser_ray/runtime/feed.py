@@ -155,6 +155,7 @@ def data(
 
     from ser_ray.speech import augment, stream
     from ser_ray.training import loop
+    from ser_ray.training.teacher import Teacher
 
     label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
     made = partial(stream.batches, content=content, threads=threads)
@@ -195,11 +196,18 @@ def data(
     own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
     needed = ("utterance_id", "speaker") if experiment.head.speaker != "none" else ()
-    speakers = dict(zip(*(train.rows[name].to_pylist() for name in needed), strict=True))
-    return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers)
+    speakers = _by_id(train.rows, *needed)
+    needed = ("utterance_id", "corpus") if experiment.distil.answers else ()
+    teacher = Teacher.read(experiment, _by_id(train.rows, *needed))
+    return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers, teacher)
 
 
 # -- below: how it is done
+
+
+def _by_id(rows: pa.Table, *columns: str) -> dict[str, str]:
+    """The first of two columns -> the second; nothing where none are named."""
+    return dict(zip(*(rows[name].to_pylist() for name in columns), strict=True))
 
 
 def _bytes(rows: pa.Table, prefix: Prefix | None) -> float:

@@ -40,6 +40,7 @@ from ser_ray.training import step
 from ser_ray.training.losses.cross_entropy import cross_entropy
 from ser_ray.training.probe import start_from_probe
 from ser_ray.training.speakers import TrainVoices
+from ser_ray.training.teacher import Teacher
 
 Record = dict[str, Any]
 Save = Callable[[Path], None]
@@ -58,6 +59,8 @@ class Data:
     """Epoch -> (B, K): number of utterances of every emotion in every batch, over all processes, in their order."""
     speakers: Mapping[str, str] = field(default_factory=dict)
     """Utterance id -> speaker, for all of train; needed for `config.Head.speaker`."""
+    teacher: Teacher | None = None
+    """What a student is trained on beside the labels."""
 
 
 def fit(
@@ -163,7 +166,8 @@ def _train_epoch(
             assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
             share = len(steps) / train_weight if taken.own else 0.0
             known = voices.drawn(batch.utterance_ids, epoch)
-            loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last, known)
+            taught = data.teacher and data.teacher.loss(batch.utterance_ids)
+            loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last, known, taught)
             if taken.own:
                 own_losses.append(loss)
                 seen += len(batch)

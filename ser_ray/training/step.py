@@ -57,10 +57,12 @@ def add_gradients(
     experiment: Experiment,
     last: bool,
     voices: Voice | None = None,
+    loss_of: losses.Loss | None = None,
 ) -> torch.Tensor:
     """Forward and backward of one batch; returns its `weighted_loss`, detached. Nothing here waits for a GPU.
 
     ``voices``: what the model knows of each utterance's speaker; a constant for the gradient.
+    ``loss_of``: the loss of this batch, if not that of the experiment alone (`ser_ray.training.teacher`).
     ``share``: one over the average sum of class weights of a step in the epoch; 0 for a batch of another process, which
     this one runs only because gradients are summed over all. ``last``: whether it is this process's last batch of the
     step. Processes synchronise there, once per step, whatever the number of batches each has.
@@ -70,7 +72,7 @@ def add_gradients(
     with alone:
         with autocast(experiment.precision, batch.inputs.device):
             logits_BK = model(batch.inputs, batch.lengths_B, batch.padded, voices)
-        loss = weighted_loss(logits_BK, batch.labels_B, weights_K, losses.of(experiment.loss))
+        loss = weighted_loss(logits_BK, batch.labels_B, weights_K, loss_of or losses.of(experiment.loss))
         # Gradients must be summed over processes, but DistributedDataParallel averages them.
         scaler.scale(loss * (share * processes)).backward()
     return loss.detach()
