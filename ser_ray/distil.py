@@ -127,7 +127,7 @@ def read_teacher(results_dir: Path) -> Teacher:
 def student_space(teacher: Teacher, student: str, overrides: Sequence[str]) -> SearchSpace:
     """The search of one trial that trains a student: the teacher's data and fold, `STUDENT`, then ``overrides``.
 
-    Raises UserError for other data, emotions or folds than the teacher's.
+    Raises UserError for other data, emotions or folds than the teacher's, and where its corpora are not at hand.
     """
     theirs = config.to_dict(teacher.experiment)
     labelled = {name: path for name, path in theirs["corpora"].items() if name not in theirs["distil"]["unlabelled"]}
@@ -142,7 +142,7 @@ def student_space(teacher: Teacher, student: str, overrides: Sequence[str]) -> S
         "experiment.distil={}",
         f"storage.results={teacher.results.folder.parent}",
     ]
-    space = paths.resolve_paths(config.load(teacher.results.folder / "search.yaml", [*given, *STUDENT, *overrides]))
+    space = config.load(teacher.results.folder / "search.yaml", [*given, *STUDENT, *overrides])
     own = config.to_dict(space.experiment)
     changed = [key for key in SAME_DATA if own[key] != theirs[key]]
     changed += ["corpora"] if own["corpora"].keys() != labelled.keys() else []
@@ -154,7 +154,7 @@ def student_space(teacher: Teacher, student: str, overrides: Sequence[str]) -> S
         raise UserError("a student is one trial: leave out search and tune.trials")
     if space.resources.workers == 0:
         raise UserError("resources.workers: 0 trains without Ray; set resources.workers=1")
-    return space
+    return paths.resolve_paths(space)
 
 
 def check_size(experiment: Experiment) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ser_ray.config import Audio, Experiment
+from ser_ray.config import Audio, Distil, Experiment
 from ser_ray.protocols.task import Task, fold_path, load_task, write_fold
 from ser_ray.protocols.unlabelled import WORD
 from ser_ray.schema import UserError
@@ -94,4 +94,4 @@ def test_answers_that_lack_something_are_an_error_in_one_line(shard_dirs, tmp_pa
 
 def test_a_corpus_without_labels_needs_answers():
     with pytest.raises(ValueError, match=r"it needs distil\.answers"):
-        described("x", answers=None)
+        Distil(unlabelled=("calls",))
