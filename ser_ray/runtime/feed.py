@@ -27,6 +27,7 @@ from ser_ray.speech.order import PIECE, Window, epoch, steps
 if TYPE_CHECKING:
     from ser_ray.speech.stream import Batch, Content, Prefetcher, Source
     from ser_ray.training import loop
+    from ser_ray.training.teacher import Teacher
 
 RESIDENT_SHARE: Final = 0.3
 """Data up to this share of the object store stay there between epochs; more are streamed from the files."""
@@ -155,7 +156,6 @@ def data(
 
     from ser_ray.speech import augment, stream
     from ser_ray.training import loop
-    from ser_ray.training.teacher import Teacher
 
     label_N, pin = train.rows["label"].to_numpy(), torch.cuda.is_available()
     made = partial(stream.batches, content=content, threads=threads)
@@ -195,19 +195,23 @@ def data(
     dev_order = epoch(dev.rows, experiment.batch_seconds, None)
     own_dev = _only(dev_order, range(rank, sum(map(len, dev_order)), size))
 
-    needed = ("utterance_id", "speaker") if experiment.head.speaker != "none" else ()
-    speakers = _by_id(train.rows, *needed)
-    needed = ("utterance_id", "corpus") if experiment.distil.answers else ()
-    teacher = Teacher.read(experiment, _by_id(train.rows, *needed))
-    return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers, teacher)
+    speakers = _by_id(train.rows, "speaker") if experiment.head.speaker != "none" else {}
+    taught_by = _teacher(experiment, train.rows)
+    return loop.Data(train_batches, lambda: read(dev, own_dev, lambda: own_dev), counts, speakers, taught_by)
 
 
 # -- below: how it is done
 
 
-def _by_id(rows: pa.Table, *columns: str) -> dict[str, str]:
-    """The first of two columns -> the second; nothing where none are named."""
-    return dict(zip(*(rows[name].to_pylist() for name in columns), strict=True))
+def _teacher(experiment: Experiment, rows: pa.Table) -> Teacher | None:
+    """What a student is trained on beside its labels; None without `config.Distil.answers`."""
+    from ser_ray.training.teacher import Teacher
+
+    return Teacher.read(experiment, _by_id(rows, "corpus")) if experiment.distil.answers else None
+
+
+def _by_id(rows: pa.Table, column: str) -> dict[str, str]:
+    return dict(zip(rows["utterance_id"].to_pylist(), rows[column].to_pylist(), strict=True))
 
 
 def _bytes(rows: pa.Table, prefix: Prefix | None) -> float:

@@ -166,7 +166,7 @@ def _train_epoch(
             assert len(batch) == counts_BK[number].sum(), f"epoch {epoch}: batch {number} is not the planned one"
             share = len(steps) / train_weight if taken.own else 0.0
             known = voices.drawn(batch.utterance_ids, epoch)
-            taught = data.teacher and data.teacher.loss(batch.utterance_ids)
+            taught = data.teacher.loss(batch.utterance_ids) if data.teacher else None
             loss = step.add_gradients(trained, batch, weights_K, share, scaler, experiment, last, known, taught)
             if taken.own:
                 own_losses.append(loss)
