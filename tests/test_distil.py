@@ -207,6 +207,9 @@ def test_a_student_is_compared_with_its_teacher_on_the_same_utterances(teacher, 
     test = json.loads((home / "evaluation" / "test.json").read_text())
     card = model_card(config.load_experiment(home / "best" / "experiment.yaml"), test, test, "uar")
     assert "trained on the probabilities that its teacher, big-0123, gives" in card
+    probe = test | {"runs": [test["runs"][0] | {"checkpoint": "trials/1/epoch_000"}]}
+    described = config.load_experiment(home / "best" / "experiment.yaml")
+    assert "Distilled" not in model_card(described, test, probe, "uar"), "a probe has not seen its teacher"
 
 
 @pytest.mark.ray

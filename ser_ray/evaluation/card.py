@@ -33,7 +33,7 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
         f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
-        f"{_taught(experiment)}"
+        f"{_taught(experiment, test)}"
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
@@ -80,10 +80,10 @@ def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
     )
 
 
-def _taught(experiment: Experiment) -> str:
-    """Who a student was taught by; empty for a model without a teacher."""
+def _taught(experiment: Experiment, test: Mapping[str, Any]) -> str:
+    """Who a student was taught by; empty for a model without a teacher, and for a probe, which has none."""
     settings = experiment.distil
-    if not settings.answers:
+    if not settings.answers or the_probe([run["checkpoint"] for run in test.get("runs", ())[:1]]):
         return ""
     unlabelled = f" and of {', '.join(settings.unlabelled)}, which has no labels" if settings.unlabelled else ""
     return (

@@ -48,7 +48,8 @@ def against_teacher(results: Results) -> list[str]:
         return [f"It is not compared with its teacher {record['teacher']}: {record['no_gap_reason']}.", costs]
     own_value, other_value = (record["test"][name][metric] for name in ("student", "teacher"))
     against = comparison(f"its teacher {record['teacher']}", record["against"][metric], metric)
-    return [f"On test it {against} ({own_value:.3f} and {other_value:.3f}).", costs]
+    it = f"{THE_PROBE}, which has not seen the teacher," if results.probe == THE_PROBE else "it"
+    return [f"On test {it} {against} ({own_value:.3f} and {other_value:.3f}).", costs]
 
 
 def comparison(name: str, gap: Gap, metric: str) -> str:
