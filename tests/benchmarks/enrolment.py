@@ -1,0 +1,298 @@
+"""What unlabelled recordings of a speaker are worth: RAVDESS and EmoDB, by how many are known, single models and sets.
+
+    python tests/benchmarks/enrolment.py RAVDESS EMODB TINY BASE SCRATCH > results/benchmarks/enrolment.md
+
+TINY and BASE are directories with the encoders of whisper-tiny.en and whisper-base. What is done is kept in SCRATCH and
+not done again; with --page nothing is computed, and the page has what is there.
+
+Settings are chosen by the probe (epoch 0) on the dev splits of all folds together: the mean of UAR with no, 8 and all
+other recordings. The probe is the same for every `head.speaker` and shrinkage, so it is fitted once for all of them.
+What was chosen is then trained by the project's loop, and answers dev and test once. A set of models answers with the
+normalised product of their probabilities; its members are added one by one, each the best for dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import enrolment_models as models
+import numpy as np
+from enrolment_models import CORPORA, SETTINGS, Place, Way
+from safetensors import safe_open
+
+from ser_ray.config import OTHERS
+from ser_ray.evaluation import plots
+from ser_ray.evaluation.enrolment import Enrolled, curve
+from ser_ray.evaluation.gaps import corrected, gap_records
+from ser_ray.evaluation.metrics import confusion, uar
+from ser_ray.evaluation.predictions import Predictions, pooled
+
+CS: Final = (0.001, 0.003, 0.01)
+SHRINKAGES: Final = (1.0, 2.0, 4.0, 8.0)
+CHOOSING: Final = (0, 8, OTHERS)
+"""The points of the curve that settings are chosen by: few, as dev is answered for every candidate."""
+POINTS: Final = tuple(map(str, SETTINGS.recordings))
+LARGEST: Final = 4
+"""Models of a set."""
+PICTURE: Final = Path(__file__).resolve().parents[2] / "results" / "benchmarks" / "enrolment.png"
+PAGE: Final = """\
+# What unlabelled recordings of a speaker are worth
+
+```
+python tests/benchmarks/enrolment.py RAVDESS EMODB TINY BASE SCRATCH > results/benchmarks/enrolment.md
+```
+
+Frozen encoders of openai/whisper-tiny.en (8.2 million parameters) and openai/whisper-base (20.6 million), and a linear
+head over statistics of their layers: `head.init: probe`, then {epochs} epochs of `head_lr: 1e-5`, of which dev takes
+the best, the probe among them. Every figure is UAR over the test utterances of all folds together, each predicted by a
+model that never heard its speaker; those with k > 0 **used k unlabelled recordings of the speaker**, none of them the
+one that is answered, mean of {draws} draws. "others": all other recordings of the speaker. 95 % intervals over
+speakers. A set of models answers with the normalised product of their probabilities.
+
+![UAR by how many recordings of a speaker are known](enrolment.png)
+"""
+
+
+def candidates(corpus: str) -> list[Way]:
+    """All ways that dev chooses among; of a model that knows no speakers those of one shrinkage."""
+    backbones, layers = ("whisper-base", "whisper-tiny.en"), ("concat", "weighted")
+    of_speaker = [("none", 2.0), *itertools.product(("center", "standardize"), SHRINKAGES)]
+    return [
+        Way(corpus, backbone, mix, speaker, c, shrinkage)
+        for backbone, mix, c in itertools.product(backbones, layers, CS)
+        for speaker, shrinkage in of_speaker
+    ]
+
+
+# -- figures
+
+
+def probabilities(draws: Mapping[str, list[np.ndarray]], point: str) -> list[np.ndarray]:
+    """At one point of the curve; those of a model that knows no speakers are the same at all."""
+    return draws.get(point, draws["0"])
+
+
+def product(each: Sequence[np.ndarray]) -> np.ndarray:
+    """The normalised geometric mean of (N, K) probabilities."""
+    mean_NK = np.exp(np.mean([np.log(np.maximum(one, 1e-12)) for one in each], axis=0))
+    return mean_NK / mean_NK.sum(1, keepdims=True)
+
+
+class Answers:
+    """The answers of a model, or of a set of them, for one split of all folds."""
+
+    def __init__(self, place: Place, ways: Sequence[Way], split: str, files: str = "scored") -> None:
+        self.place, self.ways, self.split = place, ways, split
+        corpus = ways[0].corpus
+        self.tasks = [models.task(place, corpus, fold) for fold in range(CORPORA[corpus].folds)]
+
+    def draws(self, fold: int, point: str) -> list[np.ndarray]:
+        """The normalised product of the members' probabilities, in every draw."""
+        each = [probabilities(models.scored(self.place, way, fold, self.split), point) for way in self.ways]
+        number = max(map(len, each))
+        logs = [
+            sum(np.log(np.maximum(own[draw % len(own)], 1e-12)) for own in each) / len(each) for draw in range(number)
+        ]
+        return [np.exp(log) / np.exp(log).sum(1, keepdims=True) for log in logs]
+
+    @cache  # noqa: B019 - few, and alive to the end
+    def at(self, point: str) -> list[Predictions]:
+        """The predictions of every draw, over all folds."""
+        folds = [
+            [models.predictions(own, self.split, found) for found in self.draws(fold, point)]
+            for fold, own in enumerate(self.tasks)
+        ]
+        return [pooled(parts) for parts in zip(*folds, strict=True)]
+
+    def uar(self, point: str) -> float:
+        """The mean over the draws."""
+        return float(np.mean([of(one) for one in self.at(point)]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The project's own curve."""
+        points = [Enrolled(n, tuple(self.at(str(n))), 0.0) for n in SETTINGS.recordings]
+        return curve([points])
+
+
+def of(predictions: Predictions) -> float:
+    """UAR."""
+    return float(uar(confusion(predictions.labels, predictions.predicted, len(predictions.emotions))))
+
+
+def tried_uars(place: Place, way: Way) -> list[float]:
+    """Dev UAR of the probe at each point of `CHOOSING`, over all folds together."""
+    corpus, found = CORPORA[way.corpus], []
+    own = [models.task(place, way.corpus, fold) for fold in range(corpus.folds)]
+    folds = [models.tried(place, way, fold, CHOOSING, SHRINKAGES) for fold in range(corpus.folds)]
+    for point in map(str, CHOOSING):
+        every = [probabilities(draws, point) for draws in folds]
+        per_draw = [
+            of(pooled([models.predictions(one, "dev", part) for one, part in zip(own, parts, strict=True)]))
+            for parts in zip(*every, strict=True)
+        ]
+        found.append(float(np.mean(per_draw)))
+    return found
+
+
+def chosen(place: Place, corpus: str) -> list[Way]:
+    """Of every backbone, kind of layers and `head.speaker` the candidate that is best for dev."""
+    best: dict[tuple[str, str, str], tuple[float, Way]] = {}
+    for way in candidates(corpus):
+        value, key = float(np.mean(tried_uars(place, way))), (way.backbone, way.layers, way.speaker)
+        if key not in best or value > best[key][0] + 1e-9:
+            best[key] = value, way
+    return [way for _, way in best.values()]
+
+
+def grown(place: Place, ways: Sequence[Way], points: Sequence[str]) -> list[list[Way]]:
+    """Sets of 1, 2, ... models: each adds the one that makes dev's mean UAR at ``points`` the highest."""
+    sets: list[list[Way]] = [[]]
+    while len(sets) <= LARGEST:
+        left = [way for way in ways if way not in sets[-1]]
+
+        def value(way: Way, before: list[Way] = sets[-1]) -> float:
+            answers = Answers(place, [*before, way], "dev")
+            return float(np.mean([answers.uar(point) for point in points]))
+
+        sets.append([*sets[-1], max(left, key=value)])
+    return sets[1:]
+
+
+# -- the page
+
+
+def cell(row: Mapping[str, Any]) -> str:
+    low, high = row["ci95"]["uar"]
+    return f"{row['uar']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def figures(named: Mapping[str, Answers]) -> Iterator[str]:
+    """The table of UAR by number of recordings."""
+    yield "| | " + " | ".join("k = 0" if point == "0" else point for point in POINTS) + " |"
+    yield "|---" * (len(POINTS) + 1) + "|"
+    for name, answers in named.items():
+        rows = answers.rows()
+        knows = any(way.speaker != "none" for way in answers.ways)
+        yield (
+            f"| {name} | "
+            + " | ".join(cell(row) for row in (rows if knows else rows[:1]))
+            + " |"
+            + ("" if knows else " |" * (len(POINTS) - 1))
+        )
+
+
+def gap_lines(pairs: Iterable[tuple[str, tuple[Answers, str], tuple[Answers, str]]]) -> Iterator[str]:
+    """Differences on the same utterances, all draws together, tested over speakers."""
+    listed = list(pairs)
+    records = []
+    for _, (one, at), (other, there) in listed:
+        first, second = one.at(at), other.at(there)
+        number = max(len(first), len(second))
+        joined, against = (pooled([own[n % len(own)] for n in range(number)]) for own in (first, second))
+        assert joined.utterance_ids == against.utterance_ids
+        told = joined.labels, joined.predicted, against.predicted, joined.speakers, len(joined.emotions)
+        records.append(gap_records(*told))
+    yield "| | points of UAR | p | corrected |\n|---|---|---|---|"
+    for (name, *_), record in zip(listed, corrected(records), strict=True):
+        gap = record["uar"]
+        low, high = gap["ci95"] or (float("nan"), float("nan"))
+        p = " | ".join("" if gap[key] is None else f"{gap[key]:.3f}" for key in ("p", "p_holm"))
+        yield f"| {name} | {100 * gap['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {p} |"
+
+
+def epochs_of(place: Place, way: Way) -> str:
+    """How often each epoch was the best on dev."""
+    found = []
+    for fold in range(CORPORA[way.corpus].folds):
+        with safe_open(way.file(place.scratch, "heads", fold, "safetensors"), "np") as file:
+            found.append(file.metadata()["best_epoch"])
+    return " ".join(found)
+
+
+def openings(place: Place) -> str:
+    """How often test was answered, by corpus."""
+    lines = [json.loads(line) for line in (place.scratch / "openings.jsonl").read_text().splitlines()]
+    counted: dict[str, dict[tuple[Any, ...], int]] = {}
+    for line in lines:
+        own = counted.setdefault(line["way"][0], {})
+        own[(*line["way"], line["fold"])] = own.get((*line["way"], line["fold"]), 0) + 1
+    return "; ".join(
+        f"{CORPORA[name].name}: {len({key[:-1] for key in own})} models, each fold's test at most {max(own.values())} "
+        f"time{'s' * (max(own.values()) != 1)} a model"
+        for name, own in counted.items()
+    )
+
+
+def section(place: Place, corpus: str) -> tuple[list[str], dict[str, Answers]]:
+    """One corpus: lines, and the answers that the picture shows."""
+    ways = chosen(place, corpus)
+    known, fresh = [grown(place, ways, points) for points in (POINTS, ("0",))]
+    test = {str(way): Answers(place, [way], "test") for way in ways}
+    best = test[str(known[0][0])]
+    sets = {f"set of {len(own)}": Answers(place, own, "test") for own in known[1:]}
+    sets |= {f"set of {len(own)}, chosen for k = 0": Answers(place, own, "test") for own in fresh[1:]}
+    lines = [*figures(test | sets), "", "Members of the sets, in the order in which dev added them:", ""]
+    lines += [f"{n}. {way}" for n, way in enumerate(known[-1], start=1)]
+    lines += ["", "Of those for k = 0: " + "; ".join(map(str, fresh[-1])) + ".", ""]
+    largest, alone = sets[f"set of {LARGEST}"], f"the best single model for dev ({known[0][0]})"
+    at_zero = sets[f"set of {LARGEST}, chosen for k = 0"]
+    pairs = [(f"{alone}: k = {k} over k = 0", (best, k), (best, "0")) for k in POINTS[1:]]
+    pairs += [(f"set of {LARGEST} over {alone}, k = {k}", (largest, k), (best, k)) for k in ("0", "8", OTHERS)]
+    pairs += [(f"set of {LARGEST} chosen for k = 0 over {alone}, k = 0", (at_zero, "0"), (best, "0"))]
+    lines += [*gap_lines(pairs), "", "What dev chose, and dev's UAR of the probe; the best epoch of each fold:", ""]
+    lines += ["| | k = 0 | 8 | others | epochs |", "|---|---|---|---|---|"]
+    for way in ways:
+        lines.append(
+            f"| {way} | "
+            + " | ".join(f"{value:.3f}" for value in tried_uars(place, way))
+            + f" | {epochs_of(place, way)} |"
+        )
+    return lines, {"one model": best, f"set of {LARGEST}": largest}
+
+
+def page(place: Place) -> None:
+    """Print it, and draw the picture."""
+    print(PAGE.format(epochs=models.EPOCHS, draws=SETTINGS.draws))
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for corpus, about in CORPORA.items():
+        lines, answers = section(place, corpus)
+        print(f"## {about.name}\n\n{about.about}\n")
+        print("\n".join(lines) + "\n")
+        shown |= {f"{about.name}, {name}": own.rows() for name, own in answers.items()}
+    print(f"How often test was answered: {openings(place)}.")
+    PICTURE.write_bytes(plots.to_png(plots.plot_enrolment(shown, "uar")))
+
+
+def run_all(place: Place) -> None:
+    """All that is missing."""
+    for corpus, about in CORPORA.items():
+        for way in dict.fromkeys(way._replace(speaker="center", shrinkage=SHRINKAGES[0]) for way in candidates(corpus)):
+            for fold in range(about.folds):
+                models.tried(place, way, fold, CHOOSING, SHRINKAGES)
+        for way in chosen(place, corpus):
+            models.say(f"chosen: {way}")
+            for fold, split in itertools.product(range(about.folds), ("dev", "test")):
+                models.scored(place, way, fold, split)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("ravdess", "emodb", "tiny", "base", "scratch"):
+        parser.add_argument(name, type=lambda given: Path(given).resolve())
+    parser.add_argument("--page", action="store_true")
+    given = parser.parse_args()
+    backbones = (("whisper-base", given.base), ("whisper-tiny.en", given.tiny))
+    place = Place((("ravdess", given.ravdess), ("emodb", given.emodb)), backbones, given.scratch)
+    if not given.page:
+        run_all(place)
+    page(place)
+
+
+if __name__ == "__main__":
+    main()
