@@ -131,9 +131,20 @@ def _sampled(parts: list[_Features]) -> _Features:
 
 
 def _fit(standard_NP: np.ndarray, labels_N: np.ndarray, c: float) -> LogisticRegression:
+    """The probe of one layer.
+
+    With fewer utterances than features it is fitted to the utterances' coordinates in the space that they span, where
+    its solution lies: the same probe from a part of the numbers.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=c, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
+    probe = LogisticRegression(C=c, class_weight="balanced", max_iter=500)
+    if len(standard_NP) >= standard_NP.shape[1]:
+        return probe.fit(standard_NP, labels_N)
+    basis_PN, coordinates_NN = np.linalg.qr(standard_NP.T)
+    probe.fit(coordinates_NN.T, labels_N)
+    probe.coef_, probe.n_features_in_ = probe.coef_ @ basis_PN.T, standard_NP.shape[1]
+    return probe
 
 
 def _classifier(probe: LogisticRegression, num_emotions: int) -> tuple[torch.Tensor, torch.Tensor]:

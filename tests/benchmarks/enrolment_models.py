@@ -10,8 +10,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -37,8 +36,8 @@ from ser_ray.training.probe import start_from_probe
 from ser_ray.training.speakers import pooled_vectors
 
 SPACE: Final = Path(__file__).resolve().parents[2] / "search_spaces" / "ravdess_emobox.yaml"
-EPOCHS: Final = 2
-"""After the probe, which is epoch 0; dev chooses among the three."""
+EPOCHS: Final = 1
+"""After the probe, which is epoch 0; dev chooses between the two."""
 SETTINGS: Final = Enrolment()
 """The points of the curve, and the draws: the project's defaults."""
 
@@ -237,25 +236,29 @@ Curve = dict[str, list[np.ndarray]]
 """Number of recordings -> (N, K) probabilities of every draw."""
 
 
-def answers(
-    model: EmotionClassifier,
+def known(
     pooled_NP: torch.Tensor,
     rows: Rows,
     points: Sequence[int | str] = SETTINGS.recordings,
     settings: Enrolment = SETTINGS,
-    enrolled_NP: torch.Tensor | None = None,
-) -> Curve:
-    """What a model answers with recordings of speakers known. ``enrolled_NP``: pooled vectors of the same utterances
-    as they are enrolled, if those are other recordings of them."""
-    source_NP, found = pooled_NP if enrolled_NP is None else enrolled_NP, {}
-    others = Others(source_NP, rows.speakers, rows.ids)
-    for recordings in points if model.head.speaker is not None else (0,):
-        found[str(recordings)] = []
+) -> Iterator[tuple[str, Voice]]:
+    """What is known of the speaker of every row, at each number of recordings, in every draw."""
+    others = Others(pooled_NP, rows.speakers, rows.ids)
+    for recordings in points:
         for draw in draws_of(settings, recordings):
+            if recordings == OTHERS and settings.which == "any":
+                yield str(recordings), others.at(range(len(rows.ids)))
+                continue
             chosen = answered_with(rows.ids, rows.speakers, rows.emotions, settings, recordings, draw)
-            everyone = recordings == OTHERS and settings.which == "any"
-            at = others.at if everyone else partial(_voices, source_NP, chosen)
-            found[str(recordings)].append(probabilities(model, pooled_NP, at))
+            yield str(recordings), voices_of(pooled_NP, chosen)
+
+
+def answers(model: EmotionClassifier, pooled_NP: torch.Tensor, voices: Iterable[tuple[str, Voice]]) -> Curve:
+    """What a model answers with what is known of speakers; a model that uses nothing of it the same at once."""
+    found: Curve = {}
+    for point, voice in voices:
+        if model.head.speaker is not None or not found:
+            found.setdefault(point, []).append(probabilities(model, pooled_NP, voice.at))
     return found
 
 
@@ -281,13 +284,14 @@ def tried(place: Place, way: Way, fold: int, points: Sequence[int | str], shrink
         own = data(place, way.corpus, way.backbone, fold)
         model, rows = probed(place, fitted, fold), Rows.of(task(place, way.corpus, fold), "dev")
         pooled_NP, found = pooled(model, own, "dev"), {}
+        voices = list(known(pooled_NP, rows, points))
         for speaker in ("center", "standardize"):
             if speaker == "standardize":
                 standardise(model)
             for shrinkage in shrinkages:
                 change = {"speaker": speaker, "speaker_shrinkage": shrinkage}
                 model.head.speaker.settings = model.head.speaker.settings.model_copy(update=change)
-                for point, draws in answers(model, pooled_NP, rows, points).items():
+                for point, draws in answers(model, pooled_NP, voices).items():
                     found[f"{speaker} {shrinkage:g} {point}"] = draws
         say(f"tried: fold {fold}, {fitted}")
         return found
@@ -296,6 +300,18 @@ def tried(place: Place, way: Way, fold: int, points: Sequence[int | str], shrink
     if way.speaker == "none":
         return {"0": whole[f"center {fitted.shrinkage:g} 0"]}
     return {str(point): whole[f"{way.speaker} {way.shrinkage:g} {point}"] for point in points}
+
+
+def all_tried(place: Place, way: Way, shrinkages: Sequence[float]) -> bool:
+    """Whether all folds have been answered by `tried`."""
+    fitted = way._replace(speaker="center", shrinkage=shrinkages[0])
+    return all(fitted.file(place.scratch, "tried", fold).is_file() for fold in range(CORPORA[way.corpus].folds))
+
+
+def all_scored(place: Place, way: Way) -> bool:
+    """Whether all folds have been answered by `scored`."""
+    folds, splits = range(CORPORA[way.corpus].folds), ("dev", "test")
+    return all(way.file(place.scratch, f"scored-{split}", fold).is_file() for fold in folds for split in splits)
 
 
 def standardise(model: EmotionClassifier) -> None:
@@ -314,7 +330,8 @@ def scored(place: Place, way: Way, fold: int, split: str) -> Curve:
             with (place.scratch / "openings.jsonl").open("a") as log:
                 log.write(json.dumps({"way": way, "fold": fold, "date": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
         say(f"scored: {split} of fold {fold}, {way}")
-        return answers(model, pooled(model, own, split), Rows.of(task(place, way.corpus, fold), split))
+        pooled_NP = pooled(model, own, split)
+        return answers(model, pooled_NP, known(pooled_NP, Rows.of(task(place, way.corpus, fold), split)))
 
     return kept(way.file(place.scratch, f"scored-{split}", fold), make)
 
@@ -333,7 +350,3 @@ def alone(value: Any) -> list[Any]:
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-def _voices(pooled_NP: torch.Tensor, chosen: Sequence[np.ndarray], rows: Sequence[int]) -> Voice:
-    return voices_of(pooled_NP, [chosen[row] for row in rows])
