@@ -10,6 +10,7 @@ whisper-tiny.en, LoRA in its last block over cached features of what is below it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import enrolment_models as models
@@ -20,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ser_ray import config
 from ser_ray.config import SearchSpace
+from ser_ray.disk import read_json, write_json
 from ser_ray.evaluation.metrics import confusion, uar
 from ser_ray.models import prefix
 from ser_ray.models.classifier import EmotionClassifier, build
@@ -160,6 +162,26 @@ def scores(
         point: float(np.mean([uar(confusion(own.labels, one.argmax(1), number)) for one in draws]))
         for point, draws in found.items()
     }
+
+
+WAYS: Final = {"stopped, as in training": False, "through the mean": True}
+
+
+def made(place: Place, seed: int, through: bool) -> None:
+    """One run, if it has not been made."""
+    file = _file(place, seed, through)
+    if not file.is_file():
+        write_json(file, run(place, seed, through))
+
+
+def found(place: Place) -> dict[str, list[list[dict[str, float]]]]:
+    """Way -> the seeds of which both runs are there -> epochs -> dev UAR."""
+    seeds = [seed for seed in range(SEEDS) if all(_file(place, seed, way).is_file() for way in WAYS.values())]
+    return {name: [read_json(_file(place, seed, way)) for seed in seeds] for name, way in WAYS.items()}
+
+
+def _file(place: Place, seed: int, through: bool) -> Path:
+    return place.scratch / f"gradient-{'through' if through else 'stopped'}-{seed}.json"
 
 
 def lines(told: dict[str, list[list[dict[str, float]]]]) -> Iterator[str]:

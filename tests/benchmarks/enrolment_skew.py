@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import enrolment_models as models
@@ -23,6 +24,7 @@ import torch
 from enrolment_models import CORPORA, Place, Rows, Way
 
 from ser_ray.config import Augment, Enrolment
+from ser_ray.disk import read_json, write_json
 from ser_ray.evaluation.enrolment import answered_with
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import confusion, uar
@@ -135,19 +137,29 @@ def measured(place: Place, way: Way, split: str) -> dict[str, Any]:
     return {"found": found, "truth": truth}
 
 
-def kept(place: Place, way: Way, name: str, make: Callable[[], Any]) -> Any:
-    """What was made before, or is made now, as JSON."""
-    file = place.scratch / f"{name}-{way.backbone}.json"
-    if not file.is_file():
-        file.write_text(json.dumps(make()))
-    return json.loads(file.read_text())
+def made(place: Place, way: Way, split: str) -> tuple[Any, Any]:
+    """What `measured` and `distances` tell of a split, made before or now."""
+    told = []
+    for name, make in (("skew", measured), ("distance", distances)):
+        file = _file(place, way, name, split)
+        if not file.is_file():
+            write_json(file, make(place, way, split))
+        told.append(read_json(file))
+    return told[0], told[1]
+
+
+def is_made(place: Place, way: Way) -> bool:
+    """Whether the page has all that it shows."""
+    return all(_file(place, way, name, split).is_file() for name in ("skew", "distance") for split in ("dev", "test"))
+
+
+def _file(place: Place, way: Way, name: str, split: str) -> Path:
+    return place.scratch / f"{name}-{way.backbone}-{split}.json"
 
 
 def lines(place: Place, way: Way) -> Iterator[str]:
     """The table."""
-    dev, test = (
-        kept(place, way, f"skew-{split}", lambda s=split: measured(place, way, s)) for split in ("dev", "test")
-    )
+    dev, test = (made(place, way, split)[0] for split in ("dev", "test"))
     number = len(CORPORA[way.corpus].emotions)
 
     def score(told: Any, predicted: list[int]) -> float:
@@ -235,9 +247,7 @@ def _one(
 
 def distance_lines(place: Place, way: Way, limits: dict[int, float]) -> Iterator[str]:
     """How often the limit is passed by the same and by another person."""
-    dev, test = (
-        kept(place, way, f"distance-{split}", lambda s=split: distances(place, way, s)) for split in ("dev", "test")
-    )
+    dev, test = (made(place, way, split)[1] for split in ("dev", "test"))
     yield (
         "| answered | enrolled | dev: 95 % of the same person below | limit | test: same person above "
         "| one emotion answered | one emotion enrolled | another person above |"
