@@ -40,18 +40,12 @@ BACKBONES: Final = ("whisper-base", "whisper-tiny.en")
 KINDS: Final = (("concat", "none"), ("concat", "center"), ("concat", "standardize"), ("weighted", "center"))
 """`head.layer_mix` and `head.speaker`; the last one is there for the sets, whose members should differ."""
 ORDER: Final = tuple(
-    (corpus, KINDS[number])
-    for number, corpus in (
-        (1, "ravdess"),
-        (3, "ravdess"),
-        (0, "ravdess"),
-        (1, "emodb"),
-        (0, "emodb"),
-        (2, "ravdess"),
-        (3, "emodb"),
-        (2, "emodb"),
+    (corpus, backbone, kind)
+    for kind, corpus, backbone in itertools.product(
+        (KINDS[1], KINDS[0], KINDS[3], KINDS[2]), ("ravdess", "emodb"), reversed(BACKBONES)
     )
 )
+"""What is measured first: centring, on the smaller encoder."""
 CS: Final = {"concat": (0.001, 0.003, 0.01), "weighted": (0.01,)}
 """`head.probe_c`: one layer has a seventh of the features, and the default was chosen for as many."""
 SHRINKAGES: Final = (1.0, 2.0, 4.0, 8.0)
@@ -250,31 +244,30 @@ def openings(place: Place) -> str:
 
 
 def section(place: Place, corpus: str) -> tuple[list[str], dict[str, Answers]]:
-    """One corpus: lines, and the answers that the picture shows."""
+    """One corpus: lines, and the answers that the picture shows; empty if no model has been measured."""
     ways = [way for way in chosen(place, corpus) if models.all_scored(place, way)]
+    if not ways:
+        return [], {}
     known, fresh = [grown(place, ways, points) for points in (POINTS, ("0",))]
     test = {str(way): Answers(place, [way], "test") for way in ways}
-    best = test[str(known[0][0])]
+    best, name = test[str(known[0][0])], f"the best single model for dev ({known[0][0]})"
     sets = {f"set of {len(own)}": Answers(place, own, "test") for own in known[1:]}
-    sets |= {f"set of {len(own)}, chosen for k = 0": Answers(place, own, "test") for own in fresh[1:]}
-    lines = [*figures(test | sets), "", "Members of the sets, in the order in which dev added them:", ""]
+    at_zero = {f"set of {len(own)}, chosen for k = 0": Answers(place, own, "test") for own in fresh[1:]}
+    pairs = [(f"{name}: k = {k} over k = 0", (best, k), (best, "0")) for k in POINTS[1:]]
+    shown = {"one model": best}
+    for title, largest in list(sets.items())[-1:]:
+        pairs += [(f"{title} over {name}, k = {k}", (largest, k), (best, k)) for k in ("0", "8", OTHERS)]
+        shown[title] = largest
+    pairs += [(f"{title}, over {name}", (own, "0"), (best, "0")) for title, own in list(at_zero.items())[-1:]]
+    lines = [*figures(test | sets | at_zero), "", "Members of the sets, in the order in which dev added them:", ""]
     lines += [f"{n}. {way}" for n, way in enumerate(known[-1], start=1)]
-    lines += ["", "Of those for k = 0: " + "; ".join(map(str, fresh[-1])) + ".", ""]
-    size = len(known[-1])
-    largest, alone = sets[f"set of {size}"], f"the best single model for dev ({known[0][0]})"
-    at_zero = sets[f"set of {size}, chosen for k = 0"]
-    pairs = [(f"{alone}: k = {k} over k = 0", (best, k), (best, "0")) for k in POINTS[1:]]
-    pairs += [(f"set of {size} over {alone}, k = {k}", (largest, k), (best, k)) for k in ("0", "8", OTHERS)]
-    pairs += [(f"set of {size} chosen for k = 0 over {alone}, k = 0", (at_zero, "0"), (best, "0"))]
-    lines += [*gap_lines(pairs), "", "What dev chose, and dev's UAR of the probe; the best epoch of each fold:", ""]
+    lines += ["", f"Of those for k = 0: {'; '.join(map(str, fresh[-1]))}.", "", *gap_lines(pairs), ""]
+    lines += ["What dev chose, dev's UAR of the probe, and the best epoch of each fold (0: the probe):", ""]
     lines += ["| | k = 0 | 8 | others | epochs |", "|---|---|---|---|---|"]
     for way in ways:
-        lines.append(
-            f"| {way} | "
-            + " | ".join(f"{value:.3f}" for value in tried_uars(place, way))
-            + f" | {epochs_of(place, way)} |"
-        )
-    return lines, {"one model": best, f"set of {size}": largest}
+        values = " | ".join(f"{value:.3f}" for value in tried_uars(place, way))
+        lines.append(f"| {way} | {values} | {epochs_of(place, way)} |")
+    return lines, shown
 
 
 SKEW: Final = """\
@@ -336,9 +329,13 @@ def page(place: Place) -> None:
     shown: dict[str, list[dict[str, Any]]] = {}
     for corpus, about in CORPORA.items():
         lines, answers = section(place, corpus)
+        if not lines:
+            continue
         print(f"## {about.name}\n\n{about.about}\n")
         print("\n".join(lines) + "\n")
         shown |= {f"{about.name}, {name}": own.rows() for name, own in answers.items()}
+        if lacking := [way for way in chosen(place, corpus) if not models.all_scored(place, way)]:
+            print(f"Not measured yet: {'; '.join(map(str, lacking))}.\n")
     for make in (skewed, of_gradient):
         print("\n".join(make(place)))
     print(f"How often test was answered: {openings(place)}.")
@@ -347,11 +344,12 @@ def page(place: Place) -> None:
 
 def run_all(place: Place) -> None:
     """All that is missing, what the page needs most first."""
-    for corpus, kind in ORDER:
-        folds, wanted = range(CORPORA[corpus].folds), [way for way in candidates(corpus) if way[2:4] == kind]
+    for corpus, backbone, kind in ORDER:
+        folds = range(CORPORA[corpus].folds)
+        wanted = [way for way in candidates(corpus) if way[1:4] == (backbone, *kind)]
         for way, fold in itertools.product(wanted, folds):
             models.tried(place, way, fold, CHOOSING, SHRINKAGES)
-        ways = [way for way in chosen(place, corpus) if way[2:4] == kind]
+        ways = [way for way in chosen(place, corpus) if way[1:4] == (backbone, *kind)]
         models.say(f"chosen: {'; '.join(map(str, ways))}")
         for way, fold, split in itertools.product(ways, folds, ("dev", "test")):
             models.scored(place, way, fold, split)
