@@ -107,7 +107,7 @@ class Model:
         from ser_ray.training.enrolment import enrol
 
         voice_file.check_uses_voices(self.classifier, "enrol")
-        voice, unusable = enrol(self.classifier, _sources(recordings, sampling_rate))
+        voice, unusable, _ = enrol(self.classifier, _sources(recordings, sampling_rate))
         if not int(voice.count_B[0]):
             raise UserError(f"no recording could be used{f': {unusable[0].reason}' if unusable else ''}")
         return SpeakerVoice(voice_file.saved(self.classifier, voice, name))

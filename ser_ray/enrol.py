@@ -21,7 +21,7 @@ from ser_ray.models import checkpoint, voice_file
 from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole, one_line, output_path
-from ser_ray.training.enrolment import enrol
+from ser_ray.training.enrolment import FAR, enrol
 
 
 def main(directory: Path, audio: list[Path], output: Path, name: str = "", backbone: str | None = None) -> int:
@@ -31,9 +31,14 @@ def main(directory: Path, audio: list[Path], output: Path, name: str = "", backb
     voice_file.check_uses_voices(model, directory)
     console = PlainConsole(stderr=True)
     with console.status(f"{len(paths)} recordings"):
-        voice, unusable = enrol(model, paths)
+        voice, unusable, far = enrol(model, paths)
     for piece in unusable:
         console.print(f"{one_line(piece.path)}: {piece.reason or 'its pooled vector is not finite'}", style="red")
+    for piece, distance in far:
+        doubted = (
+            f"distance to the others {distance:.1f}, above {FAR:g}: another person, or another microphone or room?"
+        )
+        console.print(f"{one_line(piece.path)}: {doubted}", style="yellow")
     if not int(voice.count_B[0]):
         raise UserError("no recording could be used")
     made = voice_file.saved(model, voice, name)

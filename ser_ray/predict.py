@@ -34,7 +34,7 @@ from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
 from ser_ray.speech.formats import ADVICE
 from ser_ray.terminal import PlainConsole, one_line, opened_output, output_path
-from ser_ray.training.enrolment import predict_each_other
+from ser_ray.training.enrolment import doubt, listening, predict_each_other
 from ser_ray.training.inference import Answer, answer_columns, predict
 
 
@@ -62,6 +62,7 @@ def main(
     model = checkpoint.load(directory, choose_device(), backbone)
     progress = PlainConsole(stderr=True)
     predicted = _predicted(model, directory, paths, voice, [speaker for _, speaker in named], progress)
+    distances = listening(model) if voice else []
     failed: list[Answer] = []
     with progress.status("") as status, opened_output(target) as file:
 
@@ -76,6 +77,8 @@ def main(
         _FORMATS[format](answers(), model.experiment.emotions, file)
     for line in _problems(failed):
         progress.print(line, style="red")
+    if doubted := doubt(distances):
+        progress.print(doubted, style="yellow")
     return 1 if failed else 0
 
 
