@@ -16,7 +16,10 @@ if __name__ == "__main__":
 
     sys.exit(command(["serve", *sys.argv[1:]]))
 
+import contextlib
 import json
+import logging
+import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -79,15 +82,18 @@ def configuration(settings: Settings, port: int) -> str:
     )
 
 
-def run(settings: Settings, port: int, console: PlainConsole, ends: threading.Event | None = None) -> None:
-    """Start Ray if it is not there, and serve until ``ends`` is set, or Ctrl-C. Raises UserError where the first model
+def run(settings: Settings, port: int, console: PlainConsole) -> None:
+    """Start Ray, and serve until Ctrl-C. Raises UserError where the first model
     cannot be loaded."""
+    import ray
     from ray import serve
 
     from ser_ray.runtime import cluster
     from ser_ray.serving.deployment import NAME, application
 
     cluster.connect()
+    if cluster.VERBOSE not in os.environ:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not cluster.is_own():
         raise UserError(
             "a Ray cluster is up here, for all its users; serve on it by ser-ray serve ... --config > serve.yaml and "
@@ -100,9 +106,11 @@ def run(settings: Settings, port: int, console: PlainConsole, ends: threading.Ev
         except RuntimeError:
             raise UserError(_problem(serve.status())) from None
         _announce(settings, port, console)
-        (ends or threading.Event()).wait()
+        with contextlib.suppress(KeyboardInterrupt):  # how a server ends
+            threading.Event().wait()
     finally:
-        serve.shutdown()
+        serve.delete(NAME)  # requests under way get their answers
+        ray.shutdown()
 
 
 # -- below: how it is done

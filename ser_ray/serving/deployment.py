@@ -25,8 +25,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from ser_ray.models.precision import choose_device
+from ser_ray.runtime import cluster, private
 from ser_ray.runtime.allocation import DATA_CPUS
-from ser_ray.runtime.cluster import OWN
 from ser_ray.schema import UserError
 from ser_ray.serving import answering
 from ser_ray.serving.answering import BATCH_SECONDS, Job, Known, Reply
@@ -49,6 +49,7 @@ class Models:
     """The checkpoints in one process, which answers the jobs of many clients in batches by padded seconds."""
 
     def __init__(self, settings: Settings, threads: int) -> None:
+        _guard_port()
         torch.set_num_threads(threads)
         device = choose_device(len(ray.get_gpu_ids()))
         self.loaded = LoadedModels(settings.checkpoints, settings.limits.models, device)
@@ -114,6 +115,7 @@ class Front:
     """HTTP: keys, limits, decoding; it has no model."""
 
     def __init__(self, settings: Settings, models: DeploymentHandle) -> None:
+        _guard_port()
         self.settings, self.models = settings, models
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -163,7 +165,7 @@ class Replicas:
 def application(settings: Settings) -> serve.Application:
     """The application of ``ser-ray serve``, and of a configuration file that ``serve deploy`` reads."""
     total = ray.cluster_resources()
-    cores = int(total.get("CPU", 1) - DATA_CPUS * total.get(OWN, 0))
+    cores = int(total.get("CPU", 1) - DATA_CPUS * total.get(cluster.OWN, 0))
     gpus = int(total.get("GPU", 0))
     cpus = cpus_of_replica(cores)
     replicas: dict[str, Any] = {"num_replicas": settings.replicas}
@@ -189,3 +191,12 @@ def application(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=5,
     )
     return front.bind(settings, models.bind(settings, cpus))
+
+
+# -- below: how it is done
+
+
+def _guard_port() -> None:
+    """On one machine this replica is reached from nowhere else; on a cluster it has to be."""
+    if cluster.is_own():
+        private.serve_on_loopback()
