@@ -56,6 +56,8 @@ class Reply:
     """The pooled vectors, if they were asked for."""
     said: str = ""
     """Of which recordings the voice was made."""
+    least: float | None = None
+    """The probability from which an emotion is in a set, for a model that has sets."""
 
 
 def jobs_of(
@@ -125,7 +127,8 @@ def _of_model(model: EmotionClassifier, known: Sequence[Known]) -> list[Reply]:
     for one in known:
         own = slice(begin, begin := begin + len(one.job.windows))
         values = [row_K.tolist() if np.isfinite(row_K).all() else [] for row_K in found_NK[own]]
-        replies.append(Reply(values, pooled_NP[own] if one.job.embedding else None, one.said))
+        vectors = pooled_NP[own] if one.job.embedding else None
+        replies.append(Reply(values, vectors, one.said, getattr(model, "least_probability", None)))
     return replies
 
 

@@ -117,7 +117,7 @@ class Streams:
                 continue
             piece, skipped = listening.due(self.service.audio[model])
             answer = await self.service.window(model, piece, voice)
-            await socket.send_json(messages.in_full(answer) | {"skipped": skipped})
+            await socket.send_json(answer | {"skipped": skipped})
 
 
 # -- below: how it is done

@@ -107,9 +107,13 @@ def labels_and_scores(answer: Answer, top_k: int | None) -> list[dict[str, Any]]
     return [{"label": emotion, "score": score} for emotion, score in ranked[:top_k]]
 
 
-def in_full(answer: Answer) -> dict[str, Any]:
-    """An answer for a recording or a window, as `ser-ray predict --format jsonl` writes it, but for the path."""
+def in_full(answer: Answer, least: float | None = None) -> dict[str, Any]:
+    """An answer for a recording or a window, as `ser-ray predict --format jsonl` writes it, but for the path.
+    ``least``: the probability from which an emotion is in the set, which the most probable one always is."""
     line: dict[str, Any] = {"emotion": answer.emotion or None, "probabilities": answer.probabilities}
+    if least is not None:
+        ranked = [one["label"] for one in labels_and_scores(answer, None)]
+        line["set"] = [e for place, e in enumerate(ranked) if place == 0 or answer.probabilities[e] >= least]
     if answer.start is not None:
         line = {"start": answer.start, "end": answer.end} | line
     return line | ({"reason": answer.reason} if answer.reason else {})

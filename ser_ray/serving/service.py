@@ -49,10 +49,13 @@ class Answered:
     """With their times."""
     embedding_P: np.ndarray | None
     said: str
+    least: float | None
+    """See `Reply`."""
 
     def in_full(self, name: str) -> dict[str, Any]:
         """For POST /v1/predict."""
-        line = messages.in_full(self.whole) | {"windows": [messages.in_full(window) for window in self.windows]}
+        line = messages.in_full(self.whole, self.least)
+        line["windows"] = [messages.in_full(window, self.least) for window in self.windows]
         if self.embedding_P is not None:
             finite = np.isfinite(self.embedding_P).all()
             line["embedding"] = self.embedding_P.tolist() if finite else None
@@ -92,20 +95,12 @@ class Service:
         """An answer for each recording. Raises Refused (415, 422) where no recording can be used."""
         found = await self._decoded(model, recordings)
         windows = [piece.samples for pieces in found for piece in pieces if piece.samples is not None]
-        values: list[list[float]] = [[] for _ in windows]
-        vectors: list[np.ndarray | None] = [None] * len(windows)
-        said = ""
-        asked = list(jobs_of(model, windows, voice, embedding))
-        for (places, _), reply in zip(asked, await self._replies([job for _, job in asked]), strict=True):
-            said = reply.said
-            for row, place in enumerate(places):
-                values[place] = reply.probabilities[row]
-                vectors[place] = None if reply.pooled_NP is None else reply.pooled_NP[row]
-        emotions, left = self.models[model]["emotions"], iter(zip(values, vectors, strict=True))
-        answered = [
-            _recording(pieces, [next(left) if _used(p) else ([], None) for p in pieces], emotions, said)
-            for pieces in found
-        ]
+        reply = await self._reply(model, windows, voice, embedding)
+        emotions, answered, begin = self.models[model]["emotions"], [], 0
+        for pieces in found:
+            end = begin + sum(map(_used, pieces))
+            answered.append(_recording(pieces, reply, slice(begin, end), emotions))
+            begin = end
         if not any(one.whole.probabilities for one in answered):
             reason = answered[0].whole.reason
             raise Refused(messages.status_of(reason), reason)
@@ -121,14 +116,13 @@ class Service:
         windows = [piece.samples for pieces in found for piece in pieces if piece.samples is not None]
         return await self._within(self.backend.enrol(model, windows, name))
 
-    async def window(self, model: str, piece: Piece, voice: dict[str, Any] | None) -> Answer:
-        """The answer for a window of a stream."""
-        values: list[float] = []
-        if piece.samples is not None:
-            (reply,) = await self._replies([Job(model, (piece.samples,), voice)])
-            values = reply.probabilities[0]
-            self.measures.audio.inc(len(piece.samples) / SAMPLING_RATE)
-        return answer_of(piece, values, self.models[model]["emotions"])
+    async def window(self, model: str, piece: Piece, voice: dict[str, Any] | None) -> dict[str, Any]:
+        """The answer for a window of a stream, as JSON."""
+        windows = [] if piece.samples is None else [piece.samples]
+        reply = await self._reply(model, windows, voice, embedding=False)
+        self.measures.audio.inc(sum(map(len, windows)) / SAMPLING_RATE)
+        values = reply.probabilities[0] if windows else []
+        return messages.in_full(answer_of(piece, values, self.models[model]["emotions"]), reply.least)
 
     async def _decoded(self, model: str, recordings: Sequence[bytes]) -> list[list[Piece]]:
         if len(recordings) > self.limits.recordings:
@@ -140,8 +134,20 @@ class Service:
         self.measures.audio.inc(seconds)
         return found
 
-    async def _replies(self, jobs: Sequence[Job]) -> list[Reply]:
-        return list(await self._within(asyncio.gather(*(self.backend.answer(job) for job in jobs))))
+    async def _reply(
+        self, model: str, windows: Sequence[np.ndarray], voice: dict[str, Any] | None, embedding: bool
+    ) -> Reply:
+        """One reply to all windows, which are asked as several jobs where they are too many for one batch."""
+        asked = list(jobs_of(model, windows, voice, embedding))
+        jobs = [self.backend.answer(job) for _, job in asked]
+        replies: list[Reply] = await self._within(asyncio.gather(*jobs)) if jobs else []
+        if not replies:
+            return Reply([], None)
+        order = np.argsort(np.concatenate([places for places, _ in asked]))
+        values = [own for reply in replies for own in reply.probabilities]
+        vectors = [reply.pooled_NP for reply in replies if reply.pooled_NP is not None]
+        pooled_NP = np.concatenate(vectors)[order] if vectors else None
+        return Reply([values[place] for place in order], pooled_NP, replies[0].said, replies[0].least)
 
     async def _within(self, work: Any) -> Any:
         try:
@@ -159,14 +165,11 @@ def _used(piece: Piece) -> bool:
     return piece.samples is not None
 
 
-def _recording(
-    pieces: Sequence[Piece],
-    found: Sequence[tuple[list[float], np.ndarray | None]],
-    emotions: Sequence[str],
-    said: str,
-) -> Answered:
-    answers = [answer_of(piece, values, emotions) for piece, (values, _) in zip(pieces, found, strict=True)]
+def _recording(pieces: Sequence[Piece], reply: Reply, own: slice, emotions: Sequence[str]) -> Answered:
+    """The answer for the recording whose windows have the places ``own`` in a reply."""
+    left = iter(reply.probabilities[own])
+    answers = [answer_of(piece, next(left) if _used(piece) else [], emotions) for piece in pieces]
     *_, whole = with_whole(zip(pieces, answers, strict=True))
     windows = [answer for answer in answers if answer.start is not None]
-    vectors = [vector_P for _, vector_P in found if vector_P is not None]
-    return Answered(whole, windows, mean_of_finite(vectors) if vectors else None, said)
+    vectors = [] if reply.pooled_NP is None else list(reply.pooled_NP[own])
+    return Answered(whole, windows, mean_of_finite(vectors) if vectors else None, reply.said, reply.least)

@@ -240,7 +240,33 @@ def test_openapi_has_every_endpoint(serving):
     paths = serving().get("/openapi.json").json()["paths"]
     assert set(paths) == {"/", "/v1/predict", "/v1/voices", "/v1/models", "/health", "/ready", "/metrics"}
     assert "application/json" in paths["/v1/predict"]["post"]["requestBody"]["content"]
-    assert "ser-ray" in serving().get("/").text
+
+
+def test_the_page_is_served_if_it_is_there_and_may_talk_to_this_server_alone(serving, monkeypatch, tmp_path):
+    monkeypatch.setattr("ser_ray.serving.app.PAGE", tmp_path / "page.html")
+    client = serving()
+    assert client.get("/").text.startswith("ser-ray")
+    (tmp_path / "page.html").write_text("<h1>here</h1>")
+    answer = client.get("/")
+    assert answer.text == "<h1>here</h1>"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "http" not in answer.headers["content-security-policy"]
+
+
+def test_a_model_with_sets_answers_them(serving, here, monkeypatch):
+    model = here.loaded.get("plain")
+    monkeypatch.setattr(model, "least_probability", 0.0, raising=False)
+    files = [{"audio": encoded(wav(1.0))}]
+    (all_of_them,) = serving().post("/v1/predict", json={"files": files}).json()["files"]
+    assert sorted(all_of_them["set"]) == ["angry", "happy", "sad"]
+    assert [all_of_them["probabilities"][e] for e in all_of_them["set"]] == sorted(
+        all_of_them["probabilities"].values(), reverse=True
+    )
+    monkeypatch.setattr(model, "least_probability", 1.0)
+    (found,) = serving().post("/v1/predict", json={"files": files}).json()["files"]
+    assert found["set"] == [found["emotion"]] == found["windows"][0]["set"]
+    (plain,) = serving().post("/v1/predict?model=known", content=wav(1.0)).json()["files"]
+    assert "set" not in plain
 
 
 # -- streams

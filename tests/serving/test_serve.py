@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -170,6 +171,21 @@ def test_a_stream_over_a_socket(server, checkpoints):
     assert [answer["end"] for answer in answers] == [1.0, 2.0, 3.0]
     (expected,) = ser_ray.load(checkpoints["plain"], device="cpu").predict(np.frombuffer(sound, "<i2"), rate)
     assert answers[-1]["probabilities"]["happy"] == pytest.approx(expected["p_happy"], abs=1e-5)
+
+
+def test_the_client_of_the_documentation_prints_an_answer_a_second(server, tmp_path):
+    port, _ = server
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    (client,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "connect(" in block)
+    assert len(client.strip().splitlines()) <= 20
+    (tmp_path / "client.py").write_text(client.replace(":8000", f":{port}"))
+    (tmp_path / "call.wav").write_bytes(wav(2.5))
+    command = [sys.executable, str(tmp_path / "client.py"), str(tmp_path / "call.wav")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["1.0", "s"], ["2.0", "s"]]
+    assert {line[2] for line in lines} <= {"angry", "happy", "sad"}
 
 
 def test_all_of_it_listens_on_this_machine_alone(server):
