@@ -31,8 +31,7 @@ class Decoders:
         process = await self.free.get()
         asked = False
         try:
-            if process is None:
-                process = await asyncio.to_thread(_Decoder)
+            process = process or await _started()
             asked = True
             work = asyncio.to_thread(process.decode, recording, audio, self.limits.seconds)
             pieces = await asyncio.wait_for(work, self.limits.decode_seconds)
@@ -59,6 +58,13 @@ class Decoders:
 
 
 # -- below: how it is done
+
+
+async def _started() -> _Decoder:
+    try:
+        return await asyncio.to_thread(_Decoder)
+    except (OSError, ValueError):  # no memory for a process, or none that answers
+        raise Refused(503, "there is no room for a decoder", 5) from None
 
 
 class _Decoder:

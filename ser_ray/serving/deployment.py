@@ -55,7 +55,8 @@ class Models:
         self.loaded = LoadedModels(settings.checkpoints, settings.limits.models, device)
         self.loaded.get(next(iter(settings.checkpoints)))
         self.batched = settings.batched
-        self.thread = ThreadPoolExecutor(1)  # the event loop stays free for jobs that arrive meanwhile
+        # The event loop stays free for jobs that arrive, and they have their model before the batch has ended.
+        self.computing, self.loading = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.inside = 0
         """Jobs that are in ``serve.batch``."""
         self.free = asyncio.Event()
@@ -65,10 +66,11 @@ class Models:
     async def answer(self, job: Job) -> Reply | Refused:
         """A reply to a job, or why there is none."""
         try:
-            known = answering.known_of(job, await self._computed(self.loaded.get, job.model))
-            if not self.batched:
-                return (await self._computed(answering.answer, [known]))[0]
-            return await self._with_others(known)
+            known = answering.known_of(job, await _in(self.loading, self.loaded.get, job.model))
+            if self.batched:
+                return await self._with_others(known)
+            replies: list[Reply] = await _in(self.computing, answering.answer, [known])
+            return replies[0]
         except UserError as error:
             return Refused(503, str(error))
         except Refused as refused:
@@ -77,8 +79,8 @@ class Models:
     async def enrol(self, model: str, windows: Sequence[np.ndarray], name: str) -> dict[str, Any] | Refused:
         """The voice of the one speaker of all windows, or why there is none."""
         try:
-            loaded = await self._computed(self.loaded.get, model)
-            voice: dict[str, Any] = await self._computed(answering.enrolled, loaded, windows, name)
+            loaded = await _in(self.loading, self.loaded.get, model)
+            voice: dict[str, Any] = await _in(self.computing, answering.enrolled, loaded, windows, name)
             return voice
         except UserError as error:
             return Refused(503, str(error))
@@ -104,11 +106,8 @@ class Models:
     @serve.batch(max_batch_size=BATCH_SECONDS, batch_wait_timeout_s=0, batch_size_fn=answering.padded_seconds)
     async def _batch(self, known: list[Known]) -> list[Reply]:
         self.free.clear()
-        replies: list[Reply] = await self._computed(answering.answer, known)
+        replies: list[Reply] = await _in(self.computing, answering.answer, known)
         return replies
-
-    async def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
 
 
 class Front:
@@ -200,3 +199,7 @@ def _guard_port() -> None:
     """On one machine this replica is reached from nowhere else; on a cluster it has to be."""
     if cluster.is_own():
         private.serve_on_loopback()
+
+
+async def _in(thread: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)

@@ -107,7 +107,7 @@ def check_origin(host: str, origin: str, needs_key: bool) -> None:
     """Raises Refused (403) for what a page of another site asks in a browser on this machine. Where no key is needed,
     the server has to be called by a name of this machine too, as another name may be made to lead here (DNS rebinding).
     """
-    if origin and urlsplit(origin).netloc != host:
+    if origin and origin.partition("://")[2] != host:
         raise Refused(403, "a page of another site may not use this server")
     if not needs_key and _name(host) not in OWN_NAMES:
         raise Refused(403, "without a key this server is called 127.0.0.1 or localhost")
