@@ -83,8 +83,7 @@ def configuration(settings: Settings, port: int) -> str:
 
 
 def run(settings: Settings, port: int, console: PlainConsole) -> None:
-    """Start Ray, and serve until Ctrl-C. Raises UserError where the first model
-    cannot be loaded."""
+    """Start Ray, and serve until Ctrl-C. Raises UserError where the first model cannot be loaded."""
     import ray
     from ray import serve
 

@@ -161,8 +161,9 @@ class Replicas:
         return answer
 
 
-def application(settings: Settings) -> serve.Application:
+def application(arguments: Settings | dict[str, Any]) -> serve.Application:
     """The application of ``ser-ray serve``, and of a configuration file that ``serve deploy`` reads."""
+    settings = Settings.model_validate(arguments)
     total = ray.cluster_resources()
     cores = int(total.get("CPU", 1) - DATA_CPUS * total.get(cluster.OWN, 0))
     gpus = int(total.get("GPU", 0))

@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 
 import ser_ray
 from ser_ray.__main__ import main
+from ser_ray.runtime import cluster
 
 pytestmark = pytest.mark.ray
 REPLICA = "ServeReplica:ser-ray:Models"
@@ -269,3 +270,27 @@ def test_a_configuration_file_for_ray_serve(checkpoints, capsys, tmp_path):
     assert (settings.limits.seconds, settings.replicas, settings.key_file) == (20, 3, str(key_file))
     assert one.import_path == APPLICATION
     assert "k" * 30 not in json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("resources", "cpus", "gpus", "most"),
+    [({"CPU": 2.0}, 1, 0, 1), ({"CPU": 3.0, cluster.OWN: 1.0}, 1, 0, 1), ({"CPU": 17.0, "GPU": 8.0}, 0, 1, 8)],
+)
+def test_ray_serve_builds_the_application_of_a_file(checkpoints, monkeypatch, resources, cpus, gpus, most):
+    """By the function that `serve deploy` calls on a cluster."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_application
+
+    from ser_ray.serving import deployment
+
+    monkeypatch.setattr(deployment.ray, "cluster_resources", lambda: resources)
+    built = build_application(deployment.application, {"checkpoints": checkpoints})
+    front = built._bound_deployment
+    models = front.init_args[1]._bound_deployment
+    assert models.init_args[0].checkpoints == checkpoints
+    options = models.ray_actor_options
+    assert (options["num_cpus"], options["num_gpus"]) == (cpus, gpus)
+    config = models._deployment_config
+    assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == (1, most)
+    assert front._deployment_config.max_ongoing_requests > config.max_ongoing_requests
+    fixed = build_application(deployment.application, {"checkpoints": checkpoints, "replicas": 3})
+    assert fixed._bound_deployment.init_args[1]._bound_deployment.num_replicas == 3
