@@ -14,7 +14,7 @@ from ser_ray.speech.pieces import Piece, pieces_of
 
 EVERY: Final = 1.0
 """Seconds between two answers: emotion does not change faster, and a person can follow it."""
-AHEAD: Final = 10.0
+LEAD_S: Final = 10.0
 """Seconds by which a stream may be ahead of the clock: what a browser had buffered while a connection was slow."""
 
 
@@ -37,8 +37,8 @@ class Listening:
             raise Refused(422, "PCM is int16: a message has an even number of bytes")
         self.samples = np.concatenate((self.samples, np.frombuffer(pcm, "<i2")))[-self.window :]
         self.total += len(pcm) // 2
-        if self.seconds > self.clock() - self.begun + AHEAD:
-            raise Refused(429, f"a stream is live: this one is more than {AHEAD:g} s ahead of the clock", 10)
+        if self.seconds > self.clock() - self.begun + LEAD_S:
+            raise Refused(429, f"a stream is live: this one is more than {LEAD_S:g} s ahead of the clock", 10)
 
     @property
     def seconds(self) -> float:
