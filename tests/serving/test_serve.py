@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from huggingface_hub import InferenceClient
+from ray_head import ray_head
 from serving_fixtures import encoded, pcm, wav
 from websockets.sync.client import connect
 
@@ -47,16 +49,16 @@ def asked(port: int, method: str, path: str, body: bytes = b"", kind: str = "") 
         connection.close()
 
 
-def until_ready(port: int, process: subprocess.Popen[str]) -> None:
+def until_ready(port: int, process: subprocess.Popen[str] | None = None) -> None:
     ends = time.monotonic() + 900
-    while time.monotonic() < ends and process.poll() is None:
+    while time.monotonic() < ends and (process is None or process.poll() is None):
         try:
             if asked(port, "GET", "/ready")[0] == 200:
                 return
         except (OSError, ValueError):
             pass
         time.sleep(0.5)
-    raise AssertionError(f"it does not become ready: {process.poll()}")
+    raise AssertionError("it does not become ready")
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +296,39 @@ def test_ray_serve_builds_the_application_of_a_file(checkpoints, monkeypatch, re
     assert front._deployment_config.max_ongoing_requests > config.max_ongoing_requests
     fixed = build_application(deployment.application, {"checkpoints": checkpoints, "replicas": 3})
     assert fixed._bound_deployment.init_args[1]._bound_deployment.num_replicas == 3
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_one_line(checkpoints, tmp_path):
+    """A replica finds it, and Ray Serve tries three times."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoints["plain"], damaged)
+    (damaged / "head.safetensors").write_bytes(b"nothing")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "ser_ray", "serve", str(damaged), "--port", str(free_port())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("ser-ray serve: ")
+    assert "head.safetensors" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_cluster_serves_what_the_configuration_file_says(checkpoints, tmp_path):
+    """By `serve deploy` on a Ray that `ray start` started; there the command itself says what to do."""
+    port = free_port()
+    with ray_head(tmp_path, jobs=True) as head:
+        environment = {**head.environment, "RAY_ADDRESS": head.address}
+        program = [sys.executable, "-m", "ser_ray", "serve", checkpoints["plain"], "--port", str(port)]
+        refused = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
+        assert refused.returncode == 2, refused.stderr
+        assert "--config" in refused.stderr
+        written = subprocess.run([*program, "--config"], env=environment, capture_output=True, text=True, check=True)
+        (tmp_path / "serve.yaml").write_text(written.stdout)
+        deploy = "import sys; from ray.serve.scripts import cli; sys.exit(cli())"
+        command = [sys.executable, "-c", deploy, "deploy", str(tmp_path / "serve.yaml"), "-a", head.dashboard]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        until_ready(port)
+        status, found = asked(port, "POST", "/", wav(1.0))
+        assert (status, len(found)) == (200, 3)
