@@ -73,7 +73,10 @@ def server(
     with said.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True)
     try:
-        until_ready(port, process)
+        try:
+            until_ready(port, process)
+        except AssertionError as error:
+            raise AssertionError(said.read_text()) from error
         yield port, psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
