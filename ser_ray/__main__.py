@@ -259,6 +259,33 @@ def enrol(
     return _call("enrol", checkpoint, audio, output, name=name, backbone=backbone)
 
 
+@app.command(
+    epilog=_epilog(
+        "ser-ray serve results/demo/best", "ser-ray serve results/demo/best --host 0.0.0.0 --key-file keys.txt"
+    ),
+)
+def serve(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CHECKPOINT", help="Directories such as results/demo/best.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; one that other machines reach needs --key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
+    replicas: Annotated[str, typer.Option(help="Processes with the model; auto: by load.")] = "auto",
+    key_file: Annotated[
+        Path | None, typer.Option(help="Who may ask: a line for each client, with a name, a space and a key.")
+    ] = None,
+    config: Annotated[bool, typer.Option("--config", help="Print a file for `serve deploy`, and stop.")] = False,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A limit of a request or a client: seconds=60.")
+    ] = None,
+) -> int:
+    """Answer over HTTP with one or more checkpoints: recordings, and speech as it is spoken."""
+    options = {"host": host, "port": port, "replicas": replicas, "key_file": key_file, "config": config}
+    return _call("serve", checkpoints, **options, limits=limit or [])
+
+
 def _run(arguments: list[str]) -> int:
     """Parse and call. Not by calling ``app``: that takes an interrupt, and some errors of a verb, for its own."""
     try:

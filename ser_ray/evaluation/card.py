@@ -36,8 +36,15 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
-        f"{_speech(list(experiment.corpora))} Expect lower metrics on other speakers, languages and microphones. "
-        "Do not use it to judge people.\n"
+        f"{limits(list(experiment.corpora))}\n"
+    )
+
+
+def limits(corpora: list[str]) -> str:
+    """What a model that was trained on these corpora is not for."""
+    return (
+        f"{_speech(corpora)} Expect lower metrics on other speakers, languages and microphones. "
+        "Do not use it to judge people."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,26 +71,35 @@ def check_is_of(saved: SavedVoice, model: EmotionClassifier, source: object) -> 
 
 def write(saved: SavedVoice, path: Path) -> None:
     """Write a voice to a file that `read` reads."""
+    write_json(path, content_of(saved))
+
+
+def content_of(saved: SavedVoice) -> dict[str, Any]:
+    """A voice as the content of a file, for `parse`."""
     numbers = {"mean": saved.voice.mean_BP[0].tolist(), "variance": saved.voice.variance_BP[0].tolist()}
     about = {"name": saved.name, "recordings": saved.recordings, "date": saved.date, "checkpoint": saved.checkpoint}
-    write_json(path, {"format": FORMAT} | about | numbers)
+    return {"format": FORMAT} | about | numbers
 
 
 def read(path: Path, model: EmotionClassifier) -> SavedVoice:
     """A voice of this model. Raises UserError, in one line, for a file that is none, or is that of another model."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; ser-ray enrol makes one")
-    content = read_object(path)
+    return parse(read_object(path), model, path)
+
+
+def parse(content: Mapping[str, Any], model: EmotionClassifier, source: object) -> SavedVoice:
+    """A voice of this model from the content of a file, which ``source`` names. Raises UserError as `read`."""
     if content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a voice of this version; make one with ser-ray enrol")
+        raise UserError(f"{source}: not a voice of this version; make one with ser-ray enrol")
     if content.get("checkpoint") != digest(model):
-        raise _of_another(path)
+        raise _of_another(source)
     count, width = content.get("recordings"), model.head.embedding_width
     mean, variance = (_numbers(content.get(name), width) for name in ("mean", "variance"))
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < MOST or not mean or not variance:
-        raise UserError(f"{path}: damaged: it needs recordings, and a mean and a variance of {width} finite numbers")
+        raise UserError(f"{source}: damaged: it needs recordings, and a mean and a variance of {width} finite numbers")
     if min(variance) < 0:
-        raise UserError(f"{path}: damaged: a variance is below 0")
+        raise UserError(f"{source}: damaged: a variance is below 0")
     voice = Voice(torch.tensor([float(count)]).double(), *(torch.tensor([v]).double() for v in (mean, variance)))
     return SavedVoice(str(content.get("name", ""))[:200], str(content.get("date", ""))[:20], digest(model), voice)
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.voice import Voice
 from ser_ray.speech import stream
-from ser_ray.speech.audio import Unusable, from_samples, is_silent, to_int16
-from ser_ray.speech.long import Window, load_windows, split, windows_of
+from ser_ray.speech.pieces import Piece, Source, pieces_of
 from ser_ray.training.loop import predict_batches
 from ser_ray.training.speakers import pooled_batches
 
@@ -31,9 +27,6 @@ SCHEMA: Final = pa.schema(
 
 NOT_FINITE: Final = "what the model predicts for it is not finite"
 """The reason of a recording for which the model's numbers overflow, as in fp16 they may."""
-
-Source = Path | tuple[np.ndarray, int]
-"""A file, or samples (T,) and their sampling rate in Hz."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def predict(model: EmotionClassifier, sources: Sequence[Source], voice: Voice | 
 
     ``voice``: what is known of the one speaker of all recordings (`ser_ray.training.enrolment.enrol`).
     """
-    yield from with_whole(_answered(model, pieces_of(model, sources), voice))
+    yield from with_whole(_answered(model, pieces_of(model.experiment.audio, sources), voice))
 
 
 def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
@@ -106,21 +99,32 @@ def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
         if piece.reason and piece.start is None:  # it could not be read to its end
             windows[piece.source].clear()
         windows[piece.source].append(vector_P)
-    return np.stack([_mean(own) for own in windows]) if windows else pooled_NP.numpy()
+    return np.stack([mean_of_finite(own) for own in windows]) if windows else pooled_NP.numpy()
 
 
 def pooled_pieces(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[list[Piece], torch.Tensor]:
     """Every piece of the recordings, without its samples, and pooled_NP, NaN for one that is not usable."""
-    waiting, pieces = pieces_of(model, sources), []
+    waiting, pieces = pieces_of(model.experiment.audio, sources), []
     vectors = [np.empty((0, model.head.embedding_width), np.float32)]
     while group := list(islice(waiting, GROUP)):
-        vectors_BP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
-        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
-        for numbers, pooled_BP in pooled_batches(model, batches):
-            vectors_BP[list(map(int, numbers))] = pooled_BP
-        vectors.append(vectors_BP)
+        vectors.append(pooled_windows(model, [piece.samples for piece in group]))
         pieces += [replace(piece, samples=None) for piece in group]
     return pieces, torch.from_numpy(np.concatenate(vectors))
+
+
+def pooled_windows(model: EmotionClassifier, windows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The pooled vector of every window, (T,) int16 each: (N, P) float32, NaN for one that is None."""
+    vectors_NP = np.full((len(windows), model.head.embedding_width), np.nan, np.float32)
+    batches = stream.short_to_long(_table(windows), model.experiment.batch_seconds)
+    for numbers, pooled_BP in pooled_batches(model, batches):
+        vectors_NP[list(map(int, numbers))] = pooled_BP
+    return vectors_NP
+
+
+def mean_of_finite(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of the vectors that are finite; if none is, one of NaN."""
+    finite = [vector_P for vector_P in windows if np.isfinite(vector_P).all()]
+    return np.mean(finite, axis=0) if finite else np.full_like(windows[0], np.nan)
 
 
 def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) -> Answer:
@@ -129,48 +133,7 @@ def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) ->
     return Answer(piece.path, dict(zip(emotions, values, strict=False)), reason, piece.start, piece.end)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A window that waits for its answer, or the reason why there is none."""
-
-    path: str
-    samples: np.ndarray | None
-    """(T,) int16."""
-    reason: str = ""
-    start: float | None = None
-    end: float | None = None
-    number: int = 1
-    of: int = 1
-    source: int = 0
-    """The number of its recording among all, from 0."""
-
-
-def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Piece]:
-    """The windows of all recordings; whatever is wrong with one recording, the others follow."""
-    for place, source in enumerate(sources):
-        path = readable(source) if isinstance(source, Path) else ""
-        try:
-            for window in _windows(source, model):
-                times = (window.start, window.end, window.number, window.of, place)
-                if window.of > 1 and is_silent(window.waveform):
-                    yield Piece(path, None, "silent: the window's peak is below -60 dBFS", *times)
-                else:
-                    yield Piece(path, to_int16(window.waveform), "", *times)
-        except Unusable as error:
-            yield Piece(path, None, str(error), source=place)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename and error.filename != str(source) else ""
-            reason = f"cannot be read: {where}{os.strerror(error.errno or 0)}"
-            yield Piece(path, None, reason, source=place)
-
-
 # -- below: how it is done
-
-
-def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
-    if isinstance(source, Path):
-        return load_windows(source, model.experiment.audio)
-    return windows_of(from_samples(*source, split(model.experiment.audio)))
 
 
 def _answered(
@@ -184,12 +147,6 @@ def _answered(
                 probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
         for number, piece in enumerate(group):
             yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
-
-
-def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of the vectors that are finite; if none is, one of NaN."""
-    finite = [vector_P for vector_P in windows if np.isfinite(vector_P).all()]
-    return np.mean(finite, axis=0) if finite else np.full_like(windows[0], np.nan)
 
 
 def _whole(windows: Sequence[Answer]) -> Answer:
