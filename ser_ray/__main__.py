@@ -51,6 +51,21 @@ class Enrol(StrEnum):
     self = "self"
 
 
+class Export(StrEnum):
+    """What a checkpoint is exported as."""
+
+    hf = "hf"
+    peft = "peft"
+
+
+class Dtype(StrEnum):
+    """How the weights of an export are held."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
@@ -257,6 +272,34 @@ def enrol(
 ) -> int:
     """Make a speaker known by recordings without labels, for predict --voice."""
     return _call("enrol", checkpoint, audio, output, name=name, backbone=backbone)
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray export results/demo/best --to hf",
+        "ser-ray export results/demo/best --to hf --push anna/emotions",
+    ),
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    to: Annotated[
+        Export,
+        typer.Option(help="hf: a directory for transformers' pipeline. peft: the adapter alone, with a card."),
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="How its weights are held; not every format has all.")] = Dtype.fp32,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: beside the checkpoint, such as best-hf.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub of Hugging Face as well.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+    ] = None,
+) -> int:
+    """Write a checkpoint for other programs, and prove that it answers as predict does."""
+    options = {"output": output, "push": push, "backbone": backbone}
+    return _call("export", checkpoint, to.value, dtype=dtype.value, **options)
 
 
 def _run(arguments: list[str]) -> int:

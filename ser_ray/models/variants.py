@@ -96,6 +96,15 @@ def restore(peft: PeftModel) -> None:
             layer.get_base_layer().weight.copy_(published[name])
 
 
+@torch.no_grad()
+def copy_dequantised(quantised: PeftModel, other: PeftModel) -> None:
+    """Set the frozen weights of the adapted layers of ``other``, which are not in 4 bits, to those of the same model in
+    4 bits."""
+    layers = _layers(quantised)
+    for name, layer in _layers(other).items():
+        layer.get_base_layer().weight.copy_(_dequantised(layers[name].get_base_layer().weight))
+
+
 # -- below: how it is done
 
 _PREFIX: Final = "base_model.model."
