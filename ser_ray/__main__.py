@@ -55,6 +55,8 @@ class Export(StrEnum):
     """What a checkpoint is exported as."""
 
     hf = "hf"
+    onnx = "onnx"
+    audonnx = "audonnx"
     peft = "peft"
 
 
@@ -229,7 +231,9 @@ def fetch(
     )
 )
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best, or a model.onnx of it.")
+    ],
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Files, folders that are searched for audio, - for a pipe.")
     ],
@@ -278,13 +282,17 @@ def enrol(
     epilog=_epilog(
         "ser-ray export results/demo/best --to hf",
         "ser-ray export results/demo/best --to hf --push anna/emotions",
+        "ser-ray export results/demo/best --to onnx --dtype int8",
     ),
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
     to: Annotated[
         Export,
-        typer.Option(help="hf: a directory for transformers' pipeline. peft: the adapter alone, with a card."),
+        typer.Option(
+            help="hf: a directory for transformers' pipeline. onnx: one file for any ONNX runtime. audonnx: the same "
+            "for audEERING's audonnx. peft: the adapter alone, with a card."
+        ),
     ],
     dtype: Annotated[Dtype, typer.Option(help="How its weights are held; not every format has all.")] = Dtype.fp32,
     output: Annotated[

@@ -1,6 +1,7 @@
 """Write a checkpoint for other programs, and prove that it answers as here.
 
-    python -m ser_ray.export CHECKPOINT --to hf|peft [--dtype fp32|fp16|int8] [--output DIR] [--push USER/NAME]
+    python -m ser_ray.export CHECKPOINT --to hf|onnx|audonnx|page|peft [--dtype fp32|fp16|int8] [--output DIR]
+                             [--push USER/NAME]
 
 CHECKPOINT is a directory such as results/demo/best. The export is loaded again by a fresh process without ser_ray, and
 compared with `ser-ray predict`: on dev utterances where the results folder and its data are on this machine, else on
@@ -44,16 +45,22 @@ def main(
     output: Path | None = None,
     push: str | None = None,
     backbone: str | None = None,
+    ort: Path | None = None,
 ) -> int:
     """``ser-ray export``: the checkpoint in ``directory`` as the format ``to``; returns 1 if it does not answer as the
     checkpoint does, and then leaves nothing.
 
     ``output``: the new folder, by default beside the checkpoint. ``push``: where to upload it, such as anna/emotions.
-    ``backbone``: where the checkpoint's backbone is now, if that has moved.
+    ``backbone``: where the checkpoint's backbone is now, if that has moved. ``ort``: the folder of onnxruntime-web, for
+    a page.
     """
     form, directory = exporting.of(to), disk.resolved(directory)
     if dtype not in form.DTYPES:
         raise UserError(f"--dtype {dtype}: {to} is written in {' or '.join(form.DTYPES)}")
+    if ort and to != "page":
+        raise UserError("--ort is for --to page alone")
+    options = Options(dtype, backbone, None if ort is None else str(ort))
+    form.check_options(options)
     target = _target(output or directory.with_name(_name(directory, to, dtype)))
     if push:
         hub.check(push)
@@ -63,7 +70,6 @@ def main(
     aside = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex}")
     try:
         console.print(f"writing {to} ...")
-        options = Options(dtype, backbone)
         notes = form.write(directory, aside, options)
         recordings = recordings_for(directory, model)
         console.print(f"comparing with ser-ray predict on {recordings.source} ...")

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 FORMATS: Final = {
     "hf": "ser_ray.exporting.huggingface",
+    "onnx": "ser_ray.exporting.onnx_format",
+    "audonnx": "ser_ray.exporting.audonnx_format",
+    "page": "ser_ray.exporting.page_format",
     "peft": "ser_ray.exporting.adapter",
 }
 """Name of a format -> its module, a `Format`. Strings, so that `ser-ray --help` imports no torch."""
+ONNX: Final = "model.onnx"
+"""The file of the formats onnx and audonnx."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Options:
     """One of the format's `DTYPES`."""
     backbone: str | None = None
     """Where the checkpoint's backbone is now, if that has moved."""
+    ort: str | None = None
+    """The folder of onnxruntime-web, for a page."""
 
 
 class Format(Protocol):
@@ -63,3 +70,10 @@ class Format(Protocol):
 def of(name: str) -> Format:
     """The format of that name."""
     return cast(Format, importlib.import_module(FORMATS[name]))
+
+
+def onnx_of(path: Path) -> Path | None:
+    """The ONNX file that a user means by a path: that file, or the export in that folder; None for a checkpoint."""
+    if path.suffix.lower() == ".onnx":
+        return path
+    return path / ONNX if (path / ONNX).is_file() and not (path / "experiment.yaml").is_file() else None

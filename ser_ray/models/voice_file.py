@@ -77,21 +77,26 @@ def write(saved: SavedVoice, path: Path) -> None:
 
 def read(path: Path, model: EmotionClassifier) -> SavedVoice:
     """A voice of this model. Raises UserError, in one line, for a file that is none, or is that of another model."""
+    return read_for(path, digest(model), model.head.embedding_width)
+
+
+def read_for(path: Path, checkpoint: str, width: int) -> SavedVoice:
+    """The same for a model with this `digest`, whose pooled vectors have this width."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; ser-ray enrol makes one")
     content = read_object(path)
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: not a voice of this version; make one with ser-ray enrol")
-    if content.get("checkpoint") != digest(model):
+    if content.get("checkpoint") != checkpoint:
         raise _of_another(path)
-    count, width = content.get("recordings"), model.head.embedding_width
+    count = content.get("recordings")
     mean, variance = (_numbers(content.get(name), width) for name in ("mean", "variance"))
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < MOST or not mean or not variance:
         raise UserError(f"{path}: damaged: it needs recordings, and a mean and a variance of {width} finite numbers")
     if min(variance) < 0:
         raise UserError(f"{path}: damaged: a variance is below 0")
     voice = Voice(torch.tensor([float(count)]).double(), *(torch.tensor([v]).double() for v in (mean, variance)))
-    return SavedVoice(str(content.get("name", ""))[:200], str(content.get("date", ""))[:20], digest(model), voice)
+    return SavedVoice(str(content.get("name", ""))[:200], str(content.get("date", ""))[:20], checkpoint, voice)
 
 
 def digest(model: EmotionClassifier) -> str:

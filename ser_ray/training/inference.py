@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ser_ray.config import Audio
 from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
@@ -75,7 +76,14 @@ def predict(model: EmotionClassifier, sources: Sequence[Source], voice: Voice | 
 
     ``voice``: what is known of the one speaker of all recordings (`ser_ray.training.enrolment.enrol`).
     """
-    yield from with_whole(_answered(model, pieces_of(model, sources), voice))
+
+    def run(batches: Iterable[stream.Batch]) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
+        for batch, logits_BK in predict_batches(model, batches, voice):
+            yield batch.utterance_ids, logits_BK.double().softmax(-1)
+
+    experiment = model.experiment
+    pieces = pieces_of(experiment.audio, sources)
+    yield from with_whole(answered(pieces, experiment.emotions, experiment.batch_seconds, run))
 
 
 def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
@@ -111,7 +119,7 @@ def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
 
 def pooled_pieces(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[list[Piece], torch.Tensor]:
     """Every piece of the recordings, without its samples, and pooled_NP, NaN for one that is not usable."""
-    waiting, pieces = pieces_of(model, sources), []
+    waiting, pieces = pieces_of(model.experiment.audio, sources), []
     vectors = [np.empty((0, model.head.embedding_width), np.float32)]
     while group := list(islice(waiting, GROUP)):
         vectors_BP = np.full((len(group), model.head.embedding_width), np.nan, np.float32)
@@ -121,6 +129,24 @@ def pooled_pieces(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[
         vectors.append(vectors_BP)
         pieces += [replace(piece, samples=None) for piece in group]
     return pieces, torch.from_numpy(np.concatenate(vectors))
+
+
+def answered(
+    waiting: Iterator[Piece],
+    emotions: Sequence[str],
+    batch_seconds: float,
+    run: Callable[[Iterable[stream.Batch]], Iterator[tuple[Sequence[str], torch.Tensor]]],
+) -> Iterator[tuple[Piece, Answer]]:
+    """The answer for every piece, in the order given. ``run``: batches of at most ``batch_seconds`` padded seconds ->
+    the utterance ids of each, and its probabilities (B, K)."""
+    while group := list(islice(waiting, GROUP)):
+        probabilities: dict[int, list[float]] = {}
+        batches = stream.short_to_long(_table([piece.samples for piece in group]), batch_seconds)
+        for utterance_ids, found_BK in run(batches):
+            for number, values_K in zip(map(int, utterance_ids), found_BK, strict=True):
+                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
+        for number, piece in enumerate(group):
+            yield piece, answer_of(piece, probabilities.get(number, []), emotions)
 
 
 def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) -> Answer:
@@ -145,12 +171,12 @@ class Piece:
     """The number of its recording among all, from 0."""
 
 
-def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Piece]:
+def pieces_of(audio: Audio, sources: Sequence[Source]) -> Iterator[Piece]:
     """The windows of all recordings; whatever is wrong with one recording, the others follow."""
     for place, source in enumerate(sources):
         path = readable(source) if isinstance(source, Path) else ""
         try:
-            for window in _windows(source, model):
+            for window in _windows(source, audio):
                 times = (window.start, window.end, window.number, window.of, place)
                 if window.of > 1 and is_silent(window.waveform):
                     yield Piece(path, None, "silent: the window's peak is below -60 dBFS", *times)
@@ -167,23 +193,10 @@ def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[P
 # -- below: how it is done
 
 
-def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
+def _windows(source: Source, audio: Audio) -> Iterator[Window]:
     if isinstance(source, Path):
-        return load_windows(source, model.experiment.audio)
-    return windows_of(from_samples(*source, split(model.experiment.audio)))
-
-
-def _answered(
-    model: EmotionClassifier, waiting: Iterator[Piece], voice: Voice | None
-) -> Iterator[tuple[Piece, Answer]]:
-    while group := list(islice(waiting, GROUP)):
-        probabilities: dict[int, list[float]] = {}
-        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
-        for batch, logits_BK in predict_batches(model, batches, voice):
-            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
-                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
-        for number, piece in enumerate(group):
-            yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
+        return load_windows(source, audio)
+    return windows_of(from_samples(*source, split(audio)))
 
 
 def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:
