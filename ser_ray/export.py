@@ -72,7 +72,8 @@ def main(
             console.print(f"not written, as it does not answer as the checkpoint does: {proof}", style="red")
             return 1
         about = _record(model, directory, to, dtype, notes, proof) | {"bytes": _size(aside)}
-        disk.write_text(aside / "README.md", card(form, model, directory, about, proof))
+        text = card(form, model, directory, about, proof)
+        disk.write_text(aside / "README.md", text.replace(exporting.PLACE, push or exporting.PLACE))
         disk.write_json(aside / RECORD, about)
         _put(aside, target)
     finally:

@@ -23,6 +23,8 @@ FORMATS: Final = {
     "peft": "ser_ray.exporting.adapter",
 }
 """Name of a format -> its module, a `Format`. Strings, so that `ser-ray --help` imports no torch."""
+PLACE: Final = "THIS_DIRECTORY"
+"""In a card, in place of where the export is."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Format(Protocol):
 
     DTYPES: tuple[str, ...]
     """What ``--dtype`` may be."""
+    LIBRARY: str
+    """The library that loads it, as the hub names it."""
 
     def check(self, model: EmotionClassifier) -> None:
         """Raises UserError for a checkpoint that this format cannot hold; ``model`` is of `merged.reference`."""
@@ -54,10 +58,7 @@ class Format(Protocol):
         its user."""
 
     def usage(self, model: EmotionClassifier) -> str:
-        """How to use the export, in Markdown, for its card; THIS_DIRECTORY stands for its place."""
-
-    def tags(self) -> dict[str, object]:
-        """What the head of the card says of the format, such as ``library_name``."""
+        """How to use the export, in Markdown, for its card; `PLACE` stands for its place."""
 
 
 def of(name: str) -> Format:

@@ -24,6 +24,7 @@ from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import UserError
 
 DTYPES: Final = ("fp32",)
+LIBRARY: Final = "peft"
 
 
 def check(model: EmotionClassifier) -> None:
@@ -73,8 +74,3 @@ def usage(model: EmotionClassifier) -> str:
         "The encoder alone, adapted to emotions of speech; the classifier is in the other exports. Merge before use: "
         "the attention of WavLM in transformers bypasses updates that are not merged."
     )
-
-
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "peft"}

@@ -71,10 +71,11 @@ class Proof:
 
     def __str__(self) -> str:
         d = self.difference
-        words = f"largest difference {d.largest:.1e} (limit {self.limit:g}), mean {d.mean:.1e}"
-        if d.uar is not None and d.uar_export is not None:
-            words += f", UAR {d.uar:.3f} and {d.uar_export:.3f}"
-        return f"{words}, same emotion for {d.equal:.1%} of {d.recordings} recordings: {self.source}"
+        uar = "" if d.uar is None else f"; UAR {d.uar:.3f} and {d.uar_export:.3f}"
+        return (
+            f"probabilities differ by at most {d.largest:.1e} (limit {self.limit:g}) and by {d.mean:.1e} on average; "
+            f"the same emotion for {d.equal:.1%}{uar}; {d.recordings} recordings, {self.source}"
+        )
 
 
 def compare(ours_NK: np.ndarray, theirs_NK: np.ndarray, labels: np.ndarray | None = None) -> Difference:
@@ -122,7 +123,8 @@ def in_fresh_process(script: Path, target: Path, waveforms: Sequence[np.ndarray]
     """
     with tempfile.TemporaryDirectory(prefix="ser-ray-") as scratch:
         given, made = Path(scratch) / "recordings.npz", Path(scratch) / "answers.npy"
-        np.savez(given, **{str(number): waveform for number, waveform in enumerate(waveforms)})
+        arrays: dict[str, Any] = {str(number): waveform for number, waveform in enumerate(waveforms)}
+        np.savez(given, **arrays)
         # The modelling file of an export is copied to this cache, which may hold another of the same name.
         own = os.environ | {"HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-c", _WITHOUT_US, str(script), str(target), str(given), str(made), *more]
