@@ -25,6 +25,8 @@ FORMATS: Final = {
 """Name of a format -> its module, a `Format`. Strings, so that `ser-ray --help` imports no torch."""
 PLACE: Final = "THIS_DIRECTORY"
 """In a card, in place of where the export is."""
+ORIGINAL: Final = "original"
+QUANTISED: Final = "quantised"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Options:
     """One of the format's `DTYPES`."""
     backbone: str | None = None
     """Where the checkpoint's backbone is now, if that has moved."""
+    base: str = ORIGINAL
+    """What low-rank updates are added to; one of `merged.bases`."""
 
 
 class Format(Protocol):

@@ -53,7 +53,7 @@ def check(model: EmotionClassifier) -> None:
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write config.json, model.safetensors, preprocessor_config.json and the modelling file."""
-    save(merged(directory, options.backbone), target, options.dtype)
+    save(merged(directory, options), target, options.dtype)
     return []
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from ser_ray.evaluation import metrics
-from ser_ray.exporting import Format, Options
+from ser_ray.exporting import QUANTISED, Format, Options
 from ser_ray.exporting.recordings import Recordings
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import SAMPLING_RATE
@@ -111,7 +111,8 @@ def prove(
     theirs_NK = form.predict(target, directory, [recordings.waveforms[number] for number in usable], options)
     labels = None if recordings.labels is None else recordings.labels[usable]
     difference = compare(np.array([answers[number] for number in usable]), theirs_NK, labels)
-    exact = options.dtype == "fp32" and model.experiment.adapter.method != "qlora"
+    as_tested = model.experiment.adapter.method != "qlora" or options.base == QUANTISED
+    exact = options.dtype == "fp32" and as_tested
     return Proof(recordings.source, EXACT if exact else ROUNDED, difference)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from backbone_fixtures import VARIANTS, experiment, noise
 
-from ser_ray.exporting import Options, huggingface
-from ser_ray.exporting.merged import merged, reference
+from ser_ray.exporting import ORIGINAL, QUANTISED, Options, huggingface
+from ser_ray.exporting.merged import bases, merged, reference
 from ser_ray.exporting.modeling_emotion import EmotionFeatureExtractor, EmotionForAudioClassification
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier, build
@@ -99,23 +99,25 @@ def test_every_head_answers_as_predict_does(backbones_dir, tmp_path, head, metho
 def test_every_variant_of_lora_is_merged(backbones_dir, tmp_path, variant):
     directory = trained(tmp_path / "best", backbones_dir / "wavlm-group", adapter=LORA | {"variant": variant})
     waveforms = recordings((0.4, 0.9))
-    assert np.abs(ours(merged(directory), waveforms) - ours(reference(directory), waveforms)).max() < 1e-5
+    assert np.abs(ours(merged(directory, Options()), waveforms) - ours(reference(directory), waveforms)).max() < 1e-5
 
 
 @pytest.mark.parametrize("variant", ["plain", "loftq"])
 def test_nf4_is_merged_on_what_its_updates_fit(backbones_dir, tmp_path, variant):
-    """LoRA over NF4: on the original weights, near the quantised model. loftq: on those in 4 bits, and so the same."""
+    """LoRA over NF4: on the original weights, near the quantised model; on those that 4 bits hold, the same model."""
     adapter = LORA | {"method": "qlora", "variant": variant}
     directory = trained(tmp_path / "best", backbones_dir / "whisper", adapter=adapter)
-    plain, waveforms = merged(directory), recordings((0.4, 0.9))
-    assert all(type(module).__name__ != "Linear4bit" for module in plain.modules())
-    difference = np.abs(ours(plain, waveforms) - ours(reference(directory), waveforms)).max()
-    if variant == "loftq":
-        assert difference < 1e-5
-    else:
-        assert 1e-5 < difference < 0.2  # of random weights: of trained ones it is far less
-        original = checkpoint.load(directory, precision="fp32", in_4_bits=False)
-        assert np.abs(ours(plain, waveforms) - ours(original, waveforms)).max() < 1e-5
+    expected, waveforms = reference(directory), recordings((0.4, 0.9))
+    found = {base: merged(directory, Options(base=base)) for base in (ORIGINAL, QUANTISED)}
+    assert not {type(module).__name__ for model in found.values() for module in model.modules()} & {"Linear4bit"}
+    difference = {
+        base: np.abs(ours(model, waveforms) - ours(expected, waveforms)).max() for base, model in found.items()
+    }
+    assert difference[QUANTISED] < 1e-5
+    assert difference[ORIGINAL] > 1e-5
+    assert bases(expected) == ((ORIGINAL, QUANTISED) if variant == "plain" else (QUANTISED,))
+    original = checkpoint.load(directory, precision="fp32", in_4_bits=False)
+    assert np.abs(ours(found[ORIGINAL], waveforms) - ours(original, waveforms)).max() < 1e-5
 
 
 def test_weights_in_16_bits_are_half_the_size_and_computed_with_in_32(backbones_dir, tmp_path):
