@@ -57,6 +57,7 @@ class Export(StrEnum):
     hf = "hf"
     onnx = "onnx"
     audonnx = "audonnx"
+    page = "page"
     peft = "peft"
 
 
@@ -291,7 +292,7 @@ def export(
         Export,
         typer.Option(
             help="hf: a directory for transformers' pipeline. onnx: one file for any ONNX runtime. audonnx: the same "
-            "for audEERING's audonnx. peft: the adapter alone, with a card."
+            "for audEERING's audonnx. page: a web page that answers by itself. peft: the adapter alone, with a card."
         ),
     ],
     dtype: Annotated[Dtype, typer.Option(help="How its weights are held; not every format has all.")] = Dtype.fp32,
@@ -304,9 +305,12 @@ def export(
     backbone: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
     ] = None,
+    ort: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For page: the folder of onnxruntime-web, from npm.")
+    ] = None,
 ) -> int:
     """Write a checkpoint for other programs, and prove that it answers as predict does."""
-    options = {"output": output, "push": push, "backbone": backbone}
+    options = {"output": output, "push": push, "backbone": backbone, "ort": ort}
     return _call("export", checkpoint, to.value, dtype=dtype.value, **options)
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ser_ray import __version__, disk, exporting
-from ser_ray.exporting import Options, hub
+from ser_ray.exporting import Options, hub, page_format
 from ser_ray.exporting.card import card
-from ser_ray.exporting.merged import reference
+from ser_ray.exporting.merged import BASES, bases, reference
 from ser_ray.exporting.proof import Proof, prove
 from ser_ray.exporting.recordings import recordings_for
 from ser_ray.models.classifier import EmotionClassifier
@@ -57,28 +57,33 @@ def main(
     form, directory = exporting.of(to), disk.resolved(directory)
     if dtype not in form.DTYPES:
         raise UserError(f"--dtype {dtype}: {to} is written in {' or '.join(form.DTYPES)}")
-    if ort and to != "page":
+    if to == "page":
+        page_format.check_runtime(ort)
+    elif ort:
         raise UserError("--ort is for --to page alone")
-    options = Options(dtype, backbone, None if ort is None else str(ort))
-    form.check_options(options)
     target = _target(output or directory.with_name(_name(directory, to, dtype)))
     if push:
         hub.check(push)
     console = PlainConsole()
     model = reference(directory, backbone)
     form.check(model)
+    recordings = recordings_for(directory, model)
     aside = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex}")
     try:
-        console.print(f"writing {to} ...")
-        notes = form.write(directory, aside, options)
-        recordings = recordings_for(directory, model)
-        console.print(f"comparing with ser-ray predict on {recordings.source} ...")
-        proof = prove(form, aside, directory, model, recordings, options)
-        if not proof.holds:
-            console.print(f"not written, as it does not answer as the checkpoint does: {proof}", style="red")
+        for base in bases(model):
+            shutil.rmtree(aside, ignore_errors=True)
+            options = Options(dtype, backbone, base, ort)
+            console.print(f"writing {to}, and comparing it with ser-ray predict on {recordings.source} ...")
+            notes = form.write(directory, aside, options)
+            proof = prove(form, aside, directory, model, recordings, options)
+            if proof.holds:
+                break
+            console.print(f"not the same answers: over {BASES[base]}, {proof}", style="red")
+        else:
             return 1
-        about = _record(model, directory, to, dtype, notes, proof) | {"bytes": _size(aside)}
-        disk.write_text(aside / "README.md", card(form, model, directory, about, proof))
+        about = _record(model, directory, to, options, notes, proof) | {"bytes": _size(aside)}
+        text = card(form, model, directory, about, proof)
+        disk.write_text(aside / "README.md", text.replace(exporting.PLACE, push or exporting.PLACE))
         disk.write_json(aside / RECORD, about)
         _put(aside, target)
     finally:
@@ -111,11 +116,13 @@ def _target(output: Path) -> Path:
 
 
 def _record(
-    model: EmotionClassifier, directory: Path, to: str, dtype: str, notes: Sequence[str], proof: Proof
+    model: EmotionClassifier, directory: Path, to: str, options: Options, notes: Sequence[str], proof: Proof
 ) -> dict[str, Any]:
+    if model.experiment.adapter.method == "qlora":
+        notes = [f"Updates that were trained over weights in 4 bits, added to {BASES[options.base]}, in fp32.", *notes]
     return {
         "format": to,
-        "dtype": dtype,
+        "dtype": options.dtype,
         "version": __version__,
         "made": time.strftime("%Y-%m-%d"),
         "name": model.experiment.name,

@@ -26,6 +26,10 @@ FORMATS: Final = {
     "peft": "ser_ray.exporting.adapter",
 }
 """Name of a format -> its module, a `Format`. Strings, so that `ser-ray --help` imports no torch."""
+PLACE: Final = "THIS_DIRECTORY"
+"""In a card, in place of where the export is."""
+ORIGINAL: Final = "original"
+QUANTISED: Final = "quantised"
 ONNX: Final = "model.onnx"
 """The file of the formats onnx and audonnx."""
 
@@ -38,7 +42,9 @@ class Options:
     """One of the format's `DTYPES`."""
     backbone: str | None = None
     """Where the checkpoint's backbone is now, if that has moved."""
-    ort: str | None = None
+    base: str = ORIGINAL
+    """What low-rank updates are added to; one of `merged.bases`."""
+    ort: Path | None = None
     """The folder of onnxruntime-web, for a page."""
 
 
@@ -47,6 +53,8 @@ class Format(Protocol):
 
     DTYPES: tuple[str, ...]
     """What ``--dtype`` may be."""
+    LIBRARY: str
+    """The library that loads it, as the hub names it."""
 
     def check(self, model: EmotionClassifier) -> None:
         """Raises UserError for a checkpoint that this format cannot hold; ``model`` is of `merged.reference`."""
@@ -61,10 +69,7 @@ class Format(Protocol):
         its user."""
 
     def usage(self, model: EmotionClassifier) -> str:
-        """How to use the export, in Markdown, for its card; THIS_DIRECTORY stands for its place."""
-
-    def tags(self) -> dict[str, object]:
-        """What the head of the card says of the format, such as ``library_name``."""
+        """How to use the export, in Markdown, for its card; `PLACE` stands for its place."""
 
 
 def of(name: str) -> Format:

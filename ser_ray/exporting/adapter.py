@@ -15,24 +15,23 @@ from typing import Final
 import numpy as np
 
 from ser_ray.disk import read_json, write_json
-from ser_ray.exporting import Options, huggingface
+from ser_ray.exporting import QUANTISED, Options, huggingface
 from ser_ray.exporting.card import on_hub, shown
-from ser_ray.exporting.merged import merged
+from ser_ray.exporting.merged import without_updates
 from ser_ray.exporting.proof import in_fresh_process
-from ser_ray.models import backbones
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import UserError
 
 DTYPES: Final = ("fp32",)
+LIBRARY: Final = "peft"
+NF4: Final = '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`'
 
 
 def check(model: EmotionClassifier) -> None:
-    """Raises UserError for a checkpoint without low-rank updates, and one whose updates fit no published weights."""
+    """Raises UserError for a checkpoint without low-rank updates."""
     adapter = model.experiment.adapter
     if adapter.method not in ("lora", "qlora"):
         raise UserError(f"--to peft: this checkpoint has no adapter (adapter.method: {adapter.method}); use --to hf")
-    if adapter.variant == "loftq":
-        raise UserError("--to peft: updates of loftq fit the weights in 4 bits, not the published ones; use --to hf")
     huggingface.check(model)
 
 
@@ -43,18 +42,19 @@ def write(directory: Path, target: Path, options: Options) -> list[str]:
     content = read_json(directory / "adapter" / "adapter_config.json")
     base = str(content["base_model_name_or_path"])
     write_json(target / "adapter_config.json", content | {"base_model_name_or_path": shown(base)})
-    if on_hub(base):
-        return []
-    return [f"The base, {shown(base)}, is a folder, which is not on the hub: load it from where it is."]
+    notes = []
+    if not on_hub(base):
+        notes.append(f"The base, {shown(base)}, is a folder, which is not on the hub: load it from where it is.")
+    if options.base == QUANTISED:
+        notes.append(f"Load the base in 4 bits, over which the updates were trained: {NF4}.")
+    return notes
 
 
 def predict(target: Path, directory: Path, waveforms: Sequence[np.ndarray], options: Options) -> np.ndarray:
     """As `Format.predict`: by PEFT, which merges the updates into the base."""
-    model = merged(directory, options.backbone)
-    model.backbone.model = backbones.load(options.backbone or model.experiment.backbone).model  # as it is published
     with tempfile.TemporaryDirectory(prefix="ser-ray-") as scratch:
         base = Path(scratch) / "base"
-        huggingface.save(model, base)
+        huggingface.save(without_updates(directory, options), base)
         return in_fresh_process(huggingface.SCRIPT, base, waveforms, str(target))
 
 
@@ -73,8 +73,3 @@ def usage(model: EmotionClassifier) -> str:
         "The encoder alone, adapted to emotions of speech; the classifier is in the other exports. Merge before use: "
         "the attention of WavLM in transformers bypasses updates that are not merged."
     )
-
-
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "peft"}

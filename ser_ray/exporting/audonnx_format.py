@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from ser_ray.disk import write_text
-from ser_ray.exporting import ONNX, Options, onnx_format
+from ser_ray.exporting import ONNX, PLACE, Options, onnx_format
 from ser_ray.exporting.merged import merged
 from ser_ray.exporting.onnx_format import DTYPES, NOTES, SCRIPT, check, predict
 from ser_ray.models.classifier import EmotionClassifier
 
-__all__ = ["DTYPES", "check", "predict", "tags", "usage", "write"]
+__all__ = ["DTYPES", "LIBRARY", "check", "predict", "usage", "write"]
+
+LIBRARY: Final = "audonnx"
 
 OBJECT: Final = "$audonnx.core.model.Model"
 """By this key audonnx knows the file. Without a version, of which it would warn when another is installed."""
@@ -24,7 +26,7 @@ OBJECT: Final = "$audonnx.core.model.Model"
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write model.onnx, model.yaml, and the program that needs neither audonnx nor ser_ray."""
-    model = merged(directory, options.backbone)
+    model = merged(directory, options)
     onnx_format.save(model, target, options.dtype, one=True)
     labels = {"probabilities": list(model.experiment.emotions)}
     content = {"path": ONNX, "labels": labels, "transform": None}
@@ -38,7 +40,7 @@ def usage(model: EmotionClassifier) -> str:
     return (
         "```python\n"
         "import audonnx\n\n"
-        'model = audonnx.load("THIS_DIRECTORY")\n'
+        f'model = audonnx.load("{PLACE}")\n'
         "model(signal, 16000)  # (T,) float32, mono, 16 kHz -> probabilities (1, emotions) and embedding\n"
         'model.labels("probabilities")\n'
         "```\n\n"
@@ -47,8 +49,3 @@ def usage(model: EmotionClassifier) -> str:
         "`windows` in `onnx_predict.py` beside it does both. What is known of a speaker cannot be given to audonnx; "
         "`--to onnx` has inputs for it."
     )
-
-
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "audonnx"}

@@ -42,12 +42,12 @@ def card(form: Format, model: EmotionClassifier, directory: Path, about: Mapping
     data = ModelCardData(
         model_name=experiment.name,
         pipeline_tag=TASK,
+        library_name=form.LIBRARY,
         language=sorted(facts["languages"]) or None,
         base_model=experiment.backbone if on_hub(experiment.backbone) else None,
         tags=["speech-emotion-recognition", "ser_ray"],
         metrics=["accuracy", "recall"],
         eval_results=_results(experiment, evaluation.get("test")),
-        **form.tags(),
     )
     notes = "".join(f"- {note}\n" for note in about["notes"])
     text = (
@@ -142,7 +142,7 @@ def _proof(proof: Proof) -> str:
     d = proof.difference
     uar = "" if d.uar is None else f" UAR is {d.uar:.4f} for the checkpoint and {d.uar_export:.4f} for this export."
     return (
-        f"Loaded in a fresh process without ser_ray, and compared with `ser-ray predict` on {d.recordings} of "
+        f"Loaded in a fresh process without ser_ray, and compared with `ser-ray predict` on {d.recordings} recordings, "
         f"{proof.source}: probabilities differ by at most {d.largest:.1e} and by {d.mean:.1e} on average (limit "
         f"{proof.limit:g}); {d.equal:.1%} of the recordings get the same emotion.{uar} In fp32 on a CPU.\n"
     )

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 
+from ser_ray import disk
 from ser_ray.exporting import Options
 from ser_ray.exporting.merged import merged
 from ser_ray.exporting.modeling_emotion import EmotionConfig, EmotionFeatureExtractor, EmotionForAudioClassification
 from ser_ray.exporting.proof import in_fresh_process
+from ser_ray.models.backbones import Whisper
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.heads.pooled import PooledHead
 from ser_ray.models.voice_file import digest
@@ -26,6 +29,7 @@ DTYPES: Final = ("fp32", "fp16")
 """fp16: half the size; the weights are rounded, and computed with in fp32 after loading, as on a CPU nothing else is
 fast."""
 POOLINGS: Final = ("mean", "statistics", "attentive")
+LIBRARY: Final = "transformers"
 SCRIPT: Final = Path(__file__).with_name("hf_predict.py")
 _NOT_OF_THE_ENCODER: Final = ("dtype", "_name_or_path", "id2label", "label2id", "transformers_version")
 """Keys of its configuration that are not written: of a head, and of the place that it was loaded from."""
@@ -49,7 +53,7 @@ def check(model: EmotionClassifier) -> None:
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write config.json, model.safetensors, preprocessor_config.json and the modelling file."""
-    save(merged(directory, options.backbone), target, options.dtype)
+    save(merged(directory, options), target, options.dtype)
     return []
 
 
@@ -58,15 +62,18 @@ def save(model: EmotionClassifier, target: Path, dtype: str = "fp32") -> None:
     theirs = EmotionForAudioClassification(_config(model))
     theirs.encoder.load_state_dict(model.backbone.model.state_dict())
     theirs.head.load_state_dict(model.head.state_dict())
-    if model.backbone.family == "whisper":
-        theirs.mel_filters.copy_(model.backbone.logmel.mel.mel_scale.fb)
+    if isinstance(model.backbone, Whisper):
+        filters: torch.Tensor = model.backbone.logmel.mel.mel_scale.fb
+        theirs.mel_filters.copy_(filters)
     if dtype == "fp16":
         theirs.half()
     EmotionConfig.register_for_auto_class()
     EmotionForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
     EmotionFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
     theirs.save_pretrained(target)
-    shutil.copymode(target / "config.json", target / "model.safetensors")  # which its owner alone could read
+    config = target / "config.json"
+    disk.write_json(config, disk.read_json(config) | {"dtype": "float32"})  # computed with, whatever is in the file
+    shutil.copymode(config, target / "model.safetensors")  # which its owner alone could read
     audio = model.experiment.audio
     EmotionFeatureExtractor(trim_db=audio.trim_db, min_seconds=audio.min_seconds).save_pretrained(target)
 
@@ -97,11 +104,6 @@ def usage(model: EmotionClassifier) -> str:
         "trusted is `modeling_emotion.py` of this directory."
         f"{voice if model.experiment.head.speaker != 'none' else ''}"
     )
-
-
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "transformers"}
 
 
 def _config(model: EmotionClassifier) -> EmotionConfig:

@@ -137,8 +137,36 @@ class EmotionFeatureExtractor(SequenceFeatureExtractor):
         return rounded  # to 16 bit, as the recordings that the model was trained on
 
 
+class Speaker(nn.Module):
+    """The average speaker of training, and pooled vectors in relation to a speaker."""
+
+    mean_P: torch.Tensor
+    variance_P: torch.Tensor
+
+    def __init__(self, config: EmotionConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean_P", torch.zeros(width))
+        self.register_buffer("variance_P", torch.ones(width))
+
+    def forward(self, pooled_BP: torch.Tensor, voice: Mapping[str, Any] | None) -> torch.Tensor:
+        """The vectors less the mean of their speaker, which is shrunk towards that of the average speaker."""
+        mean_P, variance_P = self.mean_P.float(), self.variance_P.float()
+        if voice is not None:
+            known_P, spread_P = (torch.as_tensor(voice[name]).to(mean_P) for name in ("mean", "variance"))
+            share = voice["recordings"] / (voice["recordings"] + self.config.speaker_shrinkage)
+            between_P = share * (1 - share) * (known_P - mean_P).square()
+            variance_P = torch.lerp(variance_P, spread_P, share) + between_P
+            mean_P = torch.lerp(mean_P, known_P, share)
+        centred_BP = pooled_BP - mean_P
+        return centred_BP / (variance_P + 1e-6).sqrt() if self.config.speaker == "standardize" else centred_BP
+
+
 class Head(nn.Module):
     """Hidden states -> pooled vector (`embed`) -> logits (`classify`); frames are normalised before they are mixed."""
+
+    center_P: torch.Tensor
+    scale_P: torch.Tensor
 
     def __init__(self, config: EmotionConfig, states: int, width: int) -> None:
         super().__init__()
@@ -150,10 +178,7 @@ class Head(nn.Module):
         pooled = width * (1 if config.pooling == "mean" else 2) * (states if config.layer_mix == "concat" else 1)
         self.register_buffer("center_P", torch.zeros(pooled))
         self.register_buffer("scale_P", torch.ones(pooled))
-        if config.speaker != "none":  # the average speaker of training
-            self.speaker = nn.Module()
-            self.speaker.register_buffer("mean_P", torch.zeros(pooled))
-            self.speaker.register_buffer("variance_P", torch.ones(pooled))
+        self.speaker = Speaker(config, pooled) if config.speaker != "none" else None
         layers: list[nn.Module] = [nn.Dropout(config.dropout)]
         if config.hidden:
             layers += [nn.Linear(pooled, config.hidden), nn.GELU(), nn.Dropout(config.dropout)]
@@ -170,10 +195,10 @@ class Head(nn.Module):
 
     def classify(self, pooled_BP: torch.Tensor, voice: Mapping[str, Any] | None) -> torch.Tensor:
         """Pooled vectors, and what is known of their speaker -> logits (B, K)."""
-        if self.config.speaker != "none":
-            pooled_BP = self._relative(pooled_BP, voice)
+        if self.speaker is not None:
+            pooled_BP = self.speaker(pooled_BP, voice)
         scaled_BP = (pooled_BP - self.center_P) / self.scale_P
-        logits_BK: torch.Tensor = self.classifier(scaled_BP.to(self.classifier[-1].weight.dtype))
+        logits_BK: torch.Tensor = self.classifier(scaled_BP.to(self.mix_L.dtype))
         return logits_BK.float() / self.config.logit_temperature
 
     def _pool(self, frames_BFD: torch.Tensor) -> torch.Tensor:
@@ -181,22 +206,10 @@ class Head(nn.Module):
             return frames_BFD.mean(1)
         weights_BF1 = torch.full_like(frames_BFD[..., :1], 1 / frames_BFD.shape[1])
         if self.config.pooling == "attentive":
-            weights_BF1 = self.score(frames_BFD.to(self.score[0].weight.dtype)).float().softmax(1)
+            weights_BF1 = self.score(frames_BFD.to(self.mix_L.dtype)).float().softmax(1)
         mean_BD = (weights_BF1 * frames_BFD).sum(1)
         variance_BD = (weights_BF1 * (frames_BFD - mean_BD[:, None]).square()).sum(1)
         return torch.cat([mean_BD, (variance_BD + 1e-6).sqrt()], -1)
-
-    def _relative(self, pooled_BP: torch.Tensor, voice: Mapping[str, Any] | None) -> torch.Tensor:
-        """The vectors in relation to the mean of their speaker, shrunk towards that of the average speaker."""
-        mean_P, variance_P = self.speaker.mean_P, self.speaker.variance_P
-        if voice is not None:
-            known_P, spread_P = (torch.as_tensor(voice[name]).to(mean_P) for name in ("mean", "variance"))
-            share = voice["recordings"] / (voice["recordings"] + self.config.speaker_shrinkage)
-            between_P = share * (1 - share) * (known_P - mean_P).square()
-            variance_P = torch.lerp(variance_P, spread_P, share) + between_P
-            mean_P = torch.lerp(mean_P, known_P, share)
-        centred_BP = pooled_BP - mean_P
-        return centred_BP / (variance_P + 1e-6).sqrt() if self.config.speaker == "standardize" else centred_BP
 
 
 class EmotionForAudioClassification(PreTrainedModel):
@@ -301,9 +314,6 @@ class EmotionPipeline(AudioClassificationPipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"top_k": None} | kwargs)
 
-    def check_model_type(self, supported_models: Any) -> None:
-        """Nothing: transformers lists its own classes alone."""
-
     def _sanitize_parameters(self, voice: Any = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         return preprocess, forward | ({} if voice is None else {"voice": self._read(voice)}), postprocess
@@ -335,7 +345,7 @@ class EmotionPipeline(AudioClassificationPipeline):
             raise ValueError("this model does not use what is known of a speaker")
         if content.get("checkpoint") != self.model.config.checkpoint:
             raise ValueError("a voice of another model; enrol the speaker with the checkpoint that this one is of")
-        return content  # type: ignore[no-any-return]
+        return dict(content)
 
 
 def _decoded(path: str) -> dict[str, Any] | None:
@@ -351,19 +361,15 @@ def _resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     if soxr is not None:
         resampled: np.ndarray = soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ")
         return resampled
-    try:
-        from torchaudio.functional import resample
-    except ImportError:
-        raise ValueError(f"a recording of {rate} Hz: pip install soxr soundfile, or resample it to 16000 Hz") from None
+    from torchaudio.functional import resample
+
     found: np.ndarray = resample(torch.from_numpy(samples), rate, SAMPLING_RATE).numpy()
     return found
 
 
 def _check_level(samples: np.ndarray) -> None:
-    if not np.isfinite(samples).all():
-        raise ValueError("the recording holds values that are not finite")
-    if _is_silent(samples):
-        raise ValueError("silent: the peak is below -60 dBFS")
+    if not np.isfinite(samples).all() or _is_silent(samples):
+        raise ValueError("silent: the peak is below -60 dBFS, or values are not finite")
 
 
 def _is_silent(samples: Any) -> bool:

@@ -9,12 +9,13 @@ from typing import Final
 
 import numpy as np
 
-from ser_ray.exporting import ONNX, Options, graph, smaller
+from ser_ray.exporting import ONNX, PLACE, Options, graph, smaller
 from ser_ray.exporting.merged import merged
 from ser_ray.exporting.proof import in_fresh_process
 from ser_ray.models.classifier import EmotionClassifier
 
 DTYPES: Final = ("fp32", "fp16", "int8")
+LIBRARY: Final = "onnx"
 SCRIPT: Final = Path(__file__).with_name("onnx_predict.py")
 NOTES: Final = {
     "fp32": [],
@@ -30,7 +31,7 @@ def check(model: EmotionClassifier) -> None:
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write model.onnx, and the program that uses it."""
-    save(merged(directory, options.backbone), target, options.dtype)
+    save(merged(directory, options), target, options.dtype)
     shutil.copyfile(SCRIPT, target / SCRIPT.name)
     return NOTES[options.dtype]
 
@@ -61,10 +62,10 @@ def usage(model: EmotionClassifier) -> str:
     return (
         "```python\n"
         "from onnx_predict import answer, load  # the file beside model.onnx: numpy and onnxruntime alone\n\n"
-        'model = load("THIS_DIRECTORY")\n'
+        f'model = load("{PLACE}")\n'
         "answer(model, samples)  # (T,) float in [-1, 1], mono, 16 kHz\n"
         "```\n\n"
-        "Or `ser-ray predict THIS_DIRECTORY call.wav`, with `pip install 'ser-ray[onnx]'`, for any audio file.\n\n"
+        f"Or `ser-ray predict {PLACE} call.wav`, with `pip install 'ser-ray[onnx]'`, for any audio file.\n\n"
         "model.onnx takes `waveform` (batch, samples), float32 at 16 kHz, and `lengths` (batch,), int64: each row is "
         "zero beyond its length. It gives `probabilities` (batch, emotions), with the temperature, and `embedding` "
         f"(batch, {model.head.embedding_width}).{voice if model.head.speaker is not None else ''} Log-mel or "
@@ -72,8 +73,3 @@ def usage(model: EmotionClassifier) -> str:
         f"{model.experiment.audio.max_seconds:g} s to be cut into windows: `onnx_predict.py` does both. Labels and "
         "settings are in the metadata of the file, as JSON."
     )
-
-
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "onnx"}

@@ -11,7 +11,6 @@ import base64
 import gzip
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +25,14 @@ from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.exporting import ONNX, Options, onnx_format
 from ser_ray.exporting.card import shown
 from ser_ray.exporting.merged import merged
-from ser_ray.exporting.onnx_format import DTYPES, NOTES, SCRIPT
+from ser_ray.exporting.onnx_format import DTYPES, NOTES, SCRIPT, check
 from ser_ray.exporting.proof import in_fresh_process
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import UserError
 
-__all__ = ["DTYPES", "check", "predict", "tags", "usage", "write"]
+__all__ = ["DTYPES", "LIBRARY", "check", "predict", "usage", "write"]
 
+LIBRARY: Final = "onnx"
 PAGE: Final = "page.html"
 TEMPLATE: Final = Path(ser_ray.__file__).with_name("serving") / PAGE
 PLACE: Final = "<!-- MODEL -->"
@@ -44,23 +44,18 @@ VERSION: Final = "1.30.0"
 HOW: Final = f"npm pack onnxruntime-web@{VERSION} && tar xzf onnxruntime-web-{VERSION}.tgz, then --ort package/dist"
 
 
-def check(model: EmotionClassifier) -> None:
-    """As `onnx_format.check`."""
-    onnx_format.check(model)
-
-
-def check_options(options: Options) -> None:
-    """Raises UserError where onnxruntime-web is not given, or is not whole."""
-    if options.ort is None:
+def check_runtime(ort: Path | None) -> None:
+    """Raises UserError, before any work, where onnxruntime-web is not given, or is not whole."""
+    if ort is None:
         raise UserError(f"--to page puts onnxruntime-web into the page; where npm works: {HOW}")
-    if missing := [name for name in (CODE, WASM) if not (_dist(options.ort) / name).is_file()]:
-        raise UserError(f"--ort {readable(Path(options.ort))}: {missing[0]} is not there; where npm works: {HOW}")
+    if missing := [name for name in (CODE, WASM) if not (_dist(ort) / name).is_file()]:
+        raise UserError(f"--ort {readable(ort)}: {missing[0]} is not there; where npm works: {HOW}")
 
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write page.html."""
-    assert options.ort is not None, "`check_options` has looked"
-    model, dist = merged(directory, options.backbone), _dist(options.ort)
+    assert options.ort is not None, "`check_runtime` has looked"
+    model, dist = merged(directory, options), _dist(options.ort)
     with tempfile.TemporaryDirectory(prefix="ser-ray-") as scratch:
         onnx_format.save(model, Path(scratch), options.dtype)
         graph = (Path(scratch) / ONNX).read_bytes()
@@ -125,17 +120,12 @@ def usage(model: EmotionClassifier) -> str:
     )
 
 
-def tags() -> dict[str, object]:
-    """As `Format.tags`."""
-    return {"library_name": "onnx"}
-
-
 # -- below: how it is done
 
 
-def _dist(ort: str) -> Path:
+def _dist(ort: Path) -> Path:
     """The folder of the files, of an unpacked package or of its folder dist."""
-    given = expanded(Path(ort))
+    given = expanded(ort)
     return given / "dist" if (given / "dist").is_dir() else given
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from ser_ray.evaluation import metrics
-from ser_ray.exporting import Format, Options
+from ser_ray.exporting import QUANTISED, Format, Options
 from ser_ray.exporting.recordings import Recordings
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import SAMPLING_RATE
@@ -71,10 +71,11 @@ class Proof:
 
     def __str__(self) -> str:
         d = self.difference
-        words = f"largest difference {d.largest:.1e} (limit {self.limit:g}), mean {d.mean:.1e}"
-        if d.uar is not None and d.uar_export is not None:
-            words += f", UAR {d.uar:.3f} and {d.uar_export:.3f}"
-        return f"{words}, same emotion for {d.equal:.1%} of {d.recordings} recordings: {self.source}"
+        uar = "" if d.uar is None else f"; UAR {d.uar:.3f} and {d.uar_export:.3f}"
+        return (
+            f"probabilities differ by at most {d.largest:.1e} (limit {self.limit:g}) and by {d.mean:.1e} on average; "
+            f"the same emotion for {d.equal:.1%}{uar}; {d.recordings} recordings, {self.source}"
+        )
 
 
 def compare(ours_NK: np.ndarray, theirs_NK: np.ndarray, labels: np.ndarray | None = None) -> Difference:
@@ -110,7 +111,8 @@ def prove(
     theirs_NK = form.predict(target, directory, [recordings.waveforms[number] for number in usable], options)
     labels = None if recordings.labels is None else recordings.labels[usable]
     difference = compare(np.array([answers[number] for number in usable]), theirs_NK, labels)
-    exact = options.dtype == "fp32" and model.experiment.adapter.method != "qlora"
+    as_tested = model.experiment.adapter.method != "qlora" or options.base == QUANTISED
+    exact = options.dtype == "fp32" and as_tested
     return Proof(recordings.source, EXACT if exact else ROUNDED, difference)
 
 
@@ -122,7 +124,8 @@ def in_fresh_process(script: Path, target: Path, waveforms: Sequence[np.ndarray]
     """
     with tempfile.TemporaryDirectory(prefix="ser-ray-") as scratch:
         given, made = Path(scratch) / "recordings.npz", Path(scratch) / "answers.npy"
-        np.savez(given, **{str(number): waveform for number, waveform in enumerate(waveforms)})
+        arrays: dict[str, Any] = {str(number): waveform for number, waveform in enumerate(waveforms)}
+        np.savez(given, **arrays)
         # The modelling file of an export is copied to this cache, which may hold another of the same name.
         own = os.environ | {"HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-c", _WITHOUT_US, str(script), str(target), str(given), str(made), *more]

@@ -36,7 +36,7 @@ class Recordings:
     """N recordings for a comparison."""
 
     source: str
-    """What they are, for a reader: of whom, and how many of how many."""
+    """What they are, for a reader."""
     waveforms: list[np.ndarray]
     """Each (T,) float32 at 16 kHz."""
     labels: np.ndarray | None = None
@@ -67,12 +67,13 @@ def data_of(directory: Path) -> list[Path]:
 
 def _of_dev(results: Path, shard_dirs: list[Path], model: EmotionClassifier) -> Recordings:
     rows = load_task(model.experiment, shard_dirs).rows("dev")
+    part = f", every {rows.num_rows / MOST:.1f}th of {rows.num_rows}" if rows.num_rows > MOST else ""
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(MOST, rows.num_rows)).round().astype(int))
     rows = rows.take(chosen)
     table = stream.joined(rows, stream.read_files(rows, "audio"))
     waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
     labels = np.array([model.experiment.emotions.index(emotion) for emotion in rows["emotion"].to_pylist()])
-    return Recordings(f"{len(waveforms)} dev utterances of {results.name}", waveforms, labels)
+    return Recordings(f"dev utterances of {results.name}{part}", waveforms, labels)
 
 
 def _synthetic() -> Recordings:
@@ -82,7 +83,7 @@ def _synthetic() -> Recordings:
     waveforms = [sentences[n][: round(seconds * SAMPLING_RATE)] for n, seconds in enumerate(SHORT)]
     waveforms += list(_joined(sentences))
     longest = max(map(len, waveforms)) / SAMPLING_RATE
-    return Recordings(f"{len(waveforms)} recordings of synthetic speech, {min(SHORT)} to {longest:.0f} s", waveforms)
+    return Recordings(f"synthetic speech, {min(SHORT)} to {longest:.0f} s", waveforms)
 
 
 def _at_16_khz(path: Path) -> np.ndarray:

@@ -17,7 +17,7 @@ from backbone_fixtures import experiment, noise
 import ser_ray
 from ser_ray.__main__ import main
 from ser_ray.config import Audio
-from ser_ray.exporting import audonnx_format, graph, onnx_format, onnx_predict, smaller
+from ser_ray.exporting import Options, audonnx_format, graph, onnx_format, onnx_predict, smaller
 from ser_ray.exporting.merged import merged
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import EmotionClassifier, build
@@ -104,7 +104,7 @@ def exported(best: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Its graph in every dtype, traced once."""
     folder = tmp_path_factory.mktemp("exported")
     found = {dtype: folder / dtype / "model.onnx" for dtype in onnx_format.DTYPES}
-    traced = graph.traced(merged(best))
+    traced = graph.traced(merged(best, Options()))
     half = traced.clone()
     smaller.save_int8(traced.clone(), found["int8"])
     smaller.to_fp16(half)
@@ -152,7 +152,7 @@ def test_fewer_bits(best: Path, exported: dict[str, Path], dtype: str, limit: fl
     """Of so few weights as here most stay in fp32, and int8 is coarse: the limit of an export is not this one."""
     session = opened(exported[dtype])
     for seconds in SHAPES[::3]:
-        found = difference(merged(best), session, *noise(seconds))[0]
+        found = difference(merged(best, Options()), session, *noise(seconds))[0]
         assert found < limit
     assert dtype == "fp32" or found > 1e-6, "nothing was rounded"
     assert exported[dtype].stat().st_size <= share * exported["fp32"].stat().st_size
@@ -244,8 +244,8 @@ def test_audonnx_loads_its_own_format(backbones_dir: Path, tmp_path: Path, monke
     import audonnx
 
     model = random_classifier(backbones_dir / "hubert-noproj")
-    monkeypatch.setattr(audonnx_format, "merged", lambda directory, backbone: model)
-    audonnx_format.write(tmp_path, tmp_path / "export", onnx_format.Options())
+    monkeypatch.setattr(audonnx_format, "merged", lambda directory, options: model)
+    audonnx_format.write(tmp_path, tmp_path / "export", Options())
     loaded = audonnx.load(tmp_path / "export")
     assert loaded.labels("probabilities") == ["angry", "happy", "sad"]
     for seconds in (0.4, 1.234):
