@@ -87,6 +87,8 @@ def about_model(model: EmotionClassifier, directory: Path) -> dict[str, Any]:
         "name": experiment.name,
         "emotions": list(experiment.emotions),
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
+        "uses_voices": model.head.speaker is not None,
+        "width": model.head.embedding_width,
         "backbone": shown(experiment.backbone),
         "corpora": list(experiment.corpora),
         "protocol": test["protocol"]["description"] if test else experiment.protocol.scheme,
