@@ -151,7 +151,7 @@ def _proof(proof: Proof) -> str:
 def _material(experiment: Experiment, facts: Mapping[str, Any]) -> str:
     languages, speakers = sorted(facts["languages"]), facts["speakers"]
     return (
-        f"- Corpora: {', '.join(experiment.corpora)}. {speech_words(list(experiment.corpora))}\n"
+        f"- Corpora: {', '.join(experiment.corpora)}.\n"
         f"- Languages: {', '.join(languages) if languages else 'not recorded'}.\n"
         f"- Emotions: {', '.join(experiment.emotions)}.\n"
         f"- Speakers of test: {f'{len(speakers)} ({_few(speakers)})' if speakers else 'not recorded'}."

@@ -26,8 +26,7 @@ from ser_ray.models.voice_file import digest
 from ser_ray.schema import SAMPLING_RATE, UserError
 
 DTYPES: Final = ("fp32", "fp16")
-"""fp16: half the size; the weights are rounded, and computed with in fp32 after loading, as on a CPU nothing else is
-fast."""
+"""fp16: half the size. The weights are rounded, and computed with in fp32, which every machine can."""
 POOLINGS: Final = ("mean", "statistics", "attentive")
 LIBRARY: Final = "transformers"
 SCRIPT: Final = Path(__file__).with_name("hf_predict.py")
@@ -96,8 +95,8 @@ def usage(model: EmotionClassifier) -> str:
         'ask("call.wav")  # or {"raw": samples, "sampling_rate": 44100}\n'
         "```\n\n"
         "transformers 5 or newer; with `pip install soundfile soxr`, recordings of any rate get the answers of "
-        "`ser-ray predict`, and without them transformers decodes by ffmpeg and torchaudio resamples, which may change "
-        "the third digit. Channels are averaged, quiet ends are cut, a recording that is longer than "
+        "`ser-ray predict`; without them transformers decodes by ffmpeg and torchaudio resamples, and probabilities "
+        "differ a little. Channels are averaged, quiet ends are cut, a recording that is longer than "
         f"{model.experiment.audio.max_seconds:g} s is answered in equal windows, whose probabilities are averaged. "
         "Silence, and less than "
         f"{model.experiment.audio.min_seconds:g} s of speech, are a ValueError. The code that transformers asks to be "

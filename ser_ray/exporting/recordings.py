@@ -66,13 +66,15 @@ def data_of(directory: Path) -> list[Path]:
 
 
 def _of_dev(results: Path, shard_dirs: list[Path], model: EmotionClassifier) -> Recordings:
-    rows = load_task(model.experiment, shard_dirs).rows("dev")
+    task = load_task(model.experiment, shard_dirs)
+    rows = task.rows("dev")
     part = f", every {rows.num_rows / MOST:.1f}th of {rows.num_rows}" if rows.num_rows > MOST else ""
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(MOST, rows.num_rows)).round().astype(int))
     rows = rows.take(chosen)
     table = stream.joined(rows, stream.read_files(rows, "audio"))
     waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
-    labels = np.array([model.experiment.emotions.index(emotion) for emotion in rows["emotion"].to_pylist()])
+    places = np.array([model.experiment.emotions.index(emotion) for emotion in task.emotions])
+    labels = places[rows["label"].to_numpy()]
     return Recordings(f"dev utterances of {results.name}{part}", waveforms, labels)
 
 

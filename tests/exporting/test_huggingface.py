@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbone_fixtures import VARIANTS, experiment, noise
+from backbone_fixtures import FOUR, VARIANTS, experiment, noise, trained
 
 from ser_ray.exporting import ORIGINAL, QUANTISED, Options, huggingface
 from ser_ray.exporting.merged import bases, merged, reference
@@ -24,22 +24,6 @@ from ser_ray.training.inference import embed, predict
 
 SECONDS = (0.31, 1.0, 0.7, 1.0, 2.3)
 LORA = {"method": "lora", "rank": 2, "alpha": 4}
-EMOTIONS = ("angry", "happy", "sad", "neutral")
-
-
-def trained(directory: Path, backbone: Path, **sections: object) -> Path:
-    """A checkpoint in which nothing is at its initial value, so that no part of it can be left out unnoticed."""
-    model = build(experiment(backbone, EMOTIONS, **sections))
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.head.named_buffers():
-            buffer.add_(torch.rand_like(buffer))
-            assert name.split(".")[-1] in ("center_P", "scale_P", "mean_P", "variance_P"), name
-    checkpoint.save(model, directory, {"epoch": 1})
-    return directory
 
 
 def exported(directory: Path, target: Path, **options: str) -> tuple[EmotionFeatureExtractor, torch.nn.Module]:
@@ -225,7 +209,7 @@ def test_a_pooling_of_somebody_is_refused(backbones_dir, add):
 def test_what_is_written_names_the_emotions_and_no_path(backbones_dir, tmp_path):
     huggingface.write(trained(tmp_path / "best", backbones_dir / "whisper"), tmp_path / "hf", Options())
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["id2label"] == {str(number): emotion for number, emotion in enumerate(EMOTIONS)}
+    assert config["id2label"] == {str(number): emotion for number, emotion in enumerate(FOUR)}
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "modeling_emotion.py")
     }
