@@ -63,8 +63,8 @@ WAYS: Final[dict[str, tuple[dict[str, Any], str]]] = {
 }
 """How the backbone is adapted, and what its updates are merged on."""
 SECONDS: Final = (0.31, 0.9, 3.1, 0.9)
-OTHERS: Final = tuple(name for name in exporting.FORMATS if name not in ("hf", "peft", "audonnx"))
-"""Formats that the tables have beside hf: peft is proven through hf, and audonnx has the graph of onnx."""
+OTHERS: Final = tuple(name for name in exporting.FORMATS if name not in ("hf", "peft", "audonnx", "page"))
+"""Formats that the tables have beside hf: peft is proven through hf, and audonnx and a page have the graph of onnx."""
 
 _LOOP: Final = (
     "import sys; sys.modules['ser_ray'] = None; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
