@@ -135,11 +135,15 @@ def test_a_voice_is_an_input_that_may_be_left_out(known: tuple[EmotionClassifier
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
-@pytest.mark.parametrize("layer_mix", ["last", "weighted", "concat"])
+@pytest.mark.parametrize(
+    ("layer_mix", "pooling", "hidden"), [("last", "mean", 8), ("weighted", "attentive", 0), ("concat", "statistics", 0)]
+)
 @pytest.mark.parametrize("variant", ["wav2vec2-group", "wav2vec2-layer", "hubert-noproj", "wavlm-group", "whisper"])
-def test_every_family_and_head(backbones_dir: Path, tmp_path: Path, variant: str, layer_mix: str, pooling: str) -> None:
-    head = {"layer_mix": layer_mix, "pooling": pooling, "hidden": 8 if pooling == "mean" else None}
+def test_every_family_and_head(
+    backbones_dir: Path, tmp_path: Path, variant: str, layer_mix: str, pooling: str, hidden: int
+) -> None:
+    """Every combination: `tests/benchmarks/export.py`."""
+    head = {"layer_mix": layer_mix, "pooling": pooling, "hidden": hidden}
     model = random_classifier(backbones_dir / variant, head=head)
     onnx_format.save(model, tmp_path)
     session = opened(tmp_path / "model.onnx")
