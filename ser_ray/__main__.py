@@ -51,6 +51,24 @@ class Enrol(StrEnum):
     self = "self"
 
 
+class Export(StrEnum):
+    """What a checkpoint is exported as."""
+
+    hf = "hf"
+    onnx = "onnx"
+    audonnx = "audonnx"
+    page = "page"
+    peft = "peft"
+
+
+class Dtype(StrEnum):
+    """How the weights of an export are held."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
@@ -214,7 +232,9 @@ def fetch(
     )
 )
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best, or a model.onnx of it.")
+    ],
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Files, folders that are searched for audio, - for a pipe.")
     ],
@@ -284,6 +304,41 @@ def serve(
     """Answer over HTTP with one or more checkpoints: recordings, and speech as it is spoken."""
     options = {"host": host, "port": port, "replicas": replicas, "key_file": key_file, "config": config}
     return _call("serve", checkpoints, **options, limits=limit or [])
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray export results/demo/best --to hf",
+        "ser-ray export results/demo/best --to hf --push anna/emotions",
+        "ser-ray export results/demo/best --to onnx --dtype int8",
+    ),
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    to: Annotated[
+        Export,
+        typer.Option(
+            help="hf: a directory for transformers' pipeline. onnx: one file for any ONNX runtime. audonnx: the same "
+            "for audEERING's audonnx. page: a web page that answers by itself. peft: the adapter alone, with a card."
+        ),
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="How its weights are held; not every format has all.")] = Dtype.fp32,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: beside the checkpoint, such as best-hf.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub of Hugging Face as well.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+    ] = None,
+    ort: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For page: the folder of onnxruntime-web, from npm.")
+    ] = None,
+) -> int:
+    """Write a checkpoint for other programs, and prove that it answers as predict does."""
+    options = {"output": output, "push": push, "backbone": backbone, "ort": ort}
+    return _call("export", checkpoint, to.value, dtype=dtype.value, **options)
 
 
 def _run(arguments: list[str]) -> int:

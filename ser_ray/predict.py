@@ -4,9 +4,10 @@
     python -m ser_ray.predict CHECKPOINT AUDIO... --voice voice.json     # of `ser_ray.enrol`
     python -m ser_ray.predict CHECKPOINT TABLE --enrol self              # a table with the columns path and speaker
 
-CHECKPOINT is a directory such as results/demo/best, AUDIO a file, a folder, or - for standard input. Audio is decoded,
-resampled and trimmed as the training data was; a long recording is answered window by window, and as a whole. It runs
-without Ray, in one process, on the GPU if there is one.
+CHECKPOINT is a directory such as results/demo/best, or an export of it in ONNX: its folder, or the file. AUDIO is a
+file, a folder, or - for standard input. Audio is decoded, resampled and trimmed as the training data was; a long
+recording is answered window by window, and as a whole. It runs without Ray, in one process, on the GPU if there is one;
+an export runs on the CPU.
 """
 
 if __name__ == "__main__":
@@ -28,6 +29,7 @@ from rich.table import Table
 from ser_ray.corpora import table
 from ser_ray.corpora.files import find_audio
 from ser_ray.disk import readable
+from ser_ray.exporting import onnx_of
 from ser_ray.models import checkpoint, voice_file
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import choose_device
@@ -59,10 +61,15 @@ def main(
     paths = [path for path, _ in named] or find_audio(audio)
     if target and any(_is_same(path, target) for path in paths):
         raise UserError(f"--output: {readable(output or '')} is one of the recordings")
-    model = checkpoint.load(directory, choose_device(), backbone)
     progress = PlainConsole(stderr=True)
-    predicted = _predicted(model, directory, paths, voice, [speaker for _, speaker in named], progress)
-    distances = listening(model) if voice else []
+    distances: list[float] = []
+    if exported := onnx_of(directory):
+        emotions, predicted = _of_onnx(exported, paths, voice, bool(enrol or backbone), progress)
+    else:
+        model = checkpoint.load(directory, choose_device(), backbone)
+        emotions = model.experiment.emotions
+        predicted = _predicted(model, directory, paths, voice, [speaker for _, speaker in named], progress)
+        distances = listening(model) if voice else []
     failed: list[Answer] = []
     with progress.status("") as status, opened_output(target) as file:
 
@@ -74,7 +81,7 @@ def main(
                 failed.extend([answer] if answer.reason and answer.start is None else [])
                 status.update(f"{done} of {len(paths)} files")
 
-        _FORMATS[format](answers(), model.experiment.emotions, file)
+        _FORMATS[format](answers(), emotions, file)
     for line in _problems(failed):
         progress.print(line, style="red")
     if doubted := doubt(distances):
@@ -110,6 +117,24 @@ def _predicted(
         return predict(model, paths, known.voice)
     progress.print(f"used all other unlabelled recordings of the speaker: {len(set(speakers))} speakers")
     return predict_each_other(model, paths, speakers)
+
+
+def _of_onnx(
+    path: Path, paths: Sequence[Path], voice: Path | None, more: bool, progress: PlainConsole
+) -> tuple[Sequence[str], Iterator[Answer]]:
+    """The emotions and the answers of an export; ``more``: whether what is asked needs the checkpoint."""
+    if more:
+        raise UserError(f"{path}: --enrol and --backbone need the checkpoint, not its export")
+    from ser_ray.exporting.session import OnnxClassifier  # what it needs is imported for an export alone
+
+    exported = OnnxClassifier(path)
+    if voice is None:
+        return exported.emotions, exported.predict(paths)
+    if not exported.uses_voices:
+        raise UserError(f"{path}: this export does not use what is known of a speaker; leave out --voice")
+    known = voice_file.read_for(voice, exported.head, exported.width)
+    progress.print(f"{known}: {one_line(str(voice))}")
+    return exported.emotions, exported.predict(paths, known.voice)
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -46,6 +46,7 @@ RUN_BY = {
     r"ser-ray serve": "tests/serving/test_serve.py::server",
     r"ser-ray predict": "tests/test_verbs.py::test_the_winner_predicts_what_the_evaluation_said",
     r"ser-ray fetch": "tests/test_fetch.py::test_what_was_fetched_is_found_offline",
+    r"ser-ray export": "tests/test_export.py::test_a_stranger_gets_the_answers_of_predict",
     r"python -m recipes": "tests/recipes/test_recipe.py::test_a_shortened_recipe_gives_the_same_weights_twice",
     r"ray job submit": "tests/cluster/test_standing.py::test_a_job_uses_both_hosts_and_nobody_without_the_token",
     r"sbatch --array": "tests/cluster/test_slurm.py::test_bad_yaml_is_exit_code_2_in_every_task_of_an_array",

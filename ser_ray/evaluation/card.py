@@ -24,14 +24,12 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
     ``metric`` is the one that trials are compared by, such as ``uar``.
     """
     leaky = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
-    titles = [NAMES[name] for name in METRICS]
     return (
         f"# {experiment.name}\n\n"
         f"Speech emotion classifier: {_model(experiment, test)}; emotions: {', '.join(experiment.emotions)}.\n"
         f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
         f"{leaky if test['leaky'] else ''}"
-        f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
-        f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
+        f"{metrics_table(dev, test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
@@ -43,9 +41,29 @@ def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str
 def limits(corpora: list[str]) -> str:
     """What a model that was trained on these corpora is not for."""
     return (
-        f"{_speech(corpora)} Expect lower metrics on other speakers, languages and microphones. "
+        f"{speech_words(corpora)} Expect lower metrics on other speakers, languages and microphones. "
         "Do not use it to judge people."
     )
+
+
+def metrics_table(dev: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    """A table in Markdown of the metrics of dev and test, with intervals, from their evaluation records."""
+    titles = [NAMES[name] for name in METRICS]
+    return (
+        f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
+        f"{_row('dev', dev)}\n{_row('test', test)}"
+    )
+
+
+def speech_words(corpora: list[str]) -> str:
+    """Sentences that say whether the speech of the corpora is acted, synthetic, or not known to be either."""
+    words = {
+        "acted": "Acted speech ({}): expect lower metrics on spontaneous emotion.",
+        "synthetic": "Synthetic speech ({}): the metrics say nothing about human speech.",
+        "": "Whether the speech of {} is acted or spontaneous is not known here.",
+    }
+    named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}
+    return " ".join(words[kind].format(names) for kind, names in named.items() if names)
 
 
 def what_chose(test: Mapping[str, Any], metric: str) -> str:
@@ -99,16 +117,6 @@ def _elsewhere(experiment: Experiment) -> str:
 def _row(split: str, metrics: Mapping[str, Any]) -> str:
     cells = [f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in METRICS]
     return f"| {split} ({metrics['n']}) | {' | '.join(cells)} | {metrics['ci95_unit']} |"
-
-
-def _speech(corpora: list[str]) -> str:
-    words = {
-        "acted": "Acted speech ({}): expect lower metrics on spontaneous emotion.",
-        "synthetic": "Synthetic speech ({}): the metrics say nothing about human speech.",
-        "": "Whether the speech of {} is acted or spontaneous is not known here.",
-    }
-    named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}
-    return " ".join(words[kind].format(names) for kind, names in named.items() if names)
 
 
 def _numbered(what: str, numbers: list[int]) -> str:

@@ -52,15 +52,25 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
 
 
 def load(
-    directory: str | Path, device: torch.device | str = "cpu", backbone: str | Path | None = None
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    backbone: str | Path | None = None,
+    precision: str | None = None,
+    in_4_bits: bool = True,
 ) -> EmotionClassifier:
     """The model that `save` wrote, in evaluation mode. ``backbone``: where its backbone is now, if that has moved.
+
+    ``precision``: what it computes in, if not in what its experiment says. ``in_4_bits``: whether a backbone that was
+    held in 4 bits in training is held so here; without, low-rank updates are over the original weights, as lora.
 
     A checkpoint may come from a stranger: its code is never run, and all of its weights have to be there and finite.
     Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
     directory = expanded(directory).absolute()  # not to be taken for a hub id
     experiment = config.load_experiment(directory / "experiment.yaml")
+    experiment = experiment.model_copy(update={"precision": precision or experiment.precision})
+    if experiment.adapter.method == "qlora" and not in_4_bits:
+        experiment = experiment.model_copy(update={"adapter": experiment.adapter.model_copy(update={"method": "lora"})})
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
             raise UserError(f"{directory}: {name} is missing; give a complete checkpoint")

@@ -83,25 +83,19 @@ def content_of(saved: SavedVoice) -> dict[str, Any]:
 
 def read(path: Path, model: EmotionClassifier) -> SavedVoice:
     """A voice of this model. Raises UserError, in one line, for a file that is none, or is that of another model."""
+    return read_for(path, digest(model), model.head.embedding_width)
+
+
+def read_for(path: Path, checkpoint: str, width: int) -> SavedVoice:
+    """The same for a model with this `digest`, whose pooled vectors have this width."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; ser-ray enrol makes one")
-    return parse(read_object(path), model, path)
+    return _parse(read_object(path), checkpoint, width, path)
 
 
 def parse(content: Mapping[str, Any], model: EmotionClassifier, source: object) -> SavedVoice:
     """A voice of this model from the content of a file, which ``source`` names. Raises UserError as `read`."""
-    if content.get("format") != FORMAT:
-        raise UserError(f"{source}: not a voice of this version; make one with ser-ray enrol")
-    if content.get("checkpoint") != digest(model):
-        raise _of_another(source)
-    count, width = content.get("recordings"), model.head.embedding_width
-    mean, variance = (_numbers(content.get(name), width) for name in ("mean", "variance"))
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < MOST or not mean or not variance:
-        raise UserError(f"{source}: damaged: it needs recordings, and a mean and a variance of {width} finite numbers")
-    if min(variance) < 0:
-        raise UserError(f"{source}: damaged: a variance is below 0")
-    voice = Voice(torch.tensor([float(count)]).double(), *(torch.tensor([v]).double() for v in (mean, variance)))
-    return SavedVoice(str(content.get("name", ""))[:200], str(content.get("date", ""))[:20], digest(model), voice)
+    return _parse(content, digest(model), model.head.embedding_width, source)
 
 
 def digest(model: EmotionClassifier) -> str:
@@ -114,6 +108,21 @@ def digest(model: EmotionClassifier) -> str:
 
 
 # -- below: how it is done
+
+
+def _parse(content: Mapping[str, Any], checkpoint: str, width: int, source: object) -> SavedVoice:
+    if content.get("format") != FORMAT:
+        raise UserError(f"{source}: not a voice of this version; make one with ser-ray enrol")
+    if content.get("checkpoint") != checkpoint:
+        raise _of_another(source)
+    count = content.get("recordings")
+    mean, variance = (_numbers(content.get(name), width) for name in ("mean", "variance"))
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < MOST or not mean or not variance:
+        raise UserError(f"{source}: damaged: it needs recordings, and a mean and a variance of {width} finite numbers")
+    if min(variance) < 0:
+        raise UserError(f"{source}: damaged: a variance is below 0")
+    voice = Voice(torch.tensor([float(count)]).double(), *(torch.tensor([v]).double() for v in (mean, variance)))
+    return SavedVoice(str(content.get("name", ""))[:200], str(content.get("date", ""))[:20], checkpoint, voice)
 
 
 def _of_another(source: object) -> UserError:

@@ -10,7 +10,8 @@ import torch
 
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.voice import Others, SpeakerNorm, Voice, voices_of
-from ser_ray.training.inference import Answer, Piece, Source, answer_of, pooled_pieces, with_whole
+from ser_ray.speech.pieces import Piece, Source
+from ser_ray.training.inference import Answer, answer_of, pooled_pieces, with_whole
 
 CHUNK: Final = 1024
 """Utterances that are answered together: their voices take 16 bytes a feature, 240 MB at 15 000 features."""

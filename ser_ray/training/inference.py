@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
@@ -68,7 +68,14 @@ def predict(model: EmotionClassifier, sources: Sequence[Source], voice: Voice | 
 
     ``voice``: what is known of the one speaker of all recordings (`ser_ray.training.enrolment.enrol`).
     """
-    yield from with_whole(_answered(model, pieces_of(model.experiment.audio, sources), voice))
+
+    def run(batches: Iterable[stream.Batch]) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
+        for batch, logits_BK in predict_batches(model, batches, voice):
+            yield batch.utterance_ids, logits_BK.double().softmax(-1)
+
+    experiment = model.experiment
+    pieces = pieces_of(experiment.audio, sources)
+    yield from with_whole(answered(pieces, experiment.emotions, experiment.batch_seconds, run))
 
 
 def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
@@ -127,6 +134,24 @@ def mean_of_finite(windows: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean(finite, axis=0) if finite else np.full_like(windows[0], np.nan)
 
 
+def answered(
+    waiting: Iterator[Piece],
+    emotions: Sequence[str],
+    batch_seconds: float,
+    run: Callable[[Iterable[stream.Batch]], Iterator[tuple[Sequence[str], torch.Tensor]]],
+) -> Iterator[tuple[Piece, Answer]]:
+    """The answer for every piece, in the order given. ``run``: batches of at most ``batch_seconds`` padded seconds ->
+    the utterance ids of each, and its probabilities (B, K)."""
+    while group := list(islice(waiting, GROUP)):
+        probabilities: dict[int, list[float]] = {}
+        batches = stream.short_to_long(_table([piece.samples for piece in group]), batch_seconds)
+        for utterance_ids, found_BK in run(batches):
+            for number, values_K in zip(map(int, utterance_ids), found_BK, strict=True):
+                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
+        for number, piece in enumerate(group):
+            yield piece, answer_of(piece, probabilities.get(number, []), emotions)
+
+
 def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) -> Answer:
     """The answer for a piece; ``values``: a probability for each emotion, none where they are not finite."""
     reason = piece.reason or ("" if values else NOT_FINITE)
@@ -134,19 +159,6 @@ def answer_of(piece: Piece, values: Sequence[float], emotions: Sequence[str]) ->
 
 
 # -- below: how it is done
-
-
-def _answered(
-    model: EmotionClassifier, waiting: Iterator[Piece], voice: Voice | None
-) -> Iterator[tuple[Piece, Answer]]:
-    while group := list(islice(waiting, GROUP)):
-        probabilities: dict[int, list[float]] = {}
-        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
-        for batch, logits_BK in predict_batches(model, batches, voice):
-            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
-                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
-        for number, piece in enumerate(group):
-            yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
 
 
 def _whole(windows: Sequence[Answer]) -> Answer:
