@@ -87,6 +87,7 @@ def evaluate(
         record = Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
         chosen = record.choose(finalists)
         answer = record.known(chosen) if reuse else None
+        calibrated = record.calibration(chosen, answer)
         if answer is None:
             probe = the_probe([run.checkpoint for run in runs[chosen]])
             console.print(f"chosen on dev: trial {chosen}{probe and ', ' + probe}; opening the test set")
@@ -97,13 +98,14 @@ def evaluate(
             plain = _frozen(experiments[chosen])
             with _cached(space, {PROBE: plain}, shard_dirs, allocation) as cached:
                 by_baseline = _score_baselines(scorers, plain, folds, cached[PROBE], console)
-            answer = record.test(chosen, [test[run] for run in runs[chosen]], by_baseline)
+            answer = record.test(chosen, [test[run] for run in runs[chosen]], by_baseline, calibrated)
             record.enrolment(chosen, _score_enrolled(directory, experiments[chosen], runs[chosen], scorers, console))
             answer["baselines"][PROBE] |= _part_of_train(plain, len(task.labels("train")))
         else:
             console.print(f"chosen on dev: trial {chosen}; its test metrics are already known")
     metric = space.tune.metric.removeprefix("dev_")
-    install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_metrics(chosen), answer, metric)
+    dev_metrics = record.write_dev(chosen, calibrated)
+    install_best(directory, directory / runs[chosen][0].checkpoint, dev_metrics, answer, metric, calibrated)
     # Written last: its presence means that everything else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": budget(space)})
     return answer

@@ -92,7 +92,9 @@ def answer_of(directory: Path, space: SearchSpace, folds: list[int], baselines: 
     assert chosen == "001"
     parts = [guesses(space, fold, "test", 0.9) for fold in folds]
     others = {n: [guesses(space, fold, "test", right, seed=5) for fold in folds] for n, right in baselines.items()}
-    answer: dict[str, Any] = record.test(chosen, parts, others)
+    calibrated = record.calibration(chosen)
+    record.write_dev(chosen, calibrated)
+    answer: dict[str, Any] = record.test(chosen, parts, others, calibrated)
     return json.loads(json.dumps(answer, allow_nan=False))
 
 

@@ -15,6 +15,7 @@ CHECKPOINT: Final[Mapping[str, str]] = {
     "experiment.yaml": "the resolved experiment: all that is needed to build the model",
     "labels.json": "index of the output -> emotion",
     "metrics.json": "the record of its epoch; written last, so a checkpoint that has it is complete",
+    "calibration.json": "in best/: the temperature of its probabilities and the threshold of its sets, fitted to dev",
     "training/*": "optimiser moments and counters, to resume from; not in best/",
 }
 """Of a checkpoint directory: pattern -> what it is."""
@@ -38,6 +39,7 @@ FILES: Final[Mapping[str, str]] = {
     "evaluation/choice.json": "the finalists on dev, which one was chosen and why",
     "evaluation/dev.json": "dev metrics of the chosen model, with intervals",
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",
+    "evaluation/calibration.json": "temperature and sets: ECE before and after, coverage by speaker, on dev and test",
     "evaluation/enrolment.json": "with head.speaker: dev and test metrics by how many recordings of a speaker are used",
     "evaluation/enrolment.png": "the same as a picture",
     "evaluation/test_openings.json": "each opening of the test set: when, for which trial, by which command",

@@ -13,7 +13,8 @@ import numpy as np
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation import baselines, enrolment, published
+from ser_ray.evaluation import baselines, calibration, enrolment, published
+from ser_ray.evaluation.calibration import Calibration
 from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.enrolment import Enrolled
 from ser_ray.evaluation.folder import TrialRecord
@@ -37,7 +38,7 @@ class Record:
     runs: Mapping[str, list[Run]]
 
     def choose(self, finalists: Sequence[TrialRecord]) -> str:
-        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
+        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``."""
         metric = self.space.tune.metric.removeprefix("dev_")
         means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
         sizes = {finalist.trial_id: int(finalist.best["trainable_parameters"]) for finalist in finalists}
@@ -57,14 +58,23 @@ class Record:
             against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
         why = f"highest dev {metric}{over} of {among}; ties go to the one with fewer trainable parameters"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
-        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
-        write_predictions(pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
         return chosen
 
-    def dev_metrics(self, chosen: str) -> dict[str, Any]:
-        """The dev metrics of the chosen trial, over all its runs."""
-        return self._summary(pooled(self.dev[chosen]))
+    def calibration(self, chosen: str, answer: Mapping[str, Any] | None = None) -> Calibration:
+        """The calibration of the chosen model by dev, over all its runs. ``answer``: its test metrics, if they are
+        known; those of an older version are of a model that was not calibrated, and it stays so."""
+        if answer is not None and not (self.directory / "evaluation" / calibration.FILE).is_file():
+            return Calibration()
+        return calibration.fitted(pooled(self.dev[chosen]))
+
+    def write_dev(self, chosen: str, calibrated: Calibration) -> dict[str, Any]:
+        """Write ``dev.json`` and the dev predictions of the chosen model; returns the metrics, over all its runs."""
+        whole = pooled(self.dev[chosen]).at_temperature(calibrated.temperature)
+        metrics = self._summary(whole)
+        disk.write_json(self.directory / "evaluation" / "dev.json", metrics)
+        write_predictions(whole, "dev", self.directory / "evaluation" / "predictions.parquet")
+        return metrics
 
     def known(self, chosen: str) -> dict[str, Any] | None:
         """The test metrics of the same models, if the test set was opened for them before."""
@@ -74,9 +84,18 @@ class Record:
         return before if before and same else None
 
     def test(
-        self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
+        self,
+        chosen: str,
+        parts: list[Predictions],
+        by_baseline: Mapping[str, list[Predictions]],
+        calibrated: Calibration,
     ) -> dict[str, Any]:
-        """The test metrics, with baselines; ``by_baseline``: predictions of other models by fold."""
+        """The test metrics, with baselines; ``parts``: test predictions of each run, ``by_baseline``: those of other
+        models by fold, as their logits are. Writes ``calibration.json`` and the test predictions."""
+        about = {"trial_id": chosen, "checkpoints": [run.checkpoint for run in self.runs[chosen]]}
+        measured = calibration.record_of(calibrated, self.dev[chosen], parts)
+        disk.write_json(self.directory / "evaluation" / calibration.FILE, about | measured)
+        parts = [part.at_temperature(calibrated.temperature) for part in parts]
         whole = pooled(parts)
         answer = self._summary(whole)
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
@@ -154,14 +173,18 @@ def record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
 
 
-def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
-    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from, and without what
-    links lead to: ``best/`` is there to be given away."""
+def install_best(
+    directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str, calibrated: Calibration
+) -> None:
+    """Copy the chosen checkpoint to ``best/`` with its calibration and a model card, without the state to resume from,
+    and without what links lead to: ``best/`` is there to be given away."""
     aside, best = directory / ".best.partial", directory / "best"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source, aside, ignore=_left_out)
     card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
     (aside / "README.md").write_text(card, "utf-8")
+    if calibrated != Calibration():
+        disk.write_json(aside / calibration.FILE, calibrated.as_json())
     shutil.rmtree(best, ignore_errors=True)
     aside.rename(best)
 

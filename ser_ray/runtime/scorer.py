@@ -129,7 +129,7 @@ class Scorer:
         def predict(batch_seconds: float) -> dict[str, np.ndarray]:
             probabilities: dict[str, np.ndarray] = {}
             for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
-                rows = logits_BK.double().softmax(-1).cpu().numpy()
+                rows = model.probabilities(logits_BK).cpu().numpy()
                 probabilities.update(zip(batch.utterance_ids, rows, strict=True))
             return probabilities
 

@@ -28,7 +28,7 @@ def probabilities(
     for start in range(0, len(pooled_NP), CHUNK):
         rows = range(start, min(start + CHUNK, len(pooled_NP)))
         relative_BP = model.head.relative(pooled_NP[start : rows.stop].to(device), voices_at(rows))
-        parts.append(model.head.classify(relative_BP).double().softmax(-1).cpu().numpy())
+        parts.append(model.probabilities(model.head.classify(relative_BP)).cpu().numpy())
     return np.concatenate(parts)
 
 

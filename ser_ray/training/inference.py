@@ -180,7 +180,7 @@ def _answered(
         probabilities: dict[int, list[float]] = {}
         batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
         for batch, logits_BK in predict_batches(model, batches, voice):
-            for number, values_K in zip(map(int, batch.utterance_ids), logits_BK.double().softmax(-1), strict=True):
+            for number, values_K in zip(map(int, batch.utterance_ids), model.probabilities(logits_BK), strict=True):
                 probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
         for number, piece in enumerate(group):
             yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
