@@ -10,7 +10,7 @@ another run, so each run is tested with the calibration by the dev utterances th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -91,6 +91,23 @@ def record_of(calibration: Calibration, dev: Sequence[Predictions], test: Sequen
     }
 
 
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """What a calibration does on test, in sentences; ``record``: of `record_of`, or nothing."""
+    if not record:
+        return []
+    by, error, held = record["fitted_on"], record["test"]["ece"], record["test"]["sets"]
+    (before, after), unit = (_with_limits(error[name]) for name in ("before", "after")), error["after"]["ci95_unit"]
+    low, high = (100 * limit for limit in held["ci95"])
+    asked, found, size = record["coverage"], held["coverage"], held["size"]
+    return [
+        f"Temperature {record['temperature']:.2f}, fitted to {by['utterances']} dev predictions for {by['speakers']} "
+        f"speakers: the expected calibration error on test is {after} with it, {before} without (95 % over {unit}).",
+        f"Sets (--sets) that are to hold the true emotion in {100 * asked:.0f} % of the cases do so in "
+        f"{100 * found:.1f} % [{low:.1f}, {high:.1f}] on test, with {size:.1f} emotions on average. "
+        f"{sets.gap_reason(record['dev']['sets'], held)}".rstrip(),
+    ]
+
+
 @dataclass(frozen=True)
 class Reliability:
     """A reliability diagram as arrays (bins,); bin i holds confidences in (i / bins, (i + 1) / bins].
@@ -169,6 +186,10 @@ def _measured(parts: Sequence[Predictions], by: Sequence[Calibration]) -> dict[s
         "ece": {"before": _ece(before), "after": _ece(after)},
         "sets": sets.coverage_of(after, limits),
     }
+
+
+def _with_limits(error: Mapping[str, Any]) -> str:
+    return f"{error['value']:.3f} [{error['ci95'][0]:.3f}, {error['ci95'][1]:.3f}]"
 
 
 def _nll(predictions: Predictions) -> float:

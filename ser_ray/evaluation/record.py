@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ import numpy as np
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation import baselines, calibration, enrolment, published
+from ser_ray.evaluation import baselines, calibration, enrolment, ensemble, layout, published
 from ser_ray.evaluation.calibration import Calibration
-from ser_ray.evaluation.card import model_card
 from ser_ray.evaluation.enrolment import Enrolled
+from ser_ray.evaluation.ensemble import Chosen
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
@@ -61,12 +60,49 @@ class Record:
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
         return chosen
 
+    def with_ensemble(
+        self, single: Chosen, soups: Mapping[str, Sequence[Run]], dev: Mapping[Run, Predictions]
+    ) -> tuple[Record, Chosen]:
+        """The record with the ensemble that dev chooses among all runs and ``soups`` (by finalist), and that ensemble;
+        without it, and ``single``, if it is no better. Writes ``ensemble.json``."""
+        metric, rounds = self.space.tune.metric.removeprefix("dev_"), self.space.tune.ensemble
+        best_first = {single.name: self.runs[single.name]} | dict(self.runs)
+        runs = {i: [*own, *soups.get(i, ())] for i, own in best_first.items()}
+        candidates = ensemble.candidates_of(runs, dev, self.space.tune.rotate_dev)
+        members = ensemble.select(candidates, rounds, metric)
+        again = ensemble.held_out(candidates, rounds, metric)
+        parts, alone = ensemble.answers(members, dev), candidates[0]
+        reached = ensemble.mean_metric(self.dev[single.name], metric)
+        other = [member.candidate for member in members] != [alone]
+        used = other and again is not None and again[1] > reached
+        found = {"ensemble": ensemble.mean_metric(parts, metric), "held_out": again and again[1], "single": reached}
+        content = {
+            "used": used,
+            "candidates": len(candidates),
+            "members": [member.as_json() for member in members],
+            "single": single.name,
+            "metric": metric,
+            "dev": found,
+            "against": again and _gap(pooled(again[0]), pooled(alone.dev)),
+        }
+        disk.write_json(self.directory / "evaluation" / layout.ENSEMBLE, content)
+        if not used:
+            return self, single
+        runs_of = {**self.runs, ensemble.NAME: ensemble.runs_of(members)}
+        grown = replace(self, dev={**self.dev, ensemble.NAME: parts}, runs=runs_of)
+        return grown, Chosen(ensemble.NAME, tuple(members), single.single)
+
     def calibration(self, chosen: str, answer: Mapping[str, Any] | None = None) -> Calibration:
         """The calibration of the chosen model by dev, over all its runs. ``answer``: its test metrics, if they are
         known; those of an older version are of a model that was not calibrated, and it stays so."""
         if answer is not None and not (self.directory / "evaluation" / calibration.FILE).is_file():
             return Calibration()
         return calibration.fitted(pooled(self.dev[chosen]))
+
+    def write_costs(self, costs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to ``ensemble.json`` what the ensemble and the single model cost at prediction."""
+        path = self.directory / "evaluation" / layout.ENSEMBLE
+        disk.write_json(path, disk.read_json(path) | {"costs": costs})
 
     def write_dev(self, chosen: str, calibrated: Calibration) -> dict[str, Any]:
         """Write ``dev.json`` and the dev predictions of the chosen model; returns the metrics, over all its runs."""
@@ -101,14 +137,14 @@ class Record:
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
         if len(parts) > 1:
             answer["mean"] = _mean([self._summary(p) for p in parts])
-        if self.space.tune.final_seeds > 1:
+        if len(parts) > len({run.fold for run in self.runs[chosen]}):
             answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
         others = {name: pooled(by_fold) for name, by_fold in by_baseline.items()}
         answer["baselines"] = _simple_baselines(self.task, whole)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
         own = pooled(_averaged_by_fold(self.runs[chosen], parts))
-        measured = {name: _gap(own, predictions) for name, predictions in others.items()}
-        gaps = {name: gap for name, gap in measured.items() if gap}
+        tested = {name: _gap(own, predictions) for name, predictions in others.items()}
+        gaps = {name: gap for name, gap in tested.items() if gap}
         answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
         answer |= self._seen_by_the_choice(whole)
         experiment = self.space.experiment
@@ -173,28 +209,7 @@ def record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
 
 
-def install_best(
-    directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str, calibrated: Calibration
-) -> None:
-    """Copy the chosen checkpoint to ``best/`` with its calibration and a model card, without the state to resume from,
-    and without what links lead to: ``best/`` is there to be given away."""
-    aside, best = directory / ".best.partial", directory / "best"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, ignore=_left_out)
-    card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
-    (aside / "README.md").write_text(card, "utf-8")
-    if calibrated != Calibration():
-        disk.write_json(aside / calibration.FILE, calibrated.as_json())
-    shutil.rmtree(best, ignore_errors=True)
-    aside.rename(best)
-
-
 # -- below: how it is done
-
-
-def _left_out(folder: str, names: list[str]) -> set[str]:
-    links = {name for name in names if (Path(folder) / name).is_symlink()}
-    return links | shutil.ignore_patterns("training", ".*")(folder, names)
 
 
 def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:

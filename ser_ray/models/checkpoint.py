@@ -29,6 +29,7 @@ from ser_ray import config
 from ser_ray.disk import expanded, write_json
 from ser_ray.evaluation import calibration
 from ser_ray.evaluation.calibration import Calibration
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.models import backbones, variants
 from ser_ray.models.adapters import load_updates, save_updates
 from ser_ray.models.classifier import EmotionClassifier, build
@@ -67,6 +68,8 @@ def load(
     Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
     directory = expanded(directory).absolute()  # not to be taken for a hub id
+    if (directory / ENSEMBLE).is_file():
+        raise UserError(f"{directory}: an ensemble, which is several models; give one of them: {directory}/members/01")
     experiment = config.load_experiment(directory / "experiment.yaml")
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
@@ -136,17 +139,23 @@ def _calibration(directory: Path) -> Calibration:
     path = directory / calibration.FILE
     if not path.is_file():
         return Calibration()
-    content = read_object(path)
-    temperature, least = content.get("temperature"), content.get("least_probability")
-    if not _is_number(temperature) or not 0 < temperature < MOST_TEMPERATURE:
+    return calibration_in(read_object(path), path)
+
+
+def calibration_in(content: Mapping[str, Any], path: Path) -> Calibration:
+    """The calibration in a stranger's JSON. Raises UserError for one that divides by nothing, or by no number."""
+    temperature, least = _number(content.get("temperature")), content.get("least_probability")
+    if not 0 < temperature < MOST_TEMPERATURE:
         raise UserError(f"{path}: temperature has to be a number above 0; without this file there is none")
-    if least is not None and not (_is_number(least) and 0 <= least <= 1):
+    if least is not None and not 0 <= _number(least) <= 1:
         raise UserError(f"{path}: least_probability has to be between 0 and 1, or null")
-    return Calibration(float(temperature), None if least is None else float(least))
+    return Calibration(temperature, None if least is None else float(least))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float:
+    """NaN for what is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    return float(value) if number else math.nan
 
 
 def _check_moments(

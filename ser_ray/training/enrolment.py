@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model, members_of, together
 from ser_ray.models.voice import Others, Voice, voices_of
 from ser_ray.training.inference import Answer, Piece, Source, answer_of, pooled_pieces, with_whole
 
@@ -32,27 +33,33 @@ def probabilities(
     return np.concatenate(parts)
 
 
-def enrol(model: EmotionClassifier, sources: Sequence[Source]) -> tuple[Voice, list[Piece]]:
-    """The voice of the one speaker of all recordings, and the pieces that could not be used, with reasons.
+def enrol(model: Model, sources: Sequence[Source]) -> tuple[Voice | tuple[Voice, ...], list[Piece]]:
+    """The voice of the one speaker of all recordings, for an ensemble one for each member, and the pieces that could
+    not be used, with reasons.
 
     A recording that is longer than ``audio.max_seconds`` counts once for each of its windows.
     """
-    pieces, pooled_NP = pooled_pieces(model, sources)
-    usable_N = pooled_NP.isfinite().all(-1).numpy()
-    voice = voices_of(pooled_NP, [np.flatnonzero(usable_N)])
-    return voice, [piece for piece, usable in zip(pieces, usable_N, strict=True) if not usable]
+    each = [pooled_pieces(member, sources) for member in members_of(model)]
+    pieces = each[0][0]
+    usable_N = np.all([pooled_NP.isfinite().all(-1).numpy() for _, pooled_NP in each], axis=0)
+    voices = tuple(voices_of(pooled_NP, [np.flatnonzero(usable_N)]) for _, pooled_NP in each)
+    unusable = [piece for piece, usable in zip(pieces, usable_N, strict=True) if not usable]
+    return voices[0] if len(voices) == 1 else voices, unusable
 
 
-def predict_each_other(
-    model: EmotionClassifier, sources: Sequence[Source], speakers: Sequence[str]
-) -> Iterator[Answer]:
+def predict_each_other(model: Model, sources: Sequence[Source], speakers: Sequence[str]) -> Iterator[Answer]:
     """As `inference.predict`, each recording with all others of its speaker known, never itself or a window of itself;
     one pooled vector is held for each. ``speakers``: of each recording, by names as of `ser_ray.schema`."""
-    pieces, pooled_NP = pooled_pieces(model, sources)
-    usable = np.flatnonzero(pooled_NP.isfinite().all(-1).numpy())
-    own = [pieces[row].source for row in usable]
-    others = Others(pooled_NP[usable], [speakers[source] for source in own], list(map(str, own)))
-    found_NK = probabilities(model, pooled_NP[usable], others.at)
-    values = {int(row): found_K.tolist() for row, found_K in zip(usable, found_NK, strict=True)}
-    emotions = model.experiment.emotions
-    yield from with_whole((piece, answer_of(piece, values.get(n, []), emotions)) for n, piece in enumerate(pieces))
+    each, pieces = [], []
+    for member in members_of(model):
+        pieces, pooled_NP = pooled_pieces(member, sources)
+        usable = np.flatnonzero(pooled_NP.isfinite().all(-1).numpy())
+        own = [pieces[row].source for row in usable]
+        others = Others(pooled_NP[usable], [speakers[source] for source in own], list(map(str, own)))
+        found_NK = np.full((len(pieces), len(model.experiment.emotions)), np.nan)
+        found_NK[usable] = probabilities(member, pooled_NP[usable], others.at)
+        each.append(found_NK)
+    values_NK, emotions = together(model, each), model.experiment.emotions
+    finite_N = np.isfinite(values_NK).all(axis=1)
+    values = [row.tolist() if usable else [] for row, usable in zip(values_NK, finite_N, strict=True)]
+    yield from with_whole((piece, answer_of(piece, own, emotions)) for piece, own in zip(pieces, values, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,9 @@ import torch
 from ser_ray.disk import readable
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model, members_of, together
 from ser_ray.models.voice import Voice
+from ser_ray.schema import UserError
 from ser_ray.speech import stream
 from ser_ray.speech.audio import Unusable, from_samples, is_silent, to_int16
 from ser_ray.speech.long import Window, load_windows, split, windows_of
@@ -54,19 +56,43 @@ class Answer:
         """The most probable emotion; empty if the recording could not be used."""
         return max(self.probabilities, key=self.probabilities.__getitem__, default="")
 
-    def row(self, emotions: Sequence[str]) -> dict[str, str | float | None]:
-        """As a row of a table that has `answer_columns`; None where there is nothing."""
+    def emotions_from(self, least: float) -> list[str]:
+        """The set of `ser_ray.evaluation.sets`, the most probable emotion first; empty without probabilities."""
+        ranked = sorted(self.probabilities, key=self.probabilities.__getitem__, reverse=True)
+        return [e for place, e in enumerate(ranked) if place == 0 or self.probabilities[e] >= least]
+
+    def row(self, emotions: Sequence[str], least: float | None = None) -> dict[str, Any]:
+        """As a row of a table that has `answer_columns`; None where there is nothing. ``least``: the threshold of its
+        set, where there is one."""
         probabilities = [self.probabilities.get(emotion) for emotion in emotions]
-        values = (self.path or None, self.start, self.end, self.emotion or None, *probabilities, self.reason or None)
-        return dict(zip(answer_columns(emotions), values, strict=True))
+        sets = [] if least is None else [self.emotions_from(least) or None]
+        first = (self.path or None, self.start, self.end, self.emotion or None)
+        values = (*first, *sets, *probabilities, self.reason or None)
+        return dict(zip(answer_columns(emotions, bool(sets)), values, strict=True))
 
 
-def answer_columns(emotions: Sequence[str]) -> list[str]:
-    """The columns of a table with a row for each recording and window: text, but for times and probabilities."""
-    return ["path", "start", "end", "emotion", *(PROBABILITY + emotion for emotion in emotions), "reason"]
+def answer_columns(emotions: Sequence[str], sets: bool = False) -> list[str]:
+    """The columns of a table with a row for each recording and window: text, but for times, probabilities and, with
+    ``sets``, the list of emotions in one."""
+    first = ["path", "start", "end", "emotion", *(["set"] if sets else [])]
+    return [*first, *(PROBABILITY + emotion for emotion in emotions), "reason"]
 
 
-def predict(model: EmotionClassifier, sources: Sequence[Source], voice: Voice | None = None) -> Iterator[Answer]:
+def threshold_of(model: Model, source: object) -> float:
+    """The threshold of a model's sets. Raises UserError for one that has none; ``source`` names it."""
+    if model.least_probability is None:
+        raise UserError(
+            f"{source}: this checkpoint has no threshold for sets (calibration.json); give the best/ of a search, or "
+            "make it again with ser-ray evaluate RESULTS_DIR"
+        )
+    return model.least_probability
+
+
+Known = Voice | Sequence[Voice] | None
+"""What is known of the one speaker of all recordings: a voice, for an ensemble one for each member, or nothing."""
+
+
+def predict(model: Model, sources: Sequence[Source], voice: Known = None) -> Iterator[Answer]:
     """An answer for every recording, in the order given; memory is bounded, whatever their number and length.
 
     A recording that is longer than ``audio.max_seconds`` of the model's experiment is cut into equal windows, as
@@ -93,14 +119,16 @@ def with_whole(answered: Iterable[tuple[Piece, Answer]]) -> Iterator[Answer]:
             windows = []
 
 
-def embed(model: EmotionClassifier, sources: Sequence[Source]) -> np.ndarray:
+def embed(model: Model, sources: Sequence[Source]) -> np.ndarray:
     """The pooled vector of every recording, which the classifier sees, before what is known of its speaker is
-    subtracted: (N, P) float32; NaN for one that is not usable.
+    subtracted: (N, P) float32; NaN for one that is not usable. Those of an ensemble's members stand side by side.
 
     That of a recording longer than ``audio.max_seconds`` is the mean over the windows that `predict` cuts it into;
     those that are silent do not count, as there.
     """
-    pieces, pooled_NP = pooled_pieces(model, sources)
+    if len(members := members_of(model)) > 1:
+        return np.concatenate([embed(member, sources) for member in members], axis=1)
+    pieces, pooled_NP = pooled_pieces(members[0], sources)
     windows: list[list[np.ndarray]] = [[] for _ in sources]
     for piece, vector_P in zip(pieces, pooled_NP.numpy(), strict=True):
         if piece.reason and piece.start is None:  # it could not be read to its end
@@ -145,7 +173,7 @@ class Piece:
     """The number of its recording among all, from 0."""
 
 
-def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[Piece]:
+def pieces_of(model: Model, sources: Sequence[Source]) -> Iterator[Piece]:
     """The windows of all recordings; whatever is wrong with one recording, the others follow."""
     for place, source in enumerate(sources):
         path = readable(source) if isinstance(source, Path) else ""
@@ -167,23 +195,30 @@ def pieces_of(model: EmotionClassifier, sources: Sequence[Source]) -> Iterator[P
 # -- below: how it is done
 
 
-def _windows(source: Source, model: EmotionClassifier) -> Iterator[Window]:
+def _windows(source: Source, model: Model) -> Iterator[Window]:
     if isinstance(source, Path):
         return load_windows(source, model.experiment.audio)
     return windows_of(from_samples(*source, split(model.experiment.audio)))
 
 
-def _answered(
-    model: EmotionClassifier, waiting: Iterator[Piece], voice: Voice | None
-) -> Iterator[tuple[Piece, Answer]]:
+def _answered(model: Model, waiting: Iterator[Piece], voice: Known) -> Iterator[tuple[Piece, Answer]]:
+    members = members_of(model)
+    voices = [voice] if isinstance(voice, Voice) else voice or [None] * len(members)
     while group := list(islice(waiting, GROUP)):
-        probabilities: dict[int, list[float]] = {}
-        batches = stream.short_to_long(_table([piece.samples for piece in group]), model.experiment.batch_seconds)
-        for batch, logits_BK in predict_batches(model, batches, voice):
-            for number, values_K in zip(map(int, batch.utterance_ids), model.probabilities(logits_BK), strict=True):
-                probabilities[number] = values_K.tolist() if values_K.isfinite().all() else []
-        for number, piece in enumerate(group):
-            yield piece, answer_of(piece, probabilities.get(number, []), model.experiment.emotions)
+        samples = [piece.samples for piece in group]
+        each = [_probabilities(member, samples, own) for member, own in zip(members, voices, strict=True)]
+        for piece, values_K in zip(group, together(model, each), strict=True):
+            values = values_K.tolist() if np.isfinite(values_K).all() else []
+            yield piece, answer_of(piece, values, model.experiment.emotions)
+
+
+def _probabilities(model: EmotionClassifier, samples: Sequence[np.ndarray | None], voice: Voice | None) -> np.ndarray:
+    """(N, K) of the windows; NaN for one that is not there."""
+    found_NK = np.full((len(samples), len(model.experiment.emotions)), np.nan)
+    batches = stream.short_to_long(_table(samples), model.experiment.batch_seconds)
+    for batch, logits_BK in predict_batches(model, batches, voice):
+        found_NK[list(map(int, batch.utterance_ids))] = model.probabilities(logits_BK).cpu().numpy()
+    return found_NK
 
 
 def _mean(windows: Sequence[np.ndarray]) -> np.ndarray:
