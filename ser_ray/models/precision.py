@@ -51,7 +51,7 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 def parameters_in(tensor: torch.Tensor) -> int:
     """The number of weights that a tensor stands for: in NF4, one byte holds two."""
     state = getattr(tensor, "quant_state", None)
-    return tensor.numel() if state is None else math.prod(state.shape)
+    return tensor.numel() if state is None else int(math.prod(state.shape))
 
 
 def nf4_dtype(precision: str, device: torch.device | str) -> torch.dtype:

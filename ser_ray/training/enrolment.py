@@ -50,7 +50,8 @@ def enrol(model: Model, sources: Sequence[Source]) -> tuple[Voice | tuple[Voice,
 def predict_each_other(model: Model, sources: Sequence[Source], speakers: Sequence[str]) -> Iterator[Answer]:
     """As `inference.predict`, each recording with all others of its speaker known, never itself or a window of itself;
     one pooled vector is held for each. ``speakers``: of each recording, by names as of `ser_ray.schema`."""
-    each, pieces = [], []
+    each: list[np.ndarray] = []
+    pieces: list[Piece] = []
     for member in members_of(model):
         pieces, pooled_NP = pooled_pieces(member, sources)
         usable = np.flatnonzero(pooled_NP.isfinite().all(-1).numpy())

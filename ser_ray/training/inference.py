@@ -203,7 +203,7 @@ def _windows(source: Source, model: Model) -> Iterator[Window]:
 
 def _answered(model: Model, waiting: Iterator[Piece], voice: Known) -> Iterator[tuple[Piece, Answer]]:
     members = members_of(model)
-    voices = [voice] if isinstance(voice, Voice) else voice or [None] * len(members)
+    voices: Sequence[Voice | None] = [voice] if isinstance(voice, Voice) else voice or [None] * len(members)
     while group := list(islice(waiting, GROUP)):
         samples = [piece.samples for piece in group]
         each = [_probabilities(member, samples, own) for member, own in zip(members, voices, strict=True)]
