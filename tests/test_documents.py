@@ -44,6 +44,7 @@ RUN_BY = {
     r"ser-ray enrol|ser-ray predict .*--(voice|enrol)": "tests/test_enrol.py::test_a_voice_is_enrolled_and_used",
     r"ser-ray serve .*--config": "tests/serving/test_serve.py::test_a_configuration_file_for_ray_serve",
     r"ser-ray serve": "tests/serving/test_serve.py::server",
+    r"ser-ray predict .*--sets": "tests/test_predict.py::test_a_set_is_added_to_every_answer",
     r"ser-ray predict": "tests/test_verbs.py::test_the_winner_predicts_what_the_evaluation_said",
     r"ser-ray fetch": "tests/test_fetch.py::test_what_was_fetched_is_found_offline",
     r"ser-ray export": "tests/test_export.py::test_a_stranger_gets_the_answers_of_predict",

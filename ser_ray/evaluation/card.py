@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ser_ray.config import Experiment
 from ser_ray.corpora.describe import speech_of
+from ser_ray.evaluation.calibration import sentences
+from ser_ray.evaluation.ensemble import sentences as about_ensemble
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.verdicts import NAMES
 
@@ -18,19 +20,30 @@ _KNOWN: Final = (
 )
 
 
-def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
+def model_card(
+    experiment: Experiment,
+    dev: Mapping[str, Any],
+    test: Mapping[str, Any],
+    metric: str,
+    calibrated: Mapping[str, Any] | None = None,
+    ensemble: Mapping[str, Any] | None = None,
+) -> str:
     """The card as Markdown, from the experiment of the checkpoint and the evaluation records of dev and test.
 
-    ``metric`` is the one that trials are compared by, such as ``uar``.
+    ``metric`` is the one that trials are compared by, such as ``uar``. ``calibrated``: of `calibration.record_of`.
+    ``ensemble``: the content of ``ensemble.json``, if the model is one.
     """
     leaky = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
     return (
         f"# {experiment.name}\n\n"
-        f"Speech emotion classifier: {_model(experiment, test)}; emotions: {', '.join(experiment.emotions)}.\n"
+        f"Speech emotion classifier: {_model(experiment, test, ensemble)}; "
+        f"emotions: {', '.join(experiment.emotions)}.\n"
         f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
         f"{leaky if test['leaky'] else ''}"
         f"{metrics_table(dev, test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
+        f"{_paragraph(about_ensemble(ensemble or {}, NAMES[metric]))}"
+        f"{_paragraph(sentences(calibrated or {}))}"
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
@@ -92,7 +105,13 @@ def what_chose(test: Mapping[str, Any], metric: str) -> str:
 # -- below: how it is done
 
 
-def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
+def _paragraph(lines: Sequence[str]) -> str:
+    return f"{' '.join(lines)}\n\n" if lines else ""
+
+
+def _model(experiment: Experiment, test: Mapping[str, Any], ensemble: Mapping[str, Any] | None) -> str:
+    if ensemble and len(ensemble["members"]) > 1:
+        return f"an ensemble of {len(ensemble['members'])} models"
     checkpoints = [run["checkpoint"] for run in test.get("runs", ())]
     among = the_probe(checkpoints)
     others = f" ({among})" if len(checkpoints) > 1 and among else ""

@@ -4,7 +4,7 @@ predict` does with a checkpoint."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +16,9 @@ from ser_ray.disk import readable
 from ser_ray.exporting.graph import INSTALL, VOICE
 from ser_ray.models.voice import Voice
 from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
+from ser_ray.speech.pieces import Source, pieces_of
 from ser_ray.speech.stream import Batch
-from ser_ray.training.inference import Answer, Source, answered, pieces_of, with_whole
+from ser_ray.training.inference import Answer, Windows, answered, by_batch, with_whole
 
 BATCH_SECONDS: Final = 60.0
 """Of audio that is computed together, with padding, as `Experiment.batch_seconds` by default."""
@@ -57,11 +58,10 @@ class OnnxClassifier:
     def predict(self, sources: Sequence[Source], voice: Voice | None = None) -> Iterator[Answer]:
         """As `ser_ray.training.inference.predict`."""
 
-        def run(batches: Iterable[Batch]) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
-            for batch in batches:
-                yield batch.utterance_ids, torch.from_numpy(self.probabilities(batch, voice))
+        def run(windows: Windows) -> np.ndarray:
+            return by_batch(windows, len(self.emotions), BATCH_SECONDS, lambda batch: self.probabilities(batch, voice))
 
-        yield from with_whole(answered(pieces_of(self.audio, sources), self.emotions, BATCH_SECONDS, run))
+        yield from with_whole(answered(pieces_of(self.audio, sources), self.emotions, run))
 
     def probabilities(self, batch: Batch, voice: Voice | None = None) -> np.ndarray:
         """(B, K) float32 of a batch of waveforms; ``voice``: what is known of the one speaker of all."""

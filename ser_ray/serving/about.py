@@ -13,6 +13,7 @@ from ser_ray.corpora import module_of
 from ser_ray.disk import expanded
 from ser_ray.evaluation import card
 from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.models import checkpoint
 from ser_ray.models.weights import read_object
 from ser_ray.schema import UserError
 
@@ -26,6 +27,8 @@ def named(checkpoints: Sequence[Path]) -> dict[str, str]:
     paths = [expanded(path).absolute() for path in checkpoints]
     if len(set(paths)) < len(paths):
         raise UserError("a checkpoint is given twice")
+    for path in paths:
+        checkpoint.check_is_one(path)
     names = [config.load_experiment(path / "experiment.yaml").name for path in paths]
     for path in paths:
         if not (path / "metrics.json").is_file():

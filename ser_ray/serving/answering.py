@@ -85,7 +85,7 @@ def known_of(job: Job, model: EmotionClassifier) -> Known:
         saved = voice_file.parse(job.voice, model, "voice")
     except UserError as error:
         raise Refused(422, str(error)) from None
-    return Known(job, model, saved.voice, str(saved))
+    return Known(job, model, saved.voices[0], str(saved))
 
 
 def answer(known: Sequence[Known]) -> list[Reply]:
