@@ -172,7 +172,9 @@ def _licences(experiment: Experiment) -> str:
 
 
 def _licence_of(backbone: str) -> str:
-    """What the card of a backbone says, if it lies here."""
+    """What the card of a backbone says, if it lies here; an embedded one is part of this project."""
+    if backbone.startswith(pretrained.EMBEDDED):
+        return "Apache-2.0, as ser_ray"
     found = try_to_load_from_cache(backbone, "README.md") if on_hub(backbone) else None
     path = Path(found) if isinstance(found, str) else Path(pretrained.source(backbone)) / "README.md"
     head = path.read_text("utf-8", errors="replace").split("\n---", 1)[0] if path.is_file() else ""

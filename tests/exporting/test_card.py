@@ -106,3 +106,5 @@ def test_a_licence_that_a_backbone_states_is_passed_on(backbones_dir, tmp_path):
     (own / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\n# A backbone\n")
     text = card(huggingface, build(experiment(own)), records(tmp_path / "search"), ABOUT, PROOF)
     assert "Backbone own: apache-2.0." in text
+    text = card(huggingface, build(experiment("embedded/tiny-whisper")), tmp_path / "search" / "best", ABOUT, PROOF)
+    assert "Backbone embedded/tiny-whisper: Apache-2.0, as ser_ray." in text
