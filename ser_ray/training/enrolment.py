@@ -18,7 +18,7 @@ CHUNK: Final = 1024
 """Utterances that are answered together: their voices take 16 bytes a feature, 240 MB at 15 000 features."""
 FAR: Final = 3.0
 """`SpeakerNorm.distance` of a recording to the voice of the same speaker: one in a hundred is above it, and half of
-another person's are (results/benchmarks/enrolment.md)."""
+another person's are (results/LOG.md, 2026-11-30)."""
 FAR_TOGETHER: Final = 2.0
 """The same of the mean over `SEVERAL` recordings or more, whose spread is smaller."""
 SEVERAL: Final = 4

@@ -44,7 +44,7 @@ def start_from_probe(
 
     It is fitted without knowledge of speakers, also with ``head.speaker``: where recordings of a speaker are known
     they then bring as much as to a probe that saw them in training, and where none are it is the better one
-    (results/benchmarks/enrolment.md). ``speakers``: utterance id -> speaker, for train; only for ``head.speaker``.
+    (results/LOG.md, 2026-11-30). ``speakers``: utterance id -> speaker, for train; only for ``head.speaker``.
     """
     ids_N, features_NLP, labels_N = _features(model, train, gather)
     _, dev_features_MLP, dev_labels_M = _features(model, dev, gather)
