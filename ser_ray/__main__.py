@@ -74,6 +74,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
 ]
 Results = Annotated[Path, typer.Argument(metavar="RESULTS_DIR", help="The folder of a search: results/NAME.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")]
+Backbone = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan (trials at once, GPUs, steps, caches) and stop.")
 ]
@@ -240,9 +244,7 @@ def predict(
     ],
     format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
-    ] = None,
+    backbone: Backbone = None,
     voice: Annotated[
         Path | None, typer.Option(help="What is known of the one speaker of all AUDIO: a file of `ser-ray enrol`.")
     ] = None,
@@ -268,15 +270,13 @@ def predict(
     ),
 )
 def enrol(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/mine/best.")],
+    checkpoint: Checkpoint,
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Recordings of one speaker: files, and folders of them.")
     ],
     output: Annotated[Path, typer.Option(help="The file to write: numbers, no audio.")],
     name: Annotated[str, typer.Option(help="Who it is; written to the file.")] = "",
-    backbone: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
-    ] = None,
+    backbone: Backbone = None,
 ) -> int:
     """Make a speaker known by recordings without labels, for predict --voice."""
     return _call("enrol", checkpoint, audio, output, name=name, backbone=backbone)
@@ -317,7 +317,7 @@ def serve(
     ),
 )
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    checkpoint: Checkpoint,
     to: Annotated[
         Export,
         typer.Option(
@@ -332,9 +332,7 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub of Hugging Face as well.")
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
-    ] = None,
+    backbone: Backbone = None,
     ort: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For page: the folder of onnxruntime-web, from npm.")
     ] = None,
