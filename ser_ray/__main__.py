@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,38 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-class Format(StrEnum):
-    """How predictions are written."""
-
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
-class Enrol(StrEnum):
-    """How the speakers of a table become known."""
-
-    self = "self"
-
-
-class Export(StrEnum):
-    """What a checkpoint is exported as."""
-
-    hf = "hf"
-    onnx = "onnx"
-    audonnx = "audonnx"
-    page = "page"
-    peft = "peft"
-
-
-class Dtype(StrEnum):
-    """How the weights of an export are held."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
 
 
 Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
@@ -242,14 +209,14 @@ def predict(
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Files, folders that are searched for audio, - for a pipe.")
     ],
-    format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
+    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="How predictions are written.")] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
     backbone: Backbone = None,
     voice: Annotated[
         Path | None, typer.Option(help="What is known of the one speaker of all AUDIO: a file of `ser-ray enrol`.")
     ] = None,
     enrol: Annotated[
-        Enrol | None,
+        Literal["self"] | None,
         typer.Option(
             help="self: AUDIO is a table (path, speaker), whose speakers are known by their other recordings."
         ),
@@ -260,7 +227,7 @@ def predict(
 ) -> int:
     """Predict the emotion of recordings, with the probability of each."""
     options = {"output": output, "backbone": backbone, "voice": voice, "enrol": enrol is not None, "sets": sets}
-    return _call("predict", checkpoint, audio, format=format.value, **options)
+    return _call("predict", checkpoint, audio, format=format, **options)
 
 
 @app.command(
@@ -319,13 +286,15 @@ def serve(
 def export(
     checkpoint: Checkpoint,
     to: Annotated[
-        Export,
+        Literal["hf", "onnx", "audonnx", "page", "peft"],
         typer.Option(
             help="hf: a directory for transformers' pipeline. onnx: one file for any ONNX runtime. audonnx: the same "
             "for audEERING's audonnx. page: a web page that answers by itself. peft: the adapter alone, with a card."
         ),
     ],
-    dtype: Annotated[Dtype, typer.Option(help="How its weights are held; not every format has all.")] = Dtype.fp32,
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8"], typer.Option(help="How its weights are held; not every format has all.")
+    ] = "fp32",
     output: Annotated[
         Path | None, typer.Option(help="The new folder. Default: beside the checkpoint, such as best-hf.")
     ] = None,
@@ -339,7 +308,7 @@ def export(
 ) -> int:
     """Write a checkpoint for other programs, and prove that it answers as predict does."""
     options = {"output": output, "push": push, "backbone": backbone, "ort": ort}
-    return _call("export", checkpoint, to.value, dtype=dtype.value, **options)
+    return _call("export", checkpoint, to, dtype=dtype, **options)
 
 
 def _run(arguments: list[str]) -> int:
