@@ -279,7 +279,6 @@ def serve(
 @app.command(
     epilog=_epilog(
         "ser-ray export results/demo/best --to hf",
-        "ser-ray export results/demo/best --to hf --push anna/emotions",
         "ser-ray export results/demo/best --to onnx --dtype int8",
     ),
 )
