@@ -120,7 +120,9 @@ def traced(model: EmotionClassifier, one: bool = False) -> Any:
 def described(model: EmotionClassifier) -> dict[str, str]:
     """What a program has to know besides the graph, as its metadata: JSON in strings."""
     experiment, audio = model.experiment, model.experiment.audio
-    normalised = "zero mean and unit variance of every utterance"
+    normalised = (
+        "zero mean and unit variance of every utterance" if getattr(model.backbone, "normalize", False) else "none"
+    )
     content = {
         "labels": list(experiment.emotions),
         "sampling_rate": SAMPLING_RATE,
@@ -166,10 +168,6 @@ def of_backbone(node: Any) -> bool:
 
 
 # -- below: how it is done
-
-
-def _if(condition: bool, words: str) -> str:
-    return words if condition else "none"
 
 
 def _examples(model: EmotionClassifier, one: bool) -> tuple[tuple[torch.Tensor, ...], list[str], Any]:
