@@ -127,9 +127,7 @@ def described(model: EmotionClassifier) -> dict[str, str]:
         "labels": list(experiment.emotions),
         "sampling_rate": SAMPLING_RATE,
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
-        "normalisation": "log-mel"
-        if model.backbone.family == "whisper"
-        else _if(bool(model.backbone.normalize), normalised),
+        "normalisation": normalised,
         "temperature": getattr(model, "temperature", 1.0),
         "name": experiment.name,
         "backbone": shown(experiment.backbone),
