@@ -120,12 +120,14 @@ def traced(model: EmotionClassifier, one: bool = False) -> Any:
 def described(model: EmotionClassifier) -> dict[str, str]:
     """What a program has to know besides the graph, as its metadata: JSON in strings."""
     experiment, audio = model.experiment, model.experiment.audio
-    normalised = _if(bool(model.backbone.normalize), "zero mean and unit variance of every utterance")
+    normalised = (
+        "zero mean and unit variance of every utterance" if getattr(model.backbone, "normalize", False) else "none"
+    )
     content = {
         "labels": list(experiment.emotions),
         "sampling_rate": SAMPLING_RATE,
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
-        "normalisation": "log-mel" if model.backbone.family == "whisper" else normalised,
+        "normalisation": normalised,
         "temperature": getattr(model, "temperature", 1.0),
         "name": experiment.name,
         "backbone": shown(experiment.backbone),
@@ -164,10 +166,6 @@ def of_backbone(node: Any) -> bool:
 
 
 # -- below: how it is done
-
-
-def _if(condition: bool, words: str) -> str:
-    return words if condition else "none"
 
 
 def _examples(model: EmotionClassifier, one: bool) -> tuple[tuple[torch.Tensor, ...], list[str], Any]:

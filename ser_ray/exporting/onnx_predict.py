@@ -32,9 +32,9 @@ def load(directory: str) -> Any:
 
 def answer(session: Any, samples: np.ndarray) -> dict[str, float]:
     """The probability of each emotion of a recording. Raises ValueError for silence, and what is too short."""
-    settings = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    found = [_run(session, window) for window in windows(samples, **settings["audio"])]
-    return dict(zip(settings["labels"], np.mean(found, axis=0).tolist(), strict=True))
+    metadata = session.get_modelmeta().custom_metadata_map
+    found = [_run(session, window) for window in windows(samples, **json.loads(metadata["audio"]))]
+    return dict(zip(json.loads(metadata["labels"]), np.mean(found, axis=0).tolist(), strict=True))
 
 
 def windows(

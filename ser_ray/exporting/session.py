@@ -31,7 +31,8 @@ class OnnxClassifier:
         """Raises UserError for a file that is none, and where onnxruntime is missing."""
         self.path = path
         self.session = _session(path)
-        self.inputs = {one.name for one in self.session.get_inputs()}
+        optional = self.session.get_overridable_initializers()  # inputs that may be left out
+        self.inputs = {one.name for one in (*self.session.get_inputs(), *optional)}
         settings = self.session.get_modelmeta().custom_metadata_map
         try:
             self.emotions: list[str] = [str(label) for label in json.loads(settings["labels"])]

@@ -46,8 +46,8 @@ class LogMel(nn.Module):
         if longest > CHUNK_SAMPLES:
             raise ValueError(f"utterance of {longest / SAMPLING_RATE:.1f} s; Whisper's limit is 30 s")
         # Zeros after the longest utterance, so that its last frames are the same as in a longer batch.
-        zeros: Any = torch.sym_min(longest + N_FFT, CHUNK_SAMPLES) - longest  # a symbol while it is exported
-        padded_BT = nn.functional.pad(waveform_BT, (0, zeros))
+        ends: Any = torch.sym_min(longest + N_FFT, CHUNK_SAMPLES)  # unlike min(), it is exported for any length
+        padded_BT = nn.functional.pad(waveform_BT, (0, ends - longest))
         mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
         # The floor is 8 below the utterance's own maximum; the silence after it has the lowest possible value.
         floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0

@@ -27,6 +27,7 @@ from ser_ray.models.voice_file import write as write_voice
 from ser_ray.training.inference import pieces_of
 
 RATE = 16_000
+EMOTIONS = ("angry", "happy", "sad")
 SHAPES = (
     (0.3,),
     (1.0,),
@@ -171,9 +172,13 @@ def test_a_file_says_what_it_needs_and_nothing_of_this_machine(best: Path, expor
         for place in (Path(ser_ray.__file__).parent, best.parent):
             assert str(place).encode() not in content
         assert b"site-packages" not in content
-        found = {key: json.loads(value) for key, value in opened(path).get_modelmeta().custom_metadata_map.items()}
+        metadata = opened(path).get_modelmeta().custom_metadata_map
+        found = {key: json.loads(metadata[key]) for key in graph.described(merged(best, Options()))}
         assert found["labels"] == ["angry", "happy", "sad"]
         assert found["audio"] == {"trim_db": 40.0, "min_seconds": 0.3, "max_seconds": 3.0}
+        assert onnx_predict.answer(onnx_predict.load(str(path.parent)), noise([1.0])[0][0].numpy()).keys() == {
+            *EMOTIONS
+        }
         assert (found["sampling_rate"], found["normalisation"], found["temperature"]) == (RATE, "log-mel", 1.0)
 
 
