@@ -218,7 +218,7 @@ def select(candidates: Sequence[Candidate], rounds: int, metric: str) -> list[Me
     highest metric, the mean over the splits; of equal ones the earliest. Candidates that are equal by the metric are
     compared by the likelihood of dev, and then by their order."""
     counts = _select(_material(candidates), rounds, metric)
-    return [Member(candidates[c], float(counts[c] / counts.sum())) for c in np.flatnonzero(counts)]
+    return [Member(candidates[c], float(counts[c] / counts.sum())) for c in map(int, np.flatnonzero(counts))]
 
 
 def held_out(candidates: Sequence[Candidate], rounds: int, metric: str) -> tuple[list[Predictions], float] | None:
