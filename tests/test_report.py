@@ -126,6 +126,7 @@ def test_everything_that_a_search_leaves_is_shown(complete):
 def test_calibration_sets_and_abstention_are_shown(complete, tmp_path):
     folder = shutil.copytree(complete, tmp_path / "search")
     dev, test = predictions(seed=0), predictions(seed=1)
+    dev = dataclasses.replace(dev, utterance_ids=tuple(f"dev-{i}" for i in dev.utterance_ids))
     record = calibration.record_of(calibration.fitted(dev), [dev], [test])
     write_json(folder / "evaluation/calibration.json", record)
     build(folder, audio=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_verbs import write_space
 import ser_ray
 from ser_ray.__main__ import main
 from ser_ray.evaluation import ensemble, layout
+from ser_ray.evaluation.ensemble import Candidate, Member
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
 from ser_ray.training.inference import predict
@@ -25,10 +27,15 @@ POINTS = (
 """Three shapes, and so three models: what is not trained differs by its shape alone."""
 
 
+def two(candidates: Sequence[Candidate], rounds: int, metric: str) -> list[Member]:
+    """The first two candidates as an ensemble."""
+    return [Member(candidates[0], 0.75), Member(candidates[1], 0.25)]
+
+
 @pytest.fixture(scope="module")
 def searched(tiny_corpus, tiny_cache, untrained, ray_cluster, tmp_path_factory) -> Path:
-    """The results of a search of three untrained models over two folds. Dev chooses the members; that these are better
-    on dev speakers that did not choose them is said in their place, as of untrained models none is."""
+    """The results of a search of three untrained models over two folds. What dev would choose is said in its place, as
+    of untrained models none is better than another: two members, and that they are better together."""
     path = write_space(tmp_path_factory.mktemp("ensemble"), tiny_corpus, tiny_cache)
     space = yaml.safe_load(path.read_text())
     space["experiment"]["adapter"] = {"method": "frozen"}
@@ -42,6 +49,7 @@ def searched(tiny_corpus, tiny_cache, untrained, ray_cluster, tmp_path_factory) 
 
         patched.setenv("SER_RAY_TRAINABLE", stub_trainable.TRAINABLE)
         held_out = ensemble.held_out
+        patched.setattr(ensemble, "select", two)
         patched.setattr(ensemble, "held_out", lambda *given: (held_out(*given)[0], 0.999))
         assert main(["tune", str(path)]) == 0
     return path.parent / "results" / "tiny"

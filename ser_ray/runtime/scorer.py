@@ -97,13 +97,13 @@ class Scorer:
             for _, logits_1K in predict_batches(model, [batch]):
                 logits_1K.cpu()  # waits for a GPU
             spent.append(1000 * (time.perf_counter() - started))
-        gpu = self.device.type == "cuda"
+        threads = f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
         return {
             "parameters": sum(map(parameters_in, model.parameters())),
             "megabytes": sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6,
             "milliseconds": float(np.median(spent)),
             "seconds": seconds,
-            "device": torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads,
         }
 
     def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
