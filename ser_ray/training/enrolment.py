@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def listening(model: EmotionClassifier) -> list[float]:
     the model's head uses voices."""
     distances: list[float] = []
 
-    def note(norm: SpeakerNorm, given: tuple[torch.Tensor, Voice | None], _: torch.Tensor) -> None:
+    def note(norm: SpeakerNorm, given: tuple[Any, ...], _: torch.Tensor) -> None:
         pooled_BP, voices = given
         if voices is not None:
             distances.extend(norm.distance(pooled_BP, voices).tolist())
