@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def listening(model: Model) -> list[float]:
     a head of the model uses voices."""
     distances: list[float] = []
 
-    def note(norm: SpeakerNorm, given: tuple[torch.Tensor, Voice | None], _: torch.Tensor) -> None:
+    def note(norm: SpeakerNorm, given: tuple[Any, ...], _: torch.Tensor) -> None:
         pooled_BP, voices = given
         if voices is not None:
             distances.extend(norm.distance(pooled_BP, voices).tolist())
