@@ -34,6 +34,9 @@ from ser_ray.serving.settings import Settings
 from ser_ray.terminal import PlainConsole
 
 APPLICATION = "ser_ray.serving.deployment:application"
+START_S = "120"
+"""Seconds that the process which listens has to start. Ray Serve ends it after 5, which on a machine with other work is
+too little for Python to import what it needs."""
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Of Ray Serve's logs: no line for a request."""
 
@@ -84,6 +87,7 @@ def configuration(settings: Settings, port: int) -> str:
 
 def run(settings: Settings, port: int, console: PlainConsole) -> None:
     """Start Ray, and serve until Ctrl-C. Raises UserError where the first model cannot be loaded."""
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", START_S)  # read by Ray's processes at their start
     import ray
     from ray import serve
 

@@ -302,7 +302,8 @@ def test_the_page_of_steps_has_a_row_for_every_family_and_method() -> None:
     result = {"machine": machine, "counts": counts, "before": before, "rates": rates, "load": 3.0}
     page = steps.page(result, "command")
     assert page.count("| 80 | 50.0 | 200 | 100.0 | 1.00 | 1.00 | 0.40 | 0.50 |") == 16
-    assert page.count("| 4.00 | 2.00 | **2.00** [2.00, 2.00] | 8.00 | 4.00 | **2.00** [2.00, 2.00] |") == len(steps.TIMED)
+    timed = "| 4.00 | 2.00 | **2.00** [2.00, 2.00] | 8.00 | 4.00 | **2.00** [2.00, 2.00] |"
+    assert page.count(timed) == len(steps.TIMED)
 
 
 def test_the_order_of_an_epoch_is_told_before_and_now() -> None:
