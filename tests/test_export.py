@@ -16,7 +16,7 @@ from hub_fixture import hub
 from typer.main import get_command
 
 from ser_ray import export
-from ser_ray.__main__ import Dtype, Export, app, main
+from ser_ray.__main__ import app, main
 from ser_ray.exporting import FORMATS, adapter, huggingface, of
 from ser_ray.exporting.recordings import Recordings
 from ser_ray.models import checkpoint
@@ -77,8 +77,10 @@ def exit_code(*arguments: object) -> int:
 
 
 def test_the_choices_are_the_formats():
-    assert {one.value for one in Export} == FORMATS.keys()
-    assert {dtype for name in FORMATS for dtype in of(name).DTYPES} <= {one.value for one in Dtype}
+    command = get_command(app).commands["export"]
+    choices = {parameter.name: set(getattr(parameter.type, "choices", ())) for parameter in command.params}
+    assert choices["to"] == FORMATS.keys()
+    assert {dtype for name in FORMATS for dtype in of(name).DTYPES} == choices["dtype"]
     assert "export" in get_command(app).commands
 
 

@@ -120,14 +120,13 @@ def traced(model: EmotionClassifier, one: bool = False) -> Any:
 def described(model: EmotionClassifier) -> dict[str, str]:
     """What a program has to know besides the graph, as its metadata: JSON in strings."""
     experiment, audio = model.experiment, model.experiment.audio
-    normalised = (
-        "zero mean and unit variance of every utterance" if getattr(model.backbone, "normalize", False) else "none"
-    )
+    whole = bool(getattr(model.backbone, "normalize", False))  # Whisper has another front end
+    normalised = "zero mean and unit variance of every utterance" if whole else "none"
     content = {
         "labels": list(experiment.emotions),
         "sampling_rate": SAMPLING_RATE,
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
-        "normalisation": normalised,
+        "normalisation": "log-mel" if model.backbone.family == "whisper" else normalised,
         "temperature": getattr(model, "temperature", 1.0),
         "name": experiment.name,
         "backbone": shown(experiment.backbone),

@@ -60,7 +60,9 @@ def save(model: EmotionClassifier, target: Path, dtype: str = "fp32") -> None:
     """Write a model without low-rank updates to ``target``."""
     theirs = EmotionForAudioClassification(_config(model))
     theirs.encoder.load_state_dict(model.backbone.model.state_dict())
-    theirs.head.load_state_dict(model.head.state_dict())
+    head = model.head.state_dict()
+    head.pop("speaker.between_P", None)  # for doubts about a voice, which an export does not have
+    theirs.head.load_state_dict(head)
     if isinstance(model.backbone, Whisper):
         filters: torch.Tensor = model.backbone.logmel.mel.mel_scale.fb
         theirs.mel_filters.copy_(filters)
