@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from backbone_fixtures import experiment, noise
 from hub_fixture import hub
 from typer.main import get_command
 
-from ser_ray import export
+from ser_ray import __main__, export
 from ser_ray.__main__ import app, main
 from ser_ray.exporting import FORMATS, adapter, huggingface, of
 from ser_ray.exporting.recordings import Recordings
@@ -77,10 +78,9 @@ def exit_code(*arguments: object) -> int:
 
 
 def test_the_choices_are_the_formats():
-    command = get_command(app).commands["export"]
-    choices = {parameter.name: set(getattr(parameter.type, "choices", ())) for parameter in command.params}
-    assert choices["to"] == FORMATS.keys()
-    assert {dtype for name in FORMATS for dtype in of(name).DTYPES} == choices["dtype"]
+    choices = get_type_hints(__main__.export)
+    assert set(get_args(choices["to"])) == FORMATS.keys()
+    assert {dtype for name in FORMATS for dtype in of(name).DTYPES} == set(get_args(choices["dtype"]))
     assert "export" in get_command(app).commands
 
 
