@@ -19,6 +19,8 @@ from ser_ray.evaluation.summary import read_predictions
 from ser_ray.models import checkpoint
 from ser_ray.training.inference import predict
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 POINTS = (
     {"head.pooling": "mean", "head.layer_mix": "last"},
     {"head.pooling": "statistics", "head.layer_mix": "concat"},
@@ -55,7 +57,6 @@ def searched(tiny_corpus, tiny_cache, untrained, ray_cluster, tmp_path_factory) 
     return path.parent / "results" / "tiny"
 
 
-@pytest.mark.ray
 def test_best_is_an_ensemble_of_one_fold(searched):
     record = json.loads((searched / "evaluation/ensemble.json").read_text())
     content = json.loads((searched / "best/ensemble.json").read_text())
@@ -73,7 +74,6 @@ def test_best_is_an_ensemble_of_one_fold(searched):
     assert [name for name in files if not layout.describe(name)] == []
 
 
-@pytest.mark.ray
 def test_predict_equals_the_product_by_hand(searched, tiny_corpus, capsys):
     """Of what every member says by itself, and the evaluation says the same of test."""
     content = json.loads((searched / "best/ensemble.json").read_text())
@@ -98,7 +98,6 @@ def test_predict_equals_the_product_by_hand(searched, tiny_corpus, capsys):
     assert [row["p_sad"] for row in by_python] == pytest.approx([one["sad"] for one in found[:2]], abs=1e-6)
 
 
-@pytest.mark.ray
 def test_it_is_tested_once_beside_the_best_single_model(searched):
     (opening,) = json.loads((searched / "evaluation/test_openings.json").read_text())
     assert opening["trial_id"] == "ensemble"
@@ -111,7 +110,6 @@ def test_it_is_tested_once_beside_the_best_single_model(searched):
     assert all(" + " in run["checkpoint"] for run in test["runs"])
 
 
-@pytest.mark.ray
 def test_costs_are_stated_in_card_and_report(searched, capsys):
     costs = json.loads((searched / "evaluation/ensemble.json").read_text())["costs"]
     content = json.loads((searched / "best/ensemble.json").read_text())
@@ -125,7 +123,6 @@ def test_costs_are_stated_in_card_and_report(searched, capsys):
     assert f"an ensemble of {len(models)} models" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.ray
 def test_the_same_search_without_it_is_the_best_single_model(searched, capsys):
     """``tune.ensemble`` may change: dev decides again, and the test set is opened for the model that it chooses."""
     space = searched.parent.parent / "space.yaml"

@@ -28,7 +28,7 @@ import ser_ray
 from ser_ray.__main__ import main
 from ser_ray.runtime import cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REPLICA = "ServeReplica:ser-ray:Models"
 
 
@@ -301,7 +301,6 @@ def test_ray_serve_builds_the_application_of_a_file(checkpoints, monkeypatch, re
     assert fixed._bound_deployment.init_args[1]._bound_deployment.num_replicas == 3
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_one_line(checkpoints, tmp_path):
     """A replica finds it, and Ray Serve tries three times."""
     damaged = tmp_path / "damaged"
@@ -316,7 +315,6 @@ def test_a_model_that_cannot_be_loaded_is_one_line(checkpoints, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_a_cluster_serves_what_the_configuration_file_says(checkpoints, tmp_path):
     """By `serve deploy` on a Ray that `ray start` started; there the command itself says what to do."""
     port = free_port()
