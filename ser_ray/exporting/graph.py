@@ -30,6 +30,7 @@ from torch import nn
 
 from ser_ray import __version__
 from ser_ray.exporting.card import shown
+from ser_ray.models.backbones import Whisper
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.voice import Voice
 from ser_ray.models.voice_file import digest
@@ -72,6 +73,32 @@ class Answering(nn.Module):
         return (logits_BK / self.temperature).softmax(-1), embedding_BP
 
 
+class Spectrogram(nn.Module):
+    """The power spectrogram (B, bins, frames) of Whisper's front end as one convolution.
+
+    With onnxruntime's own short-time Fourier transform probabilities of the demo's winner differed by up to 2e-4 from
+    those of torch; with this one by less than 1e-5.
+    """
+
+    def __init__(self, window: torch.Tensor, hop: int) -> None:
+        super().__init__()
+        self.hop, self.half = hop, len(window) // 2
+        angle_KT = (
+            2 * torch.pi / len(window) * torch.arange(self.half + 1)[:, None] * torch.arange(len(window)).double()
+        )
+        waves_KT = torch.cat([angle_KT.cos(), angle_KT.sin()]) * window.double()
+        self.register_buffer("waves_K1T", waves_KT[:, None].float())
+
+    waves_K1T: torch.Tensor
+
+    def forward(self, waveform_BT: torch.Tensor) -> torch.Tensor:
+        """Of waveforms that are mirrored at both ends, as torch.stft does with ``center``."""
+        padded_B1T = nn.functional.pad(waveform_BT[:, None], (self.half, self.half), mode="reflect")
+        parts_BKF = nn.functional.conv1d(padded_B1T, self.waves_K1T, stride=self.hop)
+        real_BKF, imaginary_BKF = parts_BKF.square().chunk(2, dim=1)
+        return real_BKF + imaginary_BKF
+
+
 class AnsweringOne(nn.Module):
     """The same for one recording (1, samples), whose length is that of the array: what audonnx can feed."""
 
@@ -87,11 +114,15 @@ class AnsweringOne(nn.Module):
 
 
 def traced(model: EmotionClassifier, one: bool = False) -> Any:
-    """The graph of a model that is `merged`, as onnx_ir has it. ``one``: that of `AnsweringOne`.
+    """The graph of a model that is `merged`, as onnx_ir has it; the model's front end is changed for it. ``one``: that
+    of `AnsweringOne`.
 
     Raises UserError where a library is missing that the extra ``onnx`` brings.
     """
     check_installed()
+    if isinstance(model.backbone, Whisper):
+        mel = model.backbone.logmel.mel
+        mel.spectrogram = Spectrogram(mel.spectrogram.window, mel.hop_length)
     wrapped = (AnsweringOne if one else Answering)(model).eval()
     with _quiet(), torch.no_grad():
         inputs, names, shapes = _examples(model, one)
