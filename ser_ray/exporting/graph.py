@@ -82,9 +82,9 @@ class Spectrogram(nn.Module):
 
     def __init__(self, window: torch.Tensor, hop: int) -> None:
         super().__init__()
-        self.hop, self.half = hop, len(window) // 2
+        self.hop, self.side = hop, len(window) // 2
         angle_KT = (
-            2 * torch.pi / len(window) * torch.arange(self.half + 1)[:, None] * torch.arange(len(window)).double()
+            2 * torch.pi / len(window) * torch.arange(self.side + 1)[:, None] * torch.arange(len(window)).double()
         )
         waves_KT = torch.cat([angle_KT.cos(), angle_KT.sin()]) * window.double()
         self.register_buffer("waves_K1T", waves_KT[:, None].float())
@@ -93,7 +93,7 @@ class Spectrogram(nn.Module):
 
     def forward(self, waveform_BT: torch.Tensor) -> torch.Tensor:
         """Of waveforms that are mirrored at both ends, as torch.stft does with ``center``."""
-        padded_B1T = nn.functional.pad(waveform_BT[:, None], (self.half, self.half), mode="reflect")
+        padded_B1T = nn.functional.pad(waveform_BT[:, None], (self.side, self.side), mode="reflect")
         parts_BKF = nn.functional.conv1d(padded_B1T, self.waves_K1T, stride=self.hop)
         real_BKF, imaginary_BKF = parts_BKF.square().chunk(2, dim=1)
         return real_BKF + imaginary_BKF
@@ -121,7 +121,7 @@ def traced(model: EmotionClassifier, one: bool = False) -> Any:
     """
     check_installed()
     if isinstance(model.backbone, Whisper):
-        mel = model.backbone.logmel.mel
+        mel: Any = model.backbone.logmel.mel
         mel.spectrogram = Spectrogram(mel.spectrogram.window, mel.hop_length)
     wrapped = (AnsweringOne if one else Answering)(model).eval()
     with _quiet(), torch.no_grad():
