@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,25 +36,15 @@ app = typer.Typer(
 )
 
 
-class Format(StrEnum):
-    """How predictions are written."""
-
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
-class Enrol(StrEnum):
-    """How the speakers of a table become known."""
-
-    self = "self"
-
-
 Space = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Keys of it to set, such as experiment.epochs=3.")
 ]
 Results = Annotated[Path, typer.Argument(metavar="RESULTS_DIR", help="The folder of a search: results/NAME.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")]
+Backbone = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan (trials at once, GPUs, steps, caches) and stop.")
 ]
@@ -234,28 +223,31 @@ def fetch(
     )
 )
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/demo/best, or a model.onnx of it.")
+    ],
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Files, folders that are searched for audio, - for a pipe.")
     ],
-    format: Annotated[Format, typer.Option(help="How predictions are written.")] = Format.table,
+    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="How predictions are written.")] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write to. Default: the terminal.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
-    ] = None,
+    backbone: Backbone = None,
     voice: Annotated[
         Path | None, typer.Option(help="What is known of the one speaker of all AUDIO: a file of `ser-ray enrol`.")
     ] = None,
     enrol: Annotated[
-        Enrol | None,
+        Literal["self"] | None,
         typer.Option(
             help="self: AUDIO is a table (path, speaker), whose speakers are known by their other recordings."
         ),
     ] = None,
+    sets: Annotated[
+        bool, typer.Option("--sets", help="With each answer a set that holds the true emotion in 90 % of the cases.")
+    ] = False,
 ) -> int:
     """Predict the emotion of recordings, with the probability of each."""
-    options = {"output": output, "backbone": backbone, "voice": voice, "enrol": enrol is not None}
-    return _call("predict", checkpoint, audio, format=format.value, **options)
+    options = {"output": output, "backbone": backbone, "voice": voice, "enrol": enrol is not None, "sets": sets}
+    return _call("predict", checkpoint, audio, format=format, **options)
 
 
 @app.command(
@@ -265,18 +257,77 @@ def predict(
     ),
 )
 def enrol(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory such as results/mine/best.")],
+    checkpoint: Checkpoint,
     audio: Annotated[
         list[Path], typer.Argument(metavar="AUDIO", help="Recordings of one speaker: files, and folders of them.")
     ],
     output: Annotated[Path, typer.Option(help="The file to write: numbers, no audio.")],
     name: Annotated[str, typer.Option(help="Who it is; written to the file.")] = "",
-    backbone: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the checkpoint's backbone is now, if that has moved.")
-    ] = None,
+    backbone: Backbone = None,
 ) -> int:
     """Make a speaker known by recordings without labels, for predict --voice."""
     return _call("enrol", checkpoint, audio, output, name=name, backbone=backbone)
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray serve results/demo/best", "ser-ray serve results/demo/best --host 0.0.0.0 --key-file keys.txt"
+    ),
+)
+def serve(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CHECKPOINT", help="Directories such as results/demo/best.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; one that other machines reach needs --key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
+    replicas: Annotated[str, typer.Option(help="Processes with the model; auto: by load.")] = "auto",
+    key_file: Annotated[
+        Path | None, typer.Option(help="Who may ask: a line for each client, with a name, a space and a key.")
+    ] = None,
+    config: Annotated[bool, typer.Option("--config", help="Print a file for `serve deploy`, and stop.")] = False,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A limit of a request or a client: seconds=60.")
+    ] = None,
+) -> int:
+    """Answer over HTTP with one or more checkpoints: recordings, and speech as it is spoken."""
+    options = {"host": host, "port": port, "replicas": replicas, "key_file": key_file, "config": config}
+    return _call("serve", checkpoints, **options, limits=limit or [])
+
+
+@app.command(
+    epilog=_epilog(
+        "ser-ray export results/demo/best --to hf",
+        "ser-ray export results/demo/best --to onnx --dtype int8",
+    ),
+)
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[
+        Literal["hf", "onnx", "audonnx", "page", "peft"],
+        typer.Option(
+            help="hf: a directory for transformers' pipeline. onnx: one file for any ONNX runtime. audonnx: the same "
+            "for audEERING's audonnx. page: a web page that answers by itself. peft: the adapter alone, with a card."
+        ),
+    ],
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8"], typer.Option(help="How its weights are held; not every format has all.")
+    ] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: beside the checkpoint, such as best-hf.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub of Hugging Face as well.")
+    ] = None,
+    backbone: Backbone = None,
+    ort: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For page: the folder of onnxruntime-web, from npm.")
+    ] = None,
+) -> int:
+    """Write a checkpoint for other programs, and prove that it answers as predict does."""
+    options = {"output": output, "push": push, "backbone": backbone, "ort": ort}
+    return _call("export", checkpoint, to, dtype=dtype, **options)
 
 
 def _run(arguments: list[str]) -> int:

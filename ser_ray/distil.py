@@ -34,10 +34,13 @@ from ser_ray import config, disk, prepare, report, tune
 from ser_ray.config import Experiment, SearchSpace
 from ser_ray.corpora.files import find_audio
 from ser_ray.evaluation import student as beside_teacher
+from ser_ray.evaluation.best import MEMBER
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.evaluation.predictions import PROBABILITY
 from ser_ray.evaluation.results import TEACHER, Results, read_results
 from ser_ray.evaluation.verdicts import against_teacher
 from ser_ray.models.classifier import build
+from ser_ray.models.precision import parameters_in
 from ser_ray.protocols import task as tasks
 from ser_ray.protocols.task import Task, load_task, write_fold
 from ser_ray.protocols.unlabelled import WORD
@@ -46,7 +49,6 @@ from ser_ray.runtime.answers import Answerer
 from ser_ray.runtime.pool import Pool
 from ser_ray.schema import UserError, shortened
 from ser_ray.speech import shards
-from ser_ray.training.cost import num_parameters
 
 MOST_PARAMETERS: Final = 2_000_000
 """Of a student, head included: 8 MB in fp32 and 2 MB in int8, what a page or an app loads without a thought."""
@@ -78,7 +80,7 @@ class Teacher:
 
     results: Results
     experiment: Experiment
-    """That of best/: its fold and seed are those of the best trial."""
+    """That of best/, of an ensemble the first member's: its fold and seed are those of the best trial."""
     digest: str
     """Of its weights and its experiment."""
 
@@ -120,8 +122,9 @@ def read_teacher(results_dir: Path) -> Teacher:
     beside_teacher.tested(results)
     best = results.folder / "best"
     files = [path for path in sorted(best.rglob("*")) if path.suffix == ".safetensors" or path.name in _ANSWERING]
+    first = best / MEMBER.format(1) if (best / ENSEMBLE).is_file() else best
     digest = config.fingerprint([(str(path.relative_to(best)), shards.digest(path)) for path in files])
-    return Teacher(results, config.load_experiment(best / "experiment.yaml"), digest)
+    return Teacher(results, config.load_experiment(first / "experiment.yaml"), digest)
 
 
 def student_space(teacher: Teacher, student: str, overrides: Sequence[str]) -> SearchSpace:
@@ -159,7 +162,7 @@ def student_space(teacher: Teacher, student: str, overrides: Sequence[str]) -> S
 
 def check_size(experiment: Experiment) -> None:
     """Raises UserError for a student that is larger than `MOST_PARAMETERS`."""
-    count = num_parameters(build(experiment))
+    count = sum(map(parameters_in, build(experiment).parameters()))
     if count > MOST_PARAMETERS:
         raise UserError(
             f"--student: {experiment.backbone} has {count / 1e6:.1f} million parameters with its head; a student has "
@@ -188,7 +191,7 @@ def check_unheard(teacher: Teacher, task: Task, shard_dirs: Sequence[Path]) -> N
 
 # -- below: how it is done
 
-_ANSWERING: Final = ("experiment.yaml", "calibration.json", "ensemble.json")
+_ANSWERING: Final = ("experiment.yaml", "calibration.json", ENSEMBLE)
 """Files of a checkpoint beside its weights that decide what it answers."""
 
 

@@ -17,26 +17,31 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from ser_ray.corpora.files import find_audio
-from ser_ray.models import checkpoint, voice_file
+from ser_ray.models import ensemble, voice_file
 from ser_ray.models.precision import choose_device
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole, one_line, output_path
-from ser_ray.training.enrolment import enrol
+from ser_ray.training.enrolment import FAR, enrol
 
 
 def main(directory: Path, audio: list[Path], output: Path, name: str = "", backbone: str | None = None) -> int:
     """``ser-ray enrol``: write the voice of a speaker; returns 1 if a recording could not be used."""
     target, paths = output_path(output), find_audio(audio)
-    model = checkpoint.load(directory, choose_device(), backbone)
+    model = ensemble.load(directory, choose_device(), backbone)
     voice_file.check_uses_voices(model, directory)
     console = PlainConsole(stderr=True)
     with console.status(f"{len(paths)} recordings"):
-        voice, unusable = enrol(model, paths)
+        voice, unusable, far = enrol(model, paths)
     for piece in unusable:
         console.print(f"{one_line(piece.path)}: {piece.reason or 'its pooled vector is not finite'}", style="red")
-    if not int(voice.count_B[0]):
-        raise UserError("no recording could be used")
+    for piece, distance in far:
+        doubted = (
+            f"distance to the others {distance:.1f}, above {FAR:g}: another person, or another microphone or room?"
+        )
+        console.print(f"{one_line(piece.path)}: {doubted}", style="yellow")
     made = voice_file.saved(model, voice, name)
+    if not made.recordings:
+        raise UserError("no recording could be used")
     voice_file.write(made, target)
     console.print(f"{made.recordings} recording{'s' * (made.recordings != 1)} enrolled: {output}", soft_wrap=True)
     return 1 if unusable else 0

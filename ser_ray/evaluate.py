@@ -15,37 +15,36 @@ if __name__ == "__main__":
 
     sys.exit(command(["evaluate", *sys.argv[1:]]))
 
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import ray
 from rich.console import Console
 
 from ser_ray import config, disk
-from ser_ray.config import Adapter, Experiment, Head, SearchSpace
-from ser_ray.evaluation import folder
+from ser_ray.config import Experiment, SearchSpace
+from ser_ray.evaluation import ensemble, folder
+from ser_ray.evaluation.best import install_best
+from ser_ray.evaluation.calibration import Calibration
 from ser_ray.evaluation.enrolment import Enrolled
+from ser_ray.evaluation.ensemble import Chosen
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.evaluation.predictions import Predictions
-from ser_ray.evaluation.record import Record, install_best, record_opening
+from ser_ray.evaluation.record import Record, record_opening
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.runs import Run, budget, finalists_of, runs_of, trained
-from ser_ray.models import prefix
+from ser_ray.models import prefix, soup
 from ser_ray.protocols.task import load_task
-from ser_ray.runtime import cluster, feature_cache, plan
+from ser_ray.runtime import cluster
 from ser_ray.runtime.allocation import Allocation
-from ser_ray.runtime.feature_cache import CachedFeatures
 from ser_ray.runtime.pool import Pool
 from ser_ray.runtime.results_folder import check_excluded
 from ser_ray.runtime.scorer import Scorer
+from ser_ray.runtime.scoring import PROBE, Scoring, frozen
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole
 from ser_ray.training.probe import most_utterances
-
-PROBE: Final = "frozen backbone + linear"
-EGEMAPS: Final = "eGeMAPS + linear SVM"
 
 
 def evaluate(
@@ -70,40 +69,34 @@ def evaluate(
     check_excluded(directory, [] if task.excluded is None else task.excluded["utterance_id"].to_pylist())
     space = space.over(task.emotions)
     runs = {finalist.trial_id: trained(directory, runs_of(space, task, finalist)) for finalist in finalists}
-    everything = [run for own in runs.values() for run in own]
-    allocation = allocation or cluster.allocate(space, len(everything), console)
+    experiments = {finalist.trial_id: space.trial(finalist.values) for finalist in finalists}
+    total = sum(map(len, runs.values()))
+    allocation = allocation or cluster.allocate(space, total, console)
     with Pool(
         ray.remote(Scorer),
         (shard_dirs, str(directory / "folds"), allocation.worker.threads, allocation.worker.gpus),
-        min(allocation.pool, len(everything)),
+        min(allocation.pool, total),
         allocation.worker,
         console,
-    ) as scorers:
+    ) as pool:
+        scoring = Scoring(directory, space, shard_dirs, allocation, pool, console)
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")
-        experiments = {finalist.trial_id: space.trial(finalist.values) for finalist in finalists}
-        with _cached(space, experiments, shard_dirs, allocation) as cached:
-            jobs = {run: _by_checkpoint(directory, run, "dev", cached[run.trial_id]) for run in everything}
-            dev = _score(scorers, jobs, "dev", console)
+        dev = scoring.dev(runs, experiments)
         record = Record(directory, space, task, {i: [dev[run] for run in own] for i, own in runs.items()}, runs)
-        chosen = record.choose(finalists)
-        answer = record.known(chosen) if reuse else None
-        if answer is None:
-            probe = the_probe([run.checkpoint for run in runs[chosen]])
-            console.print(f"chosen on dev: trial {chosen}{probe and ', ' + probe}; opening the test set")
-            record_opening(directory, chosen, argv)
-            jobs = {run: _by_checkpoint(directory, run, "test") for run in runs[chosen]}
-            test = _score(scorers, jobs, "test", console)
-            folds = sorted({run.fold for run in runs[chosen]})
-            plain = _frozen(experiments[chosen])
-            with _cached(space, {PROBE: plain}, shard_dirs, allocation) as cached:
-                by_baseline = _score_baselines(scorers, plain, folds, cached[PROBE], console)
-            answer = record.test(chosen, [test[run] for run in runs[chosen]], by_baseline)
-            record.enrolment(chosen, _score_enrolled(directory, experiments[chosen], runs[chosen], scorers, console))
-            answer["baselines"][PROBE] |= _part_of_train(plain, len(task.labels("train")))
+        best = record.choose(finalists)
+        chosen = ensemble.trial(runs[best], record.dev[best])
+        if space.tune.ensemble:
+            record, chosen = _with_ensemble(scoring, record, chosen, experiments, dev)
         else:
-            console.print(f"chosen on dev: trial {chosen}; its test metrics are already known")
+            (directory / "evaluation" / ENSEMBLE).unlink(missing_ok=True)  # of an earlier choice
+        answer = record.known(chosen.name) if reuse else None
+        calibrated = record.calibration(chosen.name, answer)
+        if answer is None:
+            answer = _test(scoring, record, chosen, experiments, calibrated, argv)
+        else:
+            console.print(f"chosen on dev: {_named(chosen)}; its test metrics are already known")
     metric = space.tune.metric.removeprefix("dev_")
-    install_best(directory, directory / runs[chosen][0].checkpoint, record.dev_metrics(chosen), answer, metric)
+    install_best(directory, chosen, record.write_dev(chosen.name, calibrated), answer, metric, calibrated)
     # Written last: its presence means that everything else is there.
     disk.write_json(directory / "evaluation" / "test.json", answer | {"budget": budget(space)})
     return answer
@@ -127,65 +120,91 @@ def main(results_dir: Path) -> int:
 # -- below: how it is done
 
 
-def _score(pool: Pool, jobs: Mapping[Any, Callable[[Any], Any]], what: str, console: Console) -> dict[Any, Predictions]:
-    """Name of a job -> its predictions; prints progress."""
-    done: dict[Any, Predictions] = {}
-    for name, predictions in pool.map(jobs, what):
-        done[name] = predictions
-        console.print(f"  {what} {len(done)} of {len(jobs)}: {len(predictions)} utterances scored")
-    return done
+def _with_ensemble(
+    scoring: Scoring,
+    record: Record,
+    single: Chosen,
+    experiments: Mapping[str, Experiment],
+    dev: dict[Run, Predictions],
+) -> tuple[Record, Chosen]:
+    """`Record.with_ensemble`, with the dev predictions of averaged weights, and what the chosen one costs."""
+    soups = {} if record.space.tune.rotate_dev else _soups(record, experiments)
+    if soups:
+        scoring.console.print("scoring the mean weights of the seeds of each finalist on dev")
+        dev = dev | scoring.dev(soups, {i: experiments[i] for i in soups})
+    record, chosen = record.with_ensemble(single, soups, dev)
+    if chosen is not single:
+        firsts = [member.candidate.runs[0] for member in chosen.members]
+        alone = single.members[0].candidate.runs[0]
+        of_run = scoring.costs([*firsts, alone])
+        record.write_costs({"ensemble": ensemble.total([of_run[run] for run in firsts]), "single": of_run[alone]})
+    return record, chosen
 
 
-@contextmanager
-def _cached(
-    space: SearchSpace, experiments: Mapping[str, Experiment], shard_dirs: list[str], allocation: Allocation
-) -> Iterator[dict[str, CachedFeatures | None]]:
-    """Name of an experiment -> the cached features of the frozen part of its model; None if they are not there."""
-    features: dict[str, CachedFeatures | None] = {}
-    with ExitStack() as stack:
-        for name, experiment in experiments.items():
-            wanted = plan.prefix_of(experiment, allocation, space.storage.prefix_gb)
-            cached = stack.enter_context(feature_cache.find(space, wanted, shard_dirs)) if wanted else None
-            features[name] = cached
-        yield features
+def _soups(record: Record, experiments: Mapping[str, Experiment]) -> dict[str, list[Run]]:
+    """Finalist -> the mean weights of its seeds, a run in each fold; written below ``soups``. (With `Tune.rotate_dev`
+    there are none: every dev was trained on by a seed.)"""
+    made: dict[str, list[Run]] = {}
+    for trial_id, runs in record.runs.items():
+        by_fold: dict[int, list[Run]] = {}
+        for run in runs:
+            by_fold.setdefault(run.fold, []).append(run)
+        count = len(next(iter(by_fold.values())))
+        if count > 1 and soup.can_average(experiments[trial_id], count):
+            for fold, own in by_fold.items():
+                place = f"soups/{trial_id}-fold{fold}"
+                (record.directory / "soups").mkdir(exist_ok=True)
+                soup.average([record.directory / run.checkpoint for run in own], record.directory / place)
+                made.setdefault(trial_id, []).append(Run(trial_id, fold, own[0].seed, place, soup=True))
+    return made
 
 
-def _by_checkpoint(directory: Path, run: Run, split: str, cached: CachedFeatures | None = None) -> Callable[[Any], Any]:
-    return lambda actor: actor.score.remote(str(directory / run.checkpoint), split, cached)
+def _test(
+    scoring: Scoring,
+    record: Record,
+    chosen: Chosen,
+    experiments: Mapping[str, Experiment],
+    calibrated: Calibration,
+    argv: list[str],
+) -> dict[str, Any]:
+    """Open the test set for the chosen model and the baselines, of which one is the best single model if an ensemble
+    was chosen; returns the test metrics."""
+    single = chosen.single[0].trial_id
+    plain = frozen(experiments[single])
+    scoring.console.print(f"chosen on dev: {_named(chosen)}; opening the test set")
+    record_opening(record.directory, chosen.name, argv)
+    test = scoring.test(chosen.needed)
+    by_baseline = scoring.baselines(plain, [run.fold for run in chosen.single])
+    if chosen.name == ensemble.NAME:
+        by_baseline = {f"best single model, trial {single}": [test[run] for run in chosen.single]} | by_baseline
+    answer = record.test(chosen.name, ensemble.answers(chosen.members, test), by_baseline, calibrated)
+    record.enrolment(chosen.name, _enrolled(scoring, chosen, experiments, test))
+    answer["baselines"][PROBE] |= _part_of_train(plain, len(record.task.labels("train")))
+    return answer
 
 
-def _score_enrolled(
-    directory: Path, experiment: Experiment, runs: Sequence[Run], scorers: Pool, console: Console
+def _enrolled(
+    scoring: Scoring, chosen: Chosen, experiments: Mapping[str, Experiment], test: Mapping[Run, Predictions]
 ) -> dict[str, list[list[Enrolled]]]:
     """Dev and test -> for every run of the chosen model its predictions with recordings of each speaker known; nothing
-    for a model that does not use them."""
-    if experiment.head.speaker == "none":
+    if no member uses them. One that does not use them answers as ever."""
+    candidates = [member.candidate for member in chosen.members]
+    using = [c for c in candidates if experiments[c.runs[0].trial_id].head.speaker != "none"]
+    if not using:
         return {}
-    known = ", ".join(map(str, experiment.protocol.enrolment.recordings))
-    console.print(f"scoring dev and test with unlabelled recordings of each speaker known: {known}")
-    jobs = {(split, run): _by_enrolled(directory, run, split) for split in ("dev", "test") for run in runs}
-    done = dict(scorers.map(jobs, "enrolment"))
-    return {split: [done[split, run] for run in runs] for split in ("dev", "test")}
+    runs = list(dict.fromkeys(run for candidate in using for run in candidate.runs))
+    found = {split: dict(zip(runs, own, strict=True)) for split, own in scoring.enrolled(runs).items()}
+    plain = {"dev": {run: part for c in candidates for run, part in zip(c.runs, c.dev, strict=True)}, "test": test}
+    return {split: ensemble.enrolled_answers(chosen.members, found[split], plain[split]) for split in found}
 
 
-def _by_enrolled(directory: Path, run: Run, split: str) -> Callable[[Any], Any]:
-    return lambda actor: actor.enrolled.remote(str(directory / run.checkpoint), split)
-
-
-def _score_baselines(
-    scorers: Pool, plain: Experiment, folds: Sequence[int], cached: CachedFeatures | None, console: Console
-) -> dict[str, list[Predictions]]:
-    """Baseline -> its test predictions, one entry per fold."""
-    jobs = {fold: _by_probe(plain, fold, cached) for fold in folds}
-    probes = _score(scorers, jobs, PROBE, console)
-    by_baseline = {PROBE: [probes[fold] for fold in folds]}
-    if importlib.util.find_spec("opensmile"):
-        others = {fold: _by_egemaps(plain, fold) for fold in folds}
-        scored = _score(scorers, others, EGEMAPS, console)
-        by_baseline[EGEMAPS] = [scored[fold] for fold in folds]
-    else:
-        console.print(f"  baseline {EGEMAPS} skipped: opensmile is not installed", style="dim")
-    return by_baseline
+def _named(chosen: Chosen) -> str:
+    """A model as lines of the terminal name it."""
+    runs = [run for member in chosen.members for run in member.candidate.runs]
+    if chosen.name == ensemble.NAME:
+        return f"an ensemble of {len(chosen.members)} models" if len(chosen.members) > 1 else str(runs[0])
+    probe = the_probe([run.checkpoint for run in runs])
+    return f"trial {chosen.name}{probe and ', ' + probe}"
 
 
 def _part_of_train(plain: Experiment, utterances: int) -> dict[str, int]:
@@ -193,30 +212,3 @@ def _part_of_train(plain: Experiment, utterances: int) -> dict[str, int]:
     states = prefix.of(plain, "fp32")
     most = most_utterances(states.num_states, 2 * states.width)
     return {"train": utterances, "fitted_on": most} if utterances > most else {}
-
-
-def _frozen(experiment: Experiment) -> Experiment:
-    """The same experiment with a linear classifier on the frozen backbone."""
-    plain = {
-        "adapter": Adapter(method="frozen"),
-        "head": Head(init="probe", pooling="statistics", dropout=0.0),
-        "augment": config.Augment(),
-        "distil": config.Distil(),
-    }
-    return experiment.model_copy(update=plain)
-
-
-def _by_probe(plain: Experiment, fold: int, cached: CachedFeatures | None) -> Callable[[Any], Any]:
-    values = _at_fold(plain, fold)
-    return lambda actor: actor.probe.remote(values, "test", cached)
-
-
-def _by_egemaps(plain: Experiment, fold: int) -> Callable[[Any], Any]:
-    values = _at_fold(plain, fold)
-    return lambda actor: actor.egemaps.remote(values, "test")
-
-
-def _at_fold(experiment: Experiment, fold: int) -> dict[str, Any]:
-    """The experiment on another fold, as plain types."""
-    protocol = experiment.protocol.model_copy(update={"fold": fold})
-    return config.to_dict(experiment.model_copy(update={"protocol": protocol}))

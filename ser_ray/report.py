@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ser_ray.disk import resolved, write_bytes, write_text
-from ser_ray.evaluation import comparison, enrolment
+from ser_ray.evaluation import calibration, comparison, enrolment, ensemble
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, read_trials
 from ser_ray.evaluation.gaps import limits
@@ -112,6 +112,9 @@ def print_summary(results_dir: Path, console: Console) -> None:
         console.print(titled("no test metrics yet", ": the search was interrupted, or is still running", "yellow"))
     for split, rows in enrolment_curves(results).items():
         console.print(enrolment.sentence(rows, results.metric, f"{split} {TITLES[results.metric]}"))
+    about = ensemble.sentences(results.ensemble, TITLES[results.metric])
+    for sentence in (*about, *calibration.sentences(results.calibration)):
+        console.print(sentence)
     if results.test:
         console.print(what_chose(results.test, results.metric))
     if results.openings:

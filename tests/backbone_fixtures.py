@@ -12,8 +12,8 @@ import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from ser_ray.config import Experiment, to_dict
-from ser_ray.models import prefix
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models import checkpoint, prefix
+from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import autocast
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import order
@@ -30,6 +30,8 @@ VARIANTS = (
     "whisper",
 )
 """Every front end and norm order that the four families come in; noproj: no norm before the projection."""
+
+FOUR = ("angry", "happy", "sad", "neutral")
 
 WIDTH, LAYERS, FEED_FORWARD = 32, 2, 48
 
@@ -93,6 +95,20 @@ def experiment(
         {"name": "tiny", "corpora": {"synthetic": None}, "emotions": tuple(emotions), "backbone": str(backbone)}
         | sections
     )
+
+
+def trained(directory: Path, backbone: Path | str, **sections: object) -> Path:
+    """A checkpoint in which nothing is at its initial value, so that no part of it can be left out unnoticed."""
+    model = build(experiment(backbone, FOUR, **sections))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in model.head.buffers():
+            buffer.add_(torch.rand_like(buffer))
+    checkpoint.save(model, directory, {"epoch": 1})
+    return directory
 
 
 def noise(seconds: Iterable[float], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

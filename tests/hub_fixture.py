@@ -1,7 +1,8 @@
-"""A model hub on loopback: serves directories in the way that Hugging Face's library asks for them."""
+"""A model hub on loopback: serves directories as Hugging Face's library asks for them, and has what is uploaded."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -15,8 +16,9 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 @contextmanager
-def hub(models: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Id of a model -> its directory; gives the address for HF_ENDPOINT, and every request as it comes."""
+def hub(models: Mapping[str, Path], uploads: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Id of a model -> its directory; gives the address for HF_ENDPOINT, and every request as it comes. What is
+    uploaded goes to the folder of its id in ``uploads``; without that, uploads are refused."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -25,6 +27,34 @@ def hub(models: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
 
         def do_GET(self) -> None:
             self._answer(body=True)
+
+        def do_POST(self) -> None:
+            path = unquote(self.path.partition("?")[0])
+            asked.append(f"POST {self.path}")
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if uploads is None:
+                return self._json(403, {"error": "this hub takes no uploads"})
+            if path == "/api/repos/create":
+                about = json.loads(content)
+                name = "/".join(filter(None, (about.get("organization"), about["name"])))
+                return self._json(200, {"url": f"http://127.0.0.1:{self.server.server_port}/{name}"})
+            if path == "/api/validate-yaml":
+                return self._json(200, {"errors": [], "warnings": []})
+            name = path.removeprefix("/api/models/").rpartition("/")[0].rpartition("/")[0]
+            if path.endswith("/preupload/main"):
+                files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(content)["files"]]
+                return self._json(200, {"files": [one | {"shouldIgnore": False} for one in files]})
+            assert path.endswith("/commit/main"), path
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    file = uploads / name / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            address = f"http://127.0.0.1:{self.server.server_port}/{name}/commit/{COMMIT}"
+            return self._json(200, {"success": True, "commitOid": COMMIT, "commitUrl": address})
+
+        def _json(self, status: int, content: object) -> None:
+            self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"}, body=True)
 
         def _answer(self, body: bool) -> None:
             path = unquote(self.path.partition("?")[0])

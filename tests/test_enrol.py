@@ -172,6 +172,52 @@ def test_an_unusable_recording_costs_nobody_an_answer(best, calls, tmp_path, cap
     assert not (tmp_path / "w.json").exists()
 
 
+# -- another person by mistake
+
+
+@pytest.fixture(scope="module")
+def two_people(backbones_dir, tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint that was trained on two people who sound unlike, and ten other recordings of each."""
+    folder = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(1)
+    for speaker, (low, high) in {"anna": (100, 140), "ben": (1500, 2500)}.items():
+        for part in ("train", "new"):
+            (folder / part / speaker).mkdir(parents=True)
+            for n in range(10):
+                time = np.arange(int(rng.uniform(0.5, 0.9) * RATE)) / RATE
+                tone = 0.3 * np.sin(2 * np.pi * rng.uniform(low, high) * time) + 0.02 * rng.standard_normal(len(time))
+                soundfile.write(folder / part / speaker / f"{n}.wav", tone, RATE)
+    directory = _checkpoint(backbones_dir, folder / "best", speaker="center")
+    model = ser_ray.load(directory, device="cpu")
+    paths = sorted((folder / "train").rglob("*.wav"))
+    model.classifier.head.speaker.fit(torch.from_numpy(model.embed(paths)), [f"c/{path.parent.name}" for path in paths])
+    checkpoint.save(model.classifier, folder / "fitted", {"epoch": 0})
+    return folder / "fitted", folder / "new"
+
+
+def test_enrol_names_a_recording_of_another_person(two_people, tmp_path, capsys):
+    best, calls = two_people
+    own, voice = sorted((calls / "anna").iterdir()), tmp_path / "anna.json"
+    assert main(["enrol", str(best), *map(str, own), "--output", str(voice)]) == 0
+    assert "another person" not in capsys.readouterr().err
+    stranger = calls / "ben" / "3.wav"
+    assert main(["enrol", str(best), *map(str, own), str(stranger), "--output", str(voice)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "another person" in line]
+    assert line.startswith(f"{stranger}: distance to the others ")
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_predict_doubts_a_voice_of_another_person(two_people, tmp_path, capsys, number):
+    best, calls = two_people
+    voice = tmp_path / "anna.json"
+    known, asked = (sorted((calls / "anna").iterdir())[part] for part in (slice(0, 4), slice(4, 4 + number)))
+    assert main(["enrol", str(best), *map(str, known), "--output", str(voice)]) == 0
+    capsys.readouterr()
+    for paths, doubted in ((asked, False), (sorted((calls / "ben").iterdir())[:number], True)):
+        assert main(["predict", str(best), *map(str, paths), "--voice", str(voice)]) == 0
+        assert ("distance to the voice" in capsys.readouterr().err) == doubted
+
+
 # -- what is refused, in one line
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import recall_score
 
 from ser_ray.config import Audio, SearchSpace
-from ser_ray.evaluate import PROBE
+from ser_ray.evaluation import ensemble
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.record import Record
@@ -19,6 +22,7 @@ from ser_ray.evaluation.runs import Run
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, load_task
 from ser_ray.runtime.scorer import _predictions
+from ser_ray.runtime.scoring import PROBE
 from ser_ray.speech import shards
 
 EMOTIONS = ("angry", "happy", "neutral", "sad")
@@ -81,9 +85,12 @@ def record_of(directory: Path, space: SearchSpace, folds: list[int]) -> tuple[An
     (directory / "audit.json").write_text('{"leaky": false}')
     runs = {i: [Run(i, fold, 0, f"finals/{i}-fold{fold}/epoch_002") for fold in folds] for i in ("001", "002")}
     dev = {i: [guesses(space, run.fold, "dev", right) for run in runs[i]] for i, right in (("001", 0.9), ("002", 0.5))}
+    return Record(directory, space, task_of(space), dev, runs), tried(runs)
+
+
+def tried(trial_ids: Iterable[str]) -> list[TrialRecord]:
     best = {"epoch": 2, "best_epoch": 2, "trainable_parameters": 5}
-    tried = [TrialRecord(i, {}, "finished", history=[best]) for i in runs]
-    return Record(directory, space, task_of(space), dev, runs), tried
+    return [TrialRecord(i, {}, "finished", history=[best]) for i in trial_ids]
 
 
 def answer_of(directory: Path, space: SearchSpace, folds: list[int], baselines: dict[str, float]) -> dict[str, Any]:
@@ -92,7 +99,9 @@ def answer_of(directory: Path, space: SearchSpace, folds: list[int], baselines: 
     assert chosen == "001"
     parts = [guesses(space, fold, "test", 0.9) for fold in folds]
     others = {n: [guesses(space, fold, "test", right, seed=5) for fold in folds] for n, right in baselines.items()}
-    answer: dict[str, Any] = record.test(chosen, parts, others)
+    calibrated = record.calibration(chosen)
+    record.write_dev(chosen, calibrated)
+    answer: dict[str, Any] = record.test(chosen, parts, others, calibrated)
     return json.loads(json.dumps(answer, allow_nan=False))
 
 
@@ -116,6 +125,51 @@ def test_gaps_to_several_baselines_are_corrected_and_both_p_are_there(tmp_path):
         assert high["p_holm"] == pytest.approx(max(low["p_holm"], high["p"]))
         assert {gap["comparisons"] for gap in gaps} == {2}
     assert answer["baselines"][PROBE]["ci95_unit"] == "speakers"
+
+
+def half_known(space: SearchSpace, fold: int, known: tuple[int, ...], share: float) -> Predictions:
+    """A model that is right on two of the four emotions, and of the rest on a share, with little confidence."""
+    said = guesses(space, fold, "dev", 0.0)
+    rng = np.random.default_rng(fold + sum(known))
+    rows = []
+    for label in said.labels:
+        sure = label in known
+        pick = int(label) if sure or rng.random() < share else int(rng.integers(4))
+        rows.append((1 + (4 if sure else 0.5) * np.eye(4)[pick]) / (8 if sure else 4.5))
+    return replace(said, probabilities=np.array(rows))
+
+
+@pytest.mark.parametrize(("known", "is_used"), [(((0, 1), (2, 3)), True), (((0, 1, 2, 3), (0, 1)), False)])
+def test_an_ensemble_is_used_where_it_is_better_on_speakers_that_did_not_choose_it(tmp_path, known, is_used):
+    """Two models that know different emotions complement each other; one that knows all needs nobody."""
+    space = space_of({"folds": 3}, final_folds=[0, 1], ensemble=4)
+    (tmp_path / "audit.json").write_text('{"leaky": false}')
+    runs = {i: [Run(i, fold, 0, f"finals/{i}-fold{fold}/epoch_002") for fold in (0, 1)] for i in ("001", "002")}
+    dev = {
+        i: [half_known(space, run.fold, own, 0.1 if i == "002" else 0.3) for run in runs[i]]
+        for (i, own) in zip(runs, known, strict=True)
+    }
+    record = Record(tmp_path, space, task_of(space), dev, runs)
+    best = record.choose(tried(runs))
+    single = ensemble.trial(runs[best], dev[best])
+    by_run = {run: part for i in runs for run, part in zip(runs[i], dev[i], strict=True)}
+    grown, chosen = record.with_ensemble(single, {}, by_run)
+    written = json.loads((tmp_path / "evaluation/ensemble.json").read_text())
+    assert written["used"] is is_used
+    assert written["single"] == best
+    assert written["dev"]["single"] == pytest.approx(
+        np.mean([recall_score(p.labels, p.predicted, average="macro") for p in dev[best]])
+    )
+    if not is_used:
+        assert (grown, chosen) == (record, single)
+        return
+    assert written["dev"]["held_out"] > written["dev"]["single"]
+    assert chosen.name == "ensemble"
+    assert {member.candidate.runs[0].trial_id for member in chosen.members} == {"001", "002"}
+    assert chosen.needed[-1].fold == 1
+    assert [run.fold for run in grown.runs["ensemble"]] == [0, 1]
+    low, high = written["against"]["uar"]["ci95"]
+    assert low < written["against"]["uar"]["difference"] < high
 
 
 def test_emotions_of_one_corpus_are_out_of_every_figure(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import soundfile
 from backbone_fixtures import experiment
 
+import ser_ray
 from ser_ray.__main__ import main
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
@@ -182,3 +184,40 @@ def test_a_pipe_in_a_folder_is_not_waited_for(best, tmp_path, capsys):
     os.mkfifo(tmp_path / "b.wav")
     assert main(["predict", best, str(tmp_path), "--format", "jsonl"]) == 0
     assert [Path(answer["path"]).name for answer in answers(capsys)] == ["a.wav"]
+
+
+def test_a_set_is_added_to_every_answer(best, tmp_path, capsys):
+    """In every format the emotions from the threshold on, the most probable first; what cannot be used has none."""
+    calibrated = shutil.copytree(best, tmp_path / "best")
+    write(tmp_path / "in" / "a.wav")
+    write(tmp_path / "in" / "b.wav", 0.8)
+    (tmp_path / "in" / "bad.wav").write_bytes(b"RIFF")
+    given = [str(calibrated), str(tmp_path / "in")]
+    for least, number in ((0.0, 2), (0.6, 1)):
+        (calibrated / "calibration.json").write_text(json.dumps({"temperature": 5.0, "least_probability": least}))
+        assert main(["predict", *given, "--sets", "--format", "jsonl"]) == 1
+        *found, bad = answers(capsys)
+        assert bad["set"] == []
+        for answer in found:
+            by_rank = sorted(answer["probabilities"], key=answer["probabilities"].get, reverse=True)
+            assert max(answer["probabilities"].values()) < 0.6, "so that the second threshold leaves out all but one"
+            assert answer["set"] == by_rank[:number]
+        assert main(["predict", *given, "--sets", "--format", "csv"]) == 1
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        assert [row["set"] for row in rows] == ["|".join(answer["set"]) for answer in (*found, bad)]
+        assert main(["predict", *given, "--sets"]) == 1
+        table = capsys.readouterr().out
+        assert table.splitlines()[0].split()[:3] == ["file", "emotion", "set"]
+        assert " or ".join(found[0]["set"]) in table
+        by_api = list(ser_ray.load(calibrated, device="cpu").predict(tmp_path / "in", sets=True))
+        assert [row["set"] for row in by_api] == [answer["set"] or None for answer in (*found, bad)]
+    assert main(["predict", *given, "--format", "jsonl"]) == 1
+    assert all("set" not in answer for answer in answers(capsys))
+
+
+def test_a_checkpoint_without_a_threshold_has_no_sets(best, tmp_path, capsys):
+    write(tmp_path / "a.wav")
+    assert main(["predict", best, str(tmp_path / "a.wav"), "--sets"]) == 2
+    said = capsys.readouterr().err
+    assert "no threshold for sets" in said
+    assert len(said.splitlines()) == 1

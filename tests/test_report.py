@@ -26,6 +26,7 @@ from report_fixtures import (
 )
 
 from ser_ray import config
+from ser_ray.evaluation import calibration
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.mistakes import most_confident
 from ser_ray.evaluation.page import show
@@ -120,6 +121,30 @@ def test_everything_that_a_search_leaves_is_shown(complete):
     assert "second 0.720 0.700 0.700 0.600 3 0.700 0.710 0.720 7" in page.text  # a finalist
     assert "reliability diagram" in page.read_aloud()
     assert runner_up in printed(complete)
+
+
+def test_calibration_sets_and_abstention_are_shown(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "search")
+    dev, test = predictions(seed=0), predictions(seed=1)
+    dev = dataclasses.replace(dev, utterance_ids=tuple(f"dev-{i}" for i in dev.utterance_ids))
+    record = calibration.record_of(calibration.fitted(dev), [dev], [test])
+    write_json(folder / "evaluation/calibration.json", record)
+    build(folder, audio=False)
+    page = Page(folder / "report.html")
+    assert page.open == []
+    for sentence in calibration.sentences(record):
+        assert sentence in page.text
+        assert sentence in " ".join(printed(folder).split())
+    error, held = record["test"]["ece"], record["test"]["sets"]
+    cells = [f"{error[when]['value']:.3f} [{error[when]['ci95'][0]:.3f}, " for when in ("before", "after")]
+    assert all(cell in page.text for cell in cells)
+    assert f"{100 * held['coverage']:.1f} % [{100 * held['ci95'][0]:.1f}" in page.text
+    by_speaker = page.text[page.text.index("Sets by speaker, test") :]
+    for speaker, own in held["per_speaker"].items():
+        assert f"{speaker} {own['n']} {own['coverage']:.3f}" in by_speaker
+    assert "metrics of the surest answers" in page.read_aloud()
+    half = next(row for row in calibration.abstention(test) if row["share"] == 0.6)
+    assert f"60 % {half['n']} {half['confidence']:.3f} {half['accuracy']:.3f} {half['uar']:.3f}" in page.text
 
 
 def test_people_without_a_uar_are_compared_by_accuracy(complete, tmp_path):

@@ -189,6 +189,8 @@ def lopsided(tiny_corpus, tmp_path_factory) -> Path:
 ALWAYS_THERE = layout.FILES.keys() - {
     *("finals/*", "rerun.json", "leakage.json", "tensorboard/*", "mlflow.db", "trials/*/notes.txt", ".lock"),
     *("evaluation/enrolment.json", "evaluation/enrolment.png", "evaluation/teacher.json"),
+    *("evaluation/enrolment.json", "evaluation/enrolment.png"),
+    *("evaluation/ensemble.json", "best/ensemble.json", "best/members/*", "soups/*"),
 }
 """Of what a results folder may hold: what every search leaves."""
 

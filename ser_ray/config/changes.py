@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "tune.gpu_hours",
     "tune.concurrency",
     "tune.log",
+    "tune.ensemble",
     "resources.",
     "storage.prefix_gb",
     "experiment.epochs",

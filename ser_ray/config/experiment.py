@@ -130,6 +130,9 @@ class Head(Section):
     init: Literal["random", "probe"] = "random"
     """probe: start from logistic regression on the frozen backbone's best layer (``concat``: on all layers), then
     fine-tune (arXiv 2202.10054: fine-tuning with a random head distorts good features)."""
+    probe_c: Annotated[float, NO_UNIT] = Field(0.01, gt=0, le=1000)
+    """Inverse regularisation C of that logistic regression: as chosen for about a thousand standardised features and
+    as many utterances. All layers side by side (``concat``) are several thousand features, and ask for less: 0.003."""
     speaker: Literal["none", "center", "standardize"] = "none"
     """What is known of a speaker from recordings without labels. none: nothing is used, as a metric is comparable with
     published ones only for speakers of whom nothing is known. center: their mean is subtracted from the pooled vector.

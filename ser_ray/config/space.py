@@ -65,6 +65,12 @@ class Tune(Section):
     rotate_dev: bool = False
     """With each further seed, dev is the next fold (`Protocol.dev_after`). More speakers then decide between the
     finalists, and every speaker outside of test is trained on with at least one seed."""
+    ensemble: Annotated[int, Unit("models")] = Field(0, ge=0, le=100)
+    """How many models an ensemble may have: the finalists' runs of one fold, chosen on dev alone, the same one more
+    than once if that is best (Caruana et al. 2004). It is used where it beats the best single model on dev speakers
+    that did not choose it. 0: none, since each member takes the time and the memory of a model at prediction. 1: no
+    more than one, which may have the mean weights of all seeds of a configuration (Wortsman et al. 2022, arXiv
+    2203.05482). With more than one, have several `finalists` or `final_seeds` to choose among."""
     first: Annotated[tuple[dict[str, Any], ...], BeforeValidator(as_tuple)] = ()
     """Points to try before the sampler chooses any: searched key -> value; keys left out are sampled."""
     log: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(as_tuple)] = ()

@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 from ser_ray.schema import TIE, UserError, Utterance
 
 SPEECH: Final = "acted"
+LICENCE: Final = "Open Database License 1.0"
 EMOTIONS: Final = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 INTENSITIES: Final = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
 """XX is unspecified; one published file name spells it X."""

@@ -80,6 +80,15 @@ def speech_of(corpus: str) -> str:
     return str(getattr(module_of(corpus), "SPEECH", ""))
 
 
+def licence_of(corpus: str) -> str:
+    """The licence of a corpus, as its module says; empty where that is not known here.
+
+    >>> licence_of("ravdess"), licence_of("mine")
+    ('CC BY-NC-SA 4.0', '')
+    """
+    return str(getattr(module_of(corpus), "LICENCE", ""))
+
+
 def differences(corpus: str, counts: Mapping[str, Any]) -> list[str]:
     """Descriptions of how the counts of `describe` differ from the published ones; none if nothing was published.
 

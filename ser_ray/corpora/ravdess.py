@@ -16,6 +16,7 @@ from typing import Final
 from ser_ray.schema import Utterance
 
 SPEECH: Final = "acted"
+LICENCE: Final = "CC BY-NC-SA 4.0"
 EMOTIONS: Final = {
     "01": "neutral",
     "02": "calm",

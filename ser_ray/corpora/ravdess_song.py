@@ -18,6 +18,7 @@ from ser_ray.corpora.ravdess import parse_channel
 from ser_ray.schema import Utterance
 
 SPEECH: Final = "acted"
+LICENCE: Final = "CC BY-NC-SA 4.0"
 SUNG: Final = {"neutral": 92} | dict.fromkeys(("calm", "happy", "sad", "angry", "fear"), 184)
 PUBLISHED: Final = {"utterances": 1012, "speakers": 23, "emotions": SUNG}
 """Source: the home page."""

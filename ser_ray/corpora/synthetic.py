@@ -37,6 +37,7 @@ from ser_ray.disk import resolved
 from ser_ray.schema import EMOTIONS, UserError, Utterance
 
 SPEECH: Final = "synthetic"
+LICENCE: Final = "none needed: made by ser_ray with espeak-ng"
 SPEAKERS: Final = 24
 """Enough for four speaker-disjoint folds of six."""
 VERSION: Final = 2

@@ -16,6 +16,7 @@ from typing import Final
 from ser_ray.schema import Utterance
 
 SPEECH: Final = "acted"
+LICENCE: Final = "Creative Commons, non-commercial"
 EMOTIONS: Final = {
     "angry": "angry",
     "disgust": "disgust",

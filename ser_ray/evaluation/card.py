@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ser_ray.config import Experiment
 from ser_ray.corpora.describe import speech_of
+from ser_ray.evaluation.calibration import sentences
+from ser_ray.evaluation.ensemble import sentences as about_ensemble
 from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.verdicts import NAMES
 
@@ -18,28 +20,64 @@ _KNOWN: Final = (
 )
 
 
-def model_card(experiment: Experiment, dev: Mapping[str, Any], test: Mapping[str, Any], metric: str) -> str:
+def model_card(
+    experiment: Experiment,
+    dev: Mapping[str, Any],
+    test: Mapping[str, Any],
+    metric: str,
+    calibrated: Mapping[str, Any] | None = None,
+    ensemble: Mapping[str, Any] | None = None,
+) -> str:
     """The card as Markdown, from the experiment of the checkpoint and the evaluation records of dev and test.
 
-    ``metric`` is the one that trials are compared by, such as ``uar``.
+    ``metric`` is the one that trials are compared by, such as ``uar``. ``calibrated``: of `calibration.record_of`.
+    ``ensemble``: the content of ``ensemble.json``, if the model is one.
     """
     leaky = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
-    titles = [NAMES[name] for name in METRICS]
     return (
         f"# {experiment.name}\n\n"
-        f"Speech emotion classifier: {_model(experiment, test)}; emotions: {', '.join(experiment.emotions)}.\n"
+        f"Speech emotion classifier: {_model(experiment, test, ensemble)}; "
+        f"emotions: {', '.join(experiment.emotions)}.\n"
         f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
         f"{leaky if test['leaky'] else ''}"
-        f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
-        f"{_row('dev', dev)}\n{_row('test', test)}\n\n"
+        f"{metrics_table(dev, test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
         f"{_taught(experiment, test)}"
+        f"{_paragraph(about_ensemble(ensemble or {}, NAMES[metric]))}"
+        f"{_paragraph(sentences(calibrated or {}))}"
         f"{_KNOWN if experiment.head.speaker != 'none' else ''}"
         "Input: mono audio at 16 kHz, silence trimmed as set in experiment.yaml. "
         f"Use: `ser-ray predict THIS_DIRECTORY AUDIO...`{_elsewhere(experiment)}\n\n"
-        f"{_speech(list(experiment.corpora))} Expect lower metrics on other speakers, languages and microphones. "
-        "Do not use it to judge people.\n"
+        f"{limits(list(experiment.corpora))}\n"
     )
+
+
+def limits(corpora: list[str]) -> str:
+    """What a model that was trained on these corpora is not for."""
+    return (
+        f"{speech_words(corpora)} Expect lower metrics on other speakers, languages and microphones. "
+        "Do not use it to judge people."
+    )
+
+
+def metrics_table(dev: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    """A table in Markdown of the metrics of dev and test, with intervals, from their evaluation records."""
+    titles = [NAMES[name] for name in METRICS]
+    return (
+        f"| split (utterances) | {' | '.join(titles)} | 95 % intervals over |\n|---|{'---|' * len(titles)}---|\n"
+        f"{_row('dev', dev)}\n{_row('test', test)}"
+    )
+
+
+def speech_words(corpora: list[str]) -> str:
+    """Sentences that say whether the speech of the corpora is acted, synthetic, or not known to be either."""
+    words = {
+        "acted": "Acted speech ({}): expect lower metrics on spontaneous emotion.",
+        "synthetic": "Synthetic speech ({}): the metrics say nothing about human speech.",
+        "": "Whether the speech of {} is acted or spontaneous is not known here.",
+    }
+    named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}
+    return " ".join(words[kind].format(names) for kind, names in named.items() if names)
 
 
 def what_chose(test: Mapping[str, Any], metric: str) -> str:
@@ -68,7 +106,13 @@ def what_chose(test: Mapping[str, Any], metric: str) -> str:
 # -- below: how it is done
 
 
-def _model(experiment: Experiment, test: Mapping[str, Any]) -> str:
+def _paragraph(lines: Sequence[str]) -> str:
+    return f"{' '.join(lines)}\n\n" if lines else ""
+
+
+def _model(experiment: Experiment, test: Mapping[str, Any], ensemble: Mapping[str, Any] | None) -> str:
+    if ensemble and len(ensemble["members"]) > 1:
+        return f"an ensemble of {len(ensemble['members'])} models"
     checkpoints = [run["checkpoint"] for run in test.get("runs", ())]
     among = the_probe(checkpoints)
     others = f" ({among})" if len(checkpoints) > 1 and among else ""
@@ -105,16 +149,6 @@ def _elsewhere(experiment: Experiment) -> str:
 def _row(split: str, metrics: Mapping[str, Any]) -> str:
     cells = [f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in METRICS]
     return f"| {split} ({metrics['n']}) | {' | '.join(cells)} | {metrics['ci95_unit']} |"
-
-
-def _speech(corpora: list[str]) -> str:
-    words = {
-        "acted": "Acted speech ({}): expect lower metrics on spontaneous emotion.",
-        "synthetic": "Synthetic speech ({}): the metrics say nothing about human speech.",
-        "": "Whether the speech of {} is acted or spontaneous is not known here.",
-    }
-    named = {kind: ", ".join(name for name in corpora if speech_of(name) == kind) for kind in words}
-    return " ".join(words[kind].format(names) for kind, names in named.items() if names)
 
 
 def _numbered(what: str, numbers: list[int]) -> str:

@@ -15,7 +15,7 @@ intervals, which cover it 78 % (results/benchmarks/coverage.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,6 +96,32 @@ def bootstrap_ci95(
     return {name: _limits(name, float(values[name]), drawn[name], units, half_error) for name in values}, unit
 
 
+def ci95_of_sums(
+    summands_NC: np.ndarray,
+    speakers: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, tuple[float, float], str]:
+    """A share that is computed from sums over utterances, such as the ECE; its 95 % interval, and the unit drawn.
+
+    ``statistic``: sums (..., C) -> shares (...). Speakers, draws and units are those of `bootstrap_ci95`.
+
+    >>> in_set = np.array([[1.0, 1], [1, 1], [0, 1], [1, 1]])
+    >>> share, (low, high), unit = ci95_of_sums(in_set, ["a", "a", "b", "b"], lambda sums: sums[..., 0] / sums[..., 1])
+    >>> share, low < 0.75 < high, unit
+    (0.75, True, 'speakers')
+    """
+    names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
+    unit = "speakers" if all(map(is_known, speakers)) else "recordings"
+    if len(names) == 1:  # who says nothing about others
+        names, speaker, unit = np.arange(len(speakers)), np.arange(len(speakers)), "utterances"
+    by_unit = np.zeros((len(names), summands_NC.shape[1]))
+    np.add.at(by_unit, speaker, summands_NC)
+    value, drawn = float(statistic(by_unit.sum(axis=0))), statistic(_drawn_sums(by_unit, draws, seed))
+    return value, _limits("", value, drawn, len(names), 0.5 / len(speakers)), unit
+
+
 def paired_gap(
     labels: np.ndarray,
     one: np.ndarray,
@@ -174,13 +200,19 @@ def _over_speakers(
     names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
     cells = (speaker * num_labels + np.asarray(labels)) * num_labels + np.asarray(predicted)
     by_speaker = np.bincount(cells, minlength=len(names) * num_labels**2).reshape(len(names), -1).astype(np.float64)
-    flat = np.empty((draws, num_labels**2))
-    rng, shares, block = np.random.default_rng(seed), np.full(len(names), 1 / len(names)), max(1, BLOCK // len(names))
+    return dict(headline(_drawn_sums(by_speaker, draws, seed).reshape(draws, num_labels, num_labels)))
+
+
+def _drawn_sums(by_unit: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """(draws, C): sums of samples of whole units out of ``by_unit`` (U, C)."""
+    units = len(by_unit)
+    sums = np.empty((draws, by_unit.shape[1]))
+    rng, shares, block = np.random.default_rng(seed), np.full(units, 1 / units), max(1, BLOCK // units)
     for start in range(0, draws, block):
-        times_drawn = rng.multinomial(len(names), shares, size=min(block, draws - start))
-        # In floats, because integers have no fast matrix product; exact, as counts are far below 2^53.
-        flat[start : start + block] = times_drawn.astype(np.float64) @ by_speaker
-    return dict(headline(flat.reshape(draws, num_labels, num_labels)))
+        times_drawn = rng.multinomial(units, shares, size=min(block, draws - start))
+        # In floats, because integers have no fast matrix product; exact for counts, which are far below 2^53.
+        sums[start : start + block] = times_drawn.astype(np.float64) @ by_unit
+    return sums
 
 
 def _over_utterances(

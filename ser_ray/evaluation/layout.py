@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Final
 
+ENSEMBLE: Final = "ensemble.json"
+"""In the directory of an ensemble, beside its members; and in ``evaluation``: how it was chosen."""
 CHECKPOINT: Final[Mapping[str, str]] = {
     "adapter/*": "low-rank updates in PEFT's layout (lora, qlora)",
     "backbone/*": "the whole encoder in transformers' layout (full)",
@@ -15,6 +17,7 @@ CHECKPOINT: Final[Mapping[str, str]] = {
     "experiment.yaml": "the resolved experiment: all that is needed to build the model",
     "labels.json": "index of the output -> emotion",
     "metrics.json": "the record of its epoch; written last, so a checkpoint that has it is complete",
+    "calibration.json": "in best/: the temperature of its probabilities and the threshold of its sets, fitted to dev",
     "training/*": "optimiser moments and counters, to resume from; not in best/",
 }
 """Of a checkpoint directory: pattern -> what it is."""
@@ -33,11 +36,16 @@ FILES: Final[Mapping[str, str]] = {
     "trials/*/notes.txt": "what a trial did before its first epoch",
     "trials/*/epoch_*/*": "checkpoints: the best and the last epoch",
     "finals/*": "the same as trials/, of finalists trained on further folds and seeds",
+    "soups/*": "with tune.ensemble: the mean weights of the seeds of a finalist, a checkpoint for each fold",
     "best/README.md": "the model card of the chosen model",
+    "best/ensemble.json": "where the chosen model is an ensemble: its members, their weights, its temperature",
+    "best/members/*": "the members of an ensemble, each a checkpoint",
     "best/*": "the chosen checkpoint, without the state to resume from",
     "evaluation/choice.json": "the finalists on dev, which one was chosen and why",
     "evaluation/dev.json": "dev metrics of the chosen model, with intervals",
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",
+    "evaluation/calibration.json": "temperature and sets: ECE before and after, coverage by speaker, on dev and test",
+    "evaluation/ensemble.json": "with tune.ensemble: members, weights, dev metrics beside the best single model, costs",
     "evaluation/enrolment.json": "with head.speaker: dev and test metrics by how many recordings of a speaker are used",
     "evaluation/enrolment.png": "the same as a picture",
     "evaluation/teacher.json": "of a student of ser-ray distil: its teacher, the gap to it on test, what both cost",

@@ -153,9 +153,18 @@ def ece(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
         raise ValueError(f"expected labels (N,) and probabilities (N, K), not {labels.shape} and {probabilities.shape}")
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    which = bin_of(confidence, bins)
     return float(np.abs(np.bincount(which, weights=correct - confidence)).sum() / len(labels))
+
+
+def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """(N,) int: the number i of the bin (i / bins, (i + 1) / bins] that a confidence is in; 0 is in the first.
+
+    >>> bin_of(np.array([0.0, 0.5, 0.51, 1.0]), 2).tolist()
+    [0, 0, 1, 1]
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
 
 
 _HEADLINE_FUNCTIONS: Final[dict[str, Callable[[np.ndarray], np.ndarray]]] = {

@@ -14,8 +14,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ser_ray.evaluation import comparison, mistakes, plots, trial_plots
-from ser_ray.evaluation.calibration import reliability
+from ser_ray.evaluation import comparison, ensemble, mistakes, plots, trial_plots
+from ser_ray.evaluation.calibration import abstention, reliability, sentences
 from ser_ray.evaluation.card import what_chose
 from ser_ray.evaluation.folder import COSTS, DEV_METRICS
 from ser_ray.evaluation.gaps import limits
@@ -83,6 +83,9 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
             importances=importances,
             front=_front(results),
             calibration=reliability(predictions) if predictions is not None else None,
+            calibrated=sentences(results.calibration),
+            combined=ensemble.sentences(results.ensemble, NAMES[results.metric]),
+            answered=abstention(predictions)[3::4] if predictions is not None else [],
             enrolment=enrolment_curves(results),
             mistakes=doubtful,
             wrong=int((predictions.predicted != predictions.labels).sum()) if predictions is not None else 0,
@@ -96,7 +99,8 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
 
 
 def search_parts(results: Results) -> dict[str, Part]:
-    """The plots that there are data for, of: test, dev, curves, parallel, cost, enrolment, reliability."""
+    """The plots that there are data for, of: test, dev, curves, parallel, cost, enrolment, reliability,
+    abstention."""
     metric, winner = results.space.tune.metric, results.leader.get("trial_id")
     parts = {}
     for split, summary in (("test", results.test), ("dev", results.dev)):
@@ -121,6 +125,8 @@ def search_parts(results: Results) -> dict[str, Part]:
     predictions = results.predictions.get("test" if results.test else "dev")
     if predictions is not None:
         parts["reliability"] = _part(_plot_reliability(predictions), "reliability diagram")
+        figure = plots.plot_abstention(abstention(predictions), f"{len(predictions)} utterances")
+        parts["abstention"] = _part(figure, "metrics of the surest answers")
     return parts
 
 
@@ -175,7 +181,7 @@ def show(key: str, value: object) -> str:
     number = as_number(value)
     if number is None or key in ("trial_id", "status"):  # an id of digits is not a number
         return str(value)
-    if key.removeprefix("dev_") in (*HEADLINE, "precision", "recall", "f1", "ece", "probability"):
+    if key.removeprefix("dev_") in (*HEADLINE, "precision", "recall", "f1", "ece", "probability", "coverage"):
         return f"{number:.3f}"
     if key == "seconds":
         hours, minutes = divmod(round(number / 60), 60)
@@ -192,6 +198,8 @@ def interval(summary: Mapping[str, Any], name: str) -> str:
 def named_leader(results: Results) -> str:
     """The leader's id, and if nothing of its backbone was trained, that it is the probe."""
     trial_id: str = results.leader["trial_id"]
+    if results.ensemble.get("used") and results.test:
+        return f"an ensemble; the best single model is trial {trial_id}"
     return f"{trial_id}, {results.probe}" if results.probe else trial_id
 
 

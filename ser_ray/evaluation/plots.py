@@ -117,6 +117,22 @@ def plot_reliability(found: Reliability, title: str) -> Figure:
     return figure
 
 
+def plot_abstention(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Accuracy and UAR of the surest answers against their share; rows as of `calibration.abstention`."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, colour, mark in zip(("accuracy", "uar"), SERIES, MARKS, strict=False):
+            points = [row[name] for row in rows]
+            axes.plot(
+                [row["share"] for row in rows], points, color=colour, marker=mark, markersize=4, label=plain(name)
+            )
+        axes.set(xlim=(0, 1.02), xlabel="share of the utterances that is answered, the surest first", title=title)
+        axes.grid(axis="y", color=MUTED, alpha=0.25)
+        axes.legend(frameon=False)
+    return figure
+
+
 def plot_winners(histories: Mapping[str, Sequence[Epoch]], metric: str) -> Figure:
     """The dev metric of the winners of several searches, epoch by epoch; distinguished by colour, marker and dash."""
     with mpl.rc_context(STYLE):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+from scipy.special import softmax
+
+from ser_ray.schema import is_known
 
 COLUMNS: Final = ("utterance_id", "corpus", "speaker", "split", "emotion", "predicted")
 """Of a table with a row for each utterance of a corpus; the probabilities follow."""
@@ -39,6 +42,11 @@ class Predictions:
         """(N,) int64: the most probable label of each utterance."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
+    @property
+    def named_speakers(self) -> list[str]:
+        """The speakers; all who are not known, of one corpus, have one name."""
+        return [s if is_known(s) else f"{s.partition('/')[0]}/unknown" for s in self.speakers]
+
     def columns(self, split: str) -> dict[str, Any]:
         """As the columns of a table with a row for each utterance: those of `COLUMNS`, and the K probabilities."""
         names = np.asarray(self.emotions)
@@ -56,6 +64,15 @@ class Predictions:
         kept = np.maximum(self.probabilities[:, columns], np.finfo(np.float64).tiny)
         labels = np.array([columns.index(label) for label in self.labels], dtype=np.int64)
         return replace(self, emotions=emotions, labels=labels, probabilities=kept / kept.sum(axis=1, keepdims=True))
+
+    def at_temperature(self, temperature: float) -> Predictions:
+        """The predictions of the same model with its logits divided by ``temperature``; the most probable emotion of
+        an utterance stays the same."""
+        if temperature == 1.0:
+            return self
+        # The logarithm of a probability is its logit, up to a number that is the same for all emotions.
+        scaled = np.log(np.maximum(self.probabilities, np.finfo(np.float64).tiny)) / temperature
+        return replace(self, probabilities=softmax(scaled, axis=1))
 
     def at(self, rows: Sequence[int]) -> Predictions:
         """Those of the utterances at ``rows``, in that order."""

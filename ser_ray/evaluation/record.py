@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +12,10 @@ import numpy as np
 
 from ser_ray import config, disk
 from ser_ray.config import SearchSpace
-from ser_ray.evaluation import baselines, enrolment, published
-from ser_ray.evaluation.card import model_card
+from ser_ray.evaluation import baselines, calibration, enrolment, ensemble, layout, published
+from ser_ray.evaluation.calibration import Calibration
 from ser_ray.evaluation.enrolment import Enrolled
+from ser_ray.evaluation.ensemble import Chosen
 from ser_ray.evaluation.folder import TrialRecord
 from ser_ray.evaluation.gaps import corrected, gap_records
 from ser_ray.evaluation.metrics import HEADLINE
@@ -37,7 +37,7 @@ class Record:
     runs: Mapping[str, list[Run]]
 
     def choose(self, finalists: Sequence[TrialRecord]) -> str:
-        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``, ``dev.json``."""
+        """The best on dev; ties go to the one with fewer trainable parameters. Writes ``choice.json``."""
         metric = self.space.tune.metric.removeprefix("dev_")
         means = {i: _mean([self._summary(p) for p in own]) for i, own in self.dev.items()}
         sizes = {finalist.trial_id: int(finalist.best["trainable_parameters"]) for finalist in finalists}
@@ -57,14 +57,60 @@ class Record:
             against = gap and {"trial_id": ranked[1], "gap": corrected([gap])[0]}
         why = f"highest dev {metric}{over} of {among}; ties go to the one with fewer trainable parameters"
         choice = {"trial_id": chosen, "why": why, "metric": self.space.tune.metric, "finalists": rows}
-        disk.write_json(self.directory / "evaluation" / "dev.json", self.dev_metrics(chosen))
         disk.write_json(self.directory / "evaluation" / "choice.json", choice | {"against": against})
-        write_predictions(pooled(self.dev[chosen]), "dev", self.directory / "evaluation" / "predictions.parquet")
         return chosen
 
-    def dev_metrics(self, chosen: str) -> dict[str, Any]:
-        """The dev metrics of the chosen trial, over all its runs."""
-        return self._summary(pooled(self.dev[chosen]))
+    def with_ensemble(
+        self, single: Chosen, soups: Mapping[str, Sequence[Run]], dev: Mapping[Run, Predictions]
+    ) -> tuple[Record, Chosen]:
+        """The record with the ensemble that dev chooses among all runs and ``soups`` (by finalist), and that ensemble;
+        without it, and ``single``, if it is no better. Writes ``ensemble.json``."""
+        metric, rounds = self.space.tune.metric.removeprefix("dev_"), self.space.tune.ensemble
+        best_first = {single.name: self.runs[single.name]} | dict(self.runs)
+        runs = {i: [*own, *soups.get(i, ())] for i, own in best_first.items()}
+        candidates = ensemble.candidates_of(runs, dev, self.space.tune.rotate_dev)
+        members = ensemble.select(candidates, rounds, metric)
+        again = ensemble.held_out(candidates, rounds, metric)
+        parts, alone = ensemble.answers(members, dev), candidates[0]
+        reached = ensemble.mean_metric(self.dev[single.name], metric)
+        other = [member.candidate for member in members] != [alone]
+        used = other and again is not None and again[1] > reached
+        found = {"ensemble": ensemble.mean_metric(parts, metric), "held_out": again and again[1], "single": reached}
+        content = {
+            "used": used,
+            "candidates": len(candidates),
+            "members": [member.as_json() for member in members],
+            "single": single.name,
+            "metric": metric,
+            "dev": found,
+            "against": again and _gap(pooled(again[0]), pooled(alone.dev)),
+        }
+        disk.write_json(self.directory / "evaluation" / layout.ENSEMBLE, content)
+        if not used:
+            return self, single
+        runs_of = {**self.runs, ensemble.NAME: ensemble.runs_of(members)}
+        grown = replace(self, dev={**self.dev, ensemble.NAME: parts}, runs=runs_of)
+        return grown, Chosen(ensemble.NAME, tuple(members), single.single)
+
+    def calibration(self, chosen: str, answer: Mapping[str, Any] | None = None) -> Calibration:
+        """The calibration of the chosen model by dev, over all its runs. ``answer``: its test metrics, if they are
+        known; those of an older version are of a model that was not calibrated, and it stays so."""
+        if answer is not None and not (self.directory / "evaluation" / calibration.FILE).is_file():
+            return Calibration()
+        return calibration.fitted(pooled(self.dev[chosen]))
+
+    def write_costs(self, costs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to ``ensemble.json`` what the ensemble and the single model cost at prediction."""
+        path = self.directory / "evaluation" / layout.ENSEMBLE
+        disk.write_json(path, disk.read_json(path) | {"costs": costs})
+
+    def write_dev(self, chosen: str, calibrated: Calibration) -> dict[str, Any]:
+        """Write ``dev.json`` and the dev predictions of the chosen model; returns the metrics, over all its runs."""
+        whole = pooled(self.dev[chosen]).at_temperature(calibrated.temperature)
+        metrics = self._summary(whole)
+        disk.write_json(self.directory / "evaluation" / "dev.json", metrics)
+        write_predictions(whole, "dev", self.directory / "evaluation" / "predictions.parquet")
+        return metrics
 
     def known(self, chosen: str) -> dict[str, Any] | None:
         """The test metrics of the same models, if the test set was opened for them before."""
@@ -74,22 +120,31 @@ class Record:
         return before if before and same else None
 
     def test(
-        self, chosen: str, parts: list[Predictions], by_baseline: Mapping[str, list[Predictions]]
+        self,
+        chosen: str,
+        parts: list[Predictions],
+        by_baseline: Mapping[str, list[Predictions]],
+        calibrated: Calibration,
     ) -> dict[str, Any]:
-        """The test metrics, with baselines; ``by_baseline``: predictions of other models by fold."""
+        """The test metrics, with baselines; ``parts``: test predictions of each run, ``by_baseline``: those of other
+        models by fold, as their logits are. Writes ``calibration.json`` and the test predictions."""
+        about = {"trial_id": chosen, "checkpoints": [run.checkpoint for run in self.runs[chosen]]}
+        measured = calibration.record_of(calibrated, self.dev[chosen], parts)
+        disk.write_json(self.directory / "evaluation" / calibration.FILE, about | measured)
+        parts = [part.at_temperature(calibrated.temperature) for part in parts]
         whole = pooled(parts)
         answer = self._summary(whole)
         answer["runs"] = [self._run(run, p, "") for run, p in zip(self.runs[chosen], parts, strict=True)]
         if len(parts) > 1:
             answer["mean"] = _mean([self._summary(p) for p in parts])
-        if self.space.tune.final_seeds > 1:
+        if len(parts) > len({run.fold for run in self.runs[chosen]}):
             answer["seeds_averaged"] = self._ensemble(self.runs[chosen], parts)
         others = {name: pooled(by_fold) for name, by_fold in by_baseline.items()}
         answer["baselines"] = _simple_baselines(self.task, whole)
         answer["baselines"] |= {name: _brief(self._summary(predictions)) for name, predictions in others.items()}
         own = pooled(_averaged_by_fold(self.runs[chosen], parts))
-        measured = {name: _gap(own, predictions) for name, predictions in others.items()}
-        gaps = {name: gap for name, gap in measured.items() if gap}
+        tested = {name: _gap(own, predictions) for name, predictions in others.items()}
+        gaps = {name: gap for name, gap in tested.items() if gap}
         answer["against"] = dict(zip(gaps, corrected(gaps.values()), strict=True))
         answer |= self._seen_by_the_choice(whole)
         experiment = self.space.experiment
@@ -154,24 +209,7 @@ def record_opening(directory: Path, trial_id: str, argv: list[str]) -> None:
     disk.write_json(path, [*openings, {"when": when, "trial_id": trial_id, "argv": argv}])
 
 
-def install_best(directory: Path, source: Path, dev: dict[str, Any], test: dict[str, Any], metric: str) -> None:
-    """Copy the chosen checkpoint to ``best/`` with a model card, without the state to resume from, and without what
-    links lead to: ``best/`` is there to be given away."""
-    aside, best = directory / ".best.partial", directory / "best"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, ignore=_left_out)
-    card = model_card(config.load_experiment(aside / "experiment.yaml"), dev, test, metric)
-    (aside / "README.md").write_text(card, "utf-8")
-    shutil.rmtree(best, ignore_errors=True)
-    aside.rename(best)
-
-
 # -- below: how it is done
-
-
-def _left_out(folder: str, names: list[str]) -> set[str]:
-    links = {name for name in names if (Path(folder) / name).is_symlink()}
-    return links | shutil.ignore_patterns("training", ".*")(folder, names)
 
 
 def _averaged_by_fold(runs: Sequence[Run], parts: Sequence[Predictions]) -> list[Predictions]:

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
 from ser_ray.disk import resolved
-from ser_ray.evaluation import enrolment
+from ser_ray.evaluation import calibration, enrolment
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
 from ser_ray.schema import UserError
@@ -22,6 +23,8 @@ THE_PROBE: Final = "the probe"
 """The name of a model whose best epoch is 0: `Head.init` probe, before any training of the backbone."""
 TEACHER: Final = "evaluation/teacher.json"
 """The record of `evaluation.student`."""
+JOIN: Final = " + "
+"""Between the checkpoints of an ensemble, where a single model has one."""
 _LORA_ONLY: Final = tuple(f"adapter.{name}" for name in Adapter.model_fields if name not in ("method", "first_layer"))
 _OF_LORAPLUS: Final = ("adapter.loraplus_ratio",)
 
@@ -39,6 +42,10 @@ class Results:
     test: dict[str, Any]
     enrolment: dict[str, Any]
     """What recordings of a speaker without labels are worth: a curve for dev and test; see `evaluation.enrolment`."""
+    calibration: dict[str, Any]
+    """Its temperature and its sets, on dev and test; see `evaluation.calibration.record_of`."""
+    ensemble: dict[str, Any]
+    """With ``tune.ensemble``: how it was chosen, and whether it is used; see `evaluation.ensemble`."""
     openings: list[dict[str, Any]]
     """One entry for every opening of the test set."""
     trials: list[dict[str, str]]
@@ -140,6 +147,8 @@ def read_results(results_dir: Path) -> Results:
         dev=_read_json(evaluation / "dev.json", {}),
         test=_read_json(evaluation / "test.json", {}),
         enrolment=_read_json(evaluation / enrolment.FILE, {}),
+        calibration=_read_json(evaluation / calibration.FILE, {}),
+        ensemble=_read_json(evaluation / ENSEMBLE, {}),
         openings=_read_json(evaluation / "test_openings.json", []),
         trials=_read_trials(results_dir / "trials.csv", space.tune.metric),
         histories={path.parent.name: read_history(path) for path in histories},
@@ -154,7 +163,7 @@ def the_probe(checkpoints: Sequence[str]) -> str:
     >>> the_probe(["trials/001/epoch_000"]), the_probe(["a/epoch_000", "b/epoch_004"]), the_probe(["b/epoch_010"])
     ('the probe', 'the probe in 1 of 2 runs', '')
     """
-    untrained = sum(Path(checkpoint).name == "epoch_000" for checkpoint in checkpoints)
+    untrained = sum(all(Path(p).name == "epoch_000" for p in checkpoint.split(JOIN)) for checkpoint in checkpoints)
     some = f"{THE_PROBE} in {untrained} of {len(checkpoints)} runs" if untrained else ""
     return THE_PROBE if untrained and untrained == len(checkpoints) else some
 

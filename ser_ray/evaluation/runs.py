@@ -25,6 +25,11 @@ class Run:
     seed: int
     checkpoint: str
     """Path inside the results folder; empty while it is not trained."""
+    soup: bool = False
+    """Whether its weights are the mean of those of all seeds (`ser_ray.models.soup`)."""
+
+    def __str__(self) -> str:
+        return f"trial {self.trial_id}, " + ("mean weights of its seeds" if self.soup else f"seed {self.seed}")
 
 
 def finals(directory: Path, space: SearchSpace, task: Task) -> list[TrialRecord]:
@@ -83,7 +88,9 @@ def trained(directory: Path, runs: Iterable[Run]) -> list[Run]:
 
 def budget(space: SearchSpace) -> dict[str, Any]:
     """The settings that say how much is trained; a search in which they have changed is evaluated again."""
-    names = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds", "rotate_dev")
+    names: tuple[str, ...] = ("trials", "hours", "gpu_hours", "finalists", "final_folds", "final_seeds", "rotate_dev")
+    # Without an ensemble as in the records of older versions, which had none.
+    names += ("ensemble",) if space.tune.ensemble else ()
     return {name: config.to_dict(space.tune)[name] for name in names} | {"epochs": space.experiment.epochs}
 
 

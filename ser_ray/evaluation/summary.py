@@ -18,7 +18,7 @@ from ser_ray.disk import replacing
 from ser_ray.evaluation.intervals import bootstrap_ci95
 from ser_ray.evaluation.metrics import accuracy, confusion, ece, headline, per_emotion, uar
 from ser_ray.evaluation.predictions import COLUMNS, PROBABILITY, Predictions
-from ser_ray.schema import UserError, is_known
+from ser_ray.schema import UserError
 
 
 def summarise(predictions: Predictions, protocol: dict[str, Any], leaky: bool, seed: int = 0) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def summarise(predictions: Predictions, protocol: dict[str, Any], leaky: bool, s
             emotion: {name: values[k] for name, values in per_label.items()} for k, emotion in enumerate(emotions)
         },
         "per_corpus": _by_group(labels, predicted, predictions.corpora, len(emotions)),
-        "per_speaker": _by_group(labels, predicted, [_named(s) for s in predictions.speakers], len(emotions)),
+        "per_speaker": _by_group(labels, predicted, predictions.named_speakers, len(emotions)),
         "ece": ece(labels, predictions.probabilities),
         "protocol": protocol,
         "leaky": bool(leaky),
@@ -110,11 +110,6 @@ def read_predictions(path: Path) -> dict[str, Predictions]:
             probabilities=np.stack([rows[PROBABILITY + emotion].to_numpy() for emotion in emotions], axis=1),
         )
     return read
-
-
-def _named(speaker: str) -> str:
-    """A speaker; all who are not known, of one corpus, have one name."""
-    return speaker if is_known(speaker) else f"{speaker.partition('/')[0]}/unknown"
 
 
 def _emotions_of(table: pa.Table, path: Path) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ def verdicts(results: Results) -> list[str]:
     runner_up = results.choice.get("against") or {}
     if metric := _metric(runner_up.get("gap", {}), results.metric):
         name = f"the runner-up, trial {runner_up['trial_id']}"
+        it = "the best single model" if results.ensemble.get("used") else it
         sentences.append(f"On dev {it} {comparison(name, runner_up['gap'][metric], metric)}.")
     sentences += [_part_of_train(name, row) for name, row in results.test.get("baselines", {}).items()]
     sentences += against_teacher(results)

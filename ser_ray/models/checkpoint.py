@@ -6,18 +6,20 @@ head.safetensors     layer mix, pooling, classifier, average speaker
 experiment.yaml      the resolved configuration
 labels.json          index -> emotion
 metrics.json         the metrics when it was written
+calibration.json     in best/: the temperature of its probabilities, and the threshold of its sets
 training/            optimiser moments and counters, to resume from
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +27,9 @@ from safetensors.torch import save_file
 
 from ser_ray import config
 from ser_ray.disk import expanded, write_json
+from ser_ray.evaluation import calibration
+from ser_ray.evaluation.calibration import Calibration
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.models import backbones, variants
 from ser_ray.models.adapters import load_updates, save_updates
 from ser_ray.models.classifier import EmotionClassifier, build
@@ -32,6 +37,9 @@ from ser_ray.models.precision import autocast
 from ser_ray.models.pretrained import MissingBackboneError
 from ser_ray.models.weights import REASON, not_finite, read_object, read_tensors, read_weights
 from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
+
+MOST_TEMPERATURE: Final = 1000.0
+"""Of a stranger's checkpoint; at a higher one all emotions are equally probable."""
 
 
 def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> None:
@@ -52,15 +60,26 @@ def save(model: EmotionClassifier, directory: Path, metrics: dict[str, Any]) -> 
 
 
 def load(
-    directory: str | Path, device: torch.device | str = "cpu", backbone: str | Path | None = None
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    backbone: str | Path | None = None,
+    precision: str | None = None,
+    in_4_bits: bool = True,
 ) -> EmotionClassifier:
     """The model that `save` wrote, in evaluation mode. ``backbone``: where its backbone is now, if that has moved.
+
+    ``precision``: what it computes in, if not in what its experiment says. ``in_4_bits``: whether a backbone that was
+    held in 4 bits in training is held so here; without, low-rank updates are over the original weights, as lora.
 
     A checkpoint may come from a stranger: its code is never run, and all of its weights have to be there and finite.
     Raises UserError if the directory is not a complete checkpoint, or its backbone cannot be found.
     """
     directory = expanded(directory).absolute()  # not to be taken for a hub id
+    check_is_one(directory)
     experiment = config.load_experiment(directory / "experiment.yaml")
+    experiment = experiment.model_copy(update={"precision": precision or experiment.precision})
+    if experiment.adapter.method == "qlora" and not in_4_bits:
+        experiment = experiment.model_copy(update={"adapter": experiment.adapter.model_copy(update={"method": "lora"})})
     for name in ("head.safetensors", "metrics.json"):
         if not (directory / name).is_file():
             raise UserError(f"{directory}: {name} is missing; give a complete checkpoint")
@@ -76,8 +95,16 @@ def load(
         hint = "" if method == "full" else "; if it has moved, say where it is now: --backbone DIR"
         raise UserError(f"{directory}: its {error}{hint}") from None
     model.head.load_state_dict(read_weights(directory / "head.safetensors", model.head.state_dict()))
+    known = _calibration(directory)
+    model.temperature, model.least_probability = known.temperature, known.least_probability
     _check_runs(model.eval(), directory)
     return model
+
+
+def check_is_one(directory: Path) -> None:
+    """Raises UserError for an ensemble (`ser_ray.models.ensemble`)."""
+    if (directory / ENSEMBLE).is_file():
+        raise UserError(f"{directory}: an ensemble, which is several models; give one of them: {directory}/members/01")
 
 
 def save_training_state(directory: Path, optimizer: torch.optim.Optimizer, counters: dict[str, Any]) -> None:
@@ -120,6 +147,30 @@ def load_weights(model: EmotionClassifier, directory: Path) -> None:
         device = next(model.head.parameters()).device
         weights = backbones.load(str(directory.absolute() / "backbone"), device=device)
         model.backbone.model.load_state_dict(weights.model.state_dict())
+
+
+def _calibration(directory: Path) -> Calibration:
+    """What the answers of a checkpoint are calibrated by; of one without such a file, nothing."""
+    path = directory / calibration.FILE
+    if not path.is_file():
+        return Calibration()
+    return calibration_in(read_object(path), path)
+
+
+def calibration_in(content: Mapping[str, Any], path: Path) -> Calibration:
+    """The calibration in a stranger's JSON. Raises UserError for one that divides by nothing, or by no number."""
+    temperature, least = _number(content.get("temperature")), content.get("least_probability")
+    if not 0 < temperature < MOST_TEMPERATURE:
+        raise UserError(f"{path}: temperature has to be a number above 0; without this file there is none")
+    if least is not None and not 0 <= _number(least) <= 1:
+        raise UserError(f"{path}: least_probability has to be between 0 and 1, or null")
+    return Calibration(temperature, None if least is None else float(least))
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    return float(value) if number else math.nan
 
 
 def _check_moments(

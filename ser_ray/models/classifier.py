@@ -34,6 +34,10 @@ class EmotionClassifier(nn.Module):
         self.head = heads.make(experiment, backbone.num_layers, backbone.width)
         self.prefix: Prefix | None = None
         """Set while the model's inputs are cached features in place of waveforms."""
+        self.temperature = 1.0
+        """What every logit is divided by for a probability; `ser_ray.evaluation.calibration` fits it."""
+        self.least_probability: float | None = None
+        """Of an emotion in a set (`ser_ray.evaluation.sets`), at this temperature; None if it was not fitted."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
@@ -51,6 +55,10 @@ class EmotionClassifier(nn.Module):
         hiddens, mask_BF = self.hidden_states(inputs, lengths_B, padded)
         logits_BK: torch.Tensor = self.head(hiddens, mask_BF, voices)
         return logits_BK
+
+    def probabilities(self, logits_BK: torch.Tensor) -> torch.Tensor:
+        """(B, K) float64: what the logits stand for, calibrated."""
+        return (logits_BK.double() / self.temperature).softmax(-1)
 
     def pooled(self, inputs: torch.Tensor, lengths_B: torch.Tensor, padded: bool = True) -> torch.Tensor:
         """The same inputs -> pooled_BP: what a voice is made of, and what `Head.relative` takes."""

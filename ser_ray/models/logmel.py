@@ -6,6 +6,8 @@ There the silence after an utterance is transformed and encoded too: 85 % of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torchaudio
 from torch import nn
@@ -44,11 +46,12 @@ class LogMel(nn.Module):
         if longest > CHUNK_SAMPLES:
             raise ValueError(f"utterance of {longest / SAMPLING_RATE:.1f} s; Whisper's limit is 30 s")
         # Zeros after the longest utterance, so that its last frames are the same as in a longer batch.
-        padded_BT = nn.functional.pad(waveform_BT, (0, min(longest + N_FFT, CHUNK_SAMPLES) - longest))
+        ends: Any = torch.sym_min(longest + N_FFT, CHUNK_SAMPLES)  # unlike min(), it is exported for any length
+        padded_BT = nn.functional.pad(waveform_BT, (0, ends - longest))
         mel_BMF = self.mel(padded_BT)[..., :-1].clamp(min=1e-10).log10()
         # The floor is 8 below the utterance's own maximum; the silence after it has the lowest possible value.
         floor_B11 = mel_BMF.amax(dim=(1, 2), keepdim=True) - 8.0
         features_BMF = (torch.maximum(mel_BMF, floor_B11) + 4.0) / 4.0
         frames_B = (lengths_B + HOP - 1) // HOP
         own_BF = torch.arange(mel_BMF.shape[-1], device=mel_BMF.device) < frames_B[:, None]
-        return (features_BMF * own_BF[:, None])[..., : -(-longest // HOP)], frames_B
+        return (features_BMF * own_BF[:, None])[..., : (longest + HOP - 1) // HOP], frames_B

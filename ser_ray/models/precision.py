@@ -9,6 +9,7 @@ computed outside of autocast. Importing this module turns TF32 off: fp32 on a GP
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Final, ParamSpec, TypeVar
@@ -45,6 +46,12 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     if precision == "auto":
         return _best_dtype() if torch.device(device).type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def parameters_in(tensor: torch.Tensor) -> int:
+    """The number of weights that a tensor stands for: in NF4, one byte holds two."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else int(math.prod(state.shape))
 
 
 def nf4_dtype(precision: str, device: torch.device | str) -> torch.dtype:

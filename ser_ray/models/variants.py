@@ -96,6 +96,17 @@ def restore(peft: PeftModel) -> None:
             layer.get_base_layer().weight.copy_(published[name])
 
 
+@torch.no_grad()
+def copy_dequantised(quantised: nn.Module, encoder: nn.Module) -> None:
+    """Set weights of ``encoder``, none of which is in 4 bits, to what those that are in 4 bits in ``quantised`` stand
+    for. Both are the same backbone; ``encoder`` may be without low-rank updates."""
+    modules = dict(encoder.named_modules())
+    for name, module in quantised.named_modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            own: Any = modules[name if name in modules else name.removesuffix(".base_layer")]
+            own.weight.copy_(_dequantised(module.weight))
+
+
 # -- below: how it is done
 
 _PREFIX: Final = "base_model.model."

@@ -72,11 +72,13 @@ class Attention(nn.Module):
 def position_bias(weight: torch.Tensor, frames: int, max_distance: int, dtype: torch.dtype) -> torch.Tensor:
     """(H, F, F) from the embeddings of distances (buckets, H): of head, query and key.
 
-    Only the 2 F - 1 distances that occur are looked up, and laid out along the diagonals.
+    Only the 2 F - 1 distances that occur are looked up, and laid out along the diagonals: by their
+    numbers, since a view of sliding windows cannot be exported for any F.
     """
+    places = torch.arange(frames, device=weight.device)
     distances = torch.arange(1 - frames, frames, device=weight.device)
     of_distance_HN = functional.embedding(_buckets(distances, weight.shape[0], max_distance), weight).to(dtype).T
-    return of_distance_HN.unfold(1, frames, 1).flip(1)  # the last window, of distances 0 to F - 1, is the first query's
+    return of_distance_HN[:, places - places[:, None] + (frames - 1)]
 
 
 def padding(mask_BF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

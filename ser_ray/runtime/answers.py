@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ser_ray.models import checkpoint
+from ser_ray.evaluation.ensemble import total
+from ser_ray.models import ensemble
+from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import bound_memory, choose_device
 from ser_ray.speech import order, stream
 from ser_ray.speech.stream import Batch
@@ -28,30 +31,40 @@ class Answerer:
         self.threads, self.device = threads, choose_device(gpus)
 
     def answers(self, directory: str, rows: pa.Table) -> dict[str, np.ndarray]:
-        """Utterance id -> a checkpoint's probabilities, (K,) float64, of the emotions of its experiment."""
-        model = checkpoint.load(directory, self.device)
-        temperature = getattr(model, "temperature", 1.0)
+        """Utterance id -> the probabilities of a checkpoint or an ensemble, (K,) float64, of the emotions of its
+        experiment."""
+        model = ensemble.load(directory, self.device)
+        each = [self._of_member(member, rows) for member in ensemble.members_of(model)]
+        ids = sorted(each[0])
+        found_NK = ensemble.together(model, [np.stack([own[i] for i in ids]) for own in each])
+        return dict(zip(ids, found_NK, strict=True))
 
+    def cost(self, directory: str, rows: pa.Table) -> Cost:
+        """What a checkpoint or an ensemble costs on one core of a CPU, measured on these utterances, one at a time."""
+        torch.set_num_threads(1)
+        try:
+            members = ensemble.members_of(ensemble.load(directory))
+            return Cost(**total([asdict(cost_of(member, _alone(rows))) for member in members]))
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _of_member(self, model: EmotionClassifier, rows: pa.Table) -> dict[str, np.ndarray]:
         def predict(batch_seconds: float) -> dict[str, np.ndarray]:
             probabilities: dict[str, np.ndarray] = {}
             for batch, logits_BK in predict_batches(model, _batches(rows, batch_seconds)):
-                found_BK = (logits_BK.double() / temperature).softmax(-1).cpu().numpy()
+                found_BK = model.probabilities(logits_BK).cpu().numpy()
                 probabilities.update(zip(batch.utterance_ids, found_BK, strict=True))
             return probabilities
 
         return with_what_fits(predict, model.experiment.batch_seconds)
 
-    def cost(self, directory: str, rows: pa.Table) -> Cost:
-        """What a checkpoint costs on one core of a CPU, measured on these utterances, one at a time."""
-        torch.set_num_threads(1)
-        try:
-            alone = (_batches(rows.slice(row, 1), 1.0) for row in range(rows.num_rows))
-            return cost_of(checkpoint.load(directory), itertools.chain.from_iterable(alone))
-        finally:
-            torch.set_num_threads(self.threads)
-
 
 # -- below: how it is done
+
+
+def _alone(rows: pa.Table) -> Iterator[Batch]:
+    """Every utterance in a batch of its own."""
+    return itertools.chain.from_iterable(_batches(rows.slice(row, 1), 1.0) for row in range(rows.num_rows))
 
 
 def _batches(rows: pa.Table, batch_seconds: float) -> Iterator[Batch]:

@@ -32,6 +32,15 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def serve_on_loopback() -> None:
+    """In a replica of Ray Serve, before it is ready: its port is on 127.0.0.1 too. Ray 2.60 opens it on all addresses
+    (``ray.serve._private.replica``)."""
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
+
+
 def own_directory(temp: Path) -> Path:
     """Where a Ray that is started keeps its sessions: below ``temp``, in a directory that only its owner can enter. Ray
     itself makes its directories writable for everybody.

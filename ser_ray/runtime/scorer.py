@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +22,19 @@ from ser_ray.models.voice import Others, Voice, voices_of
 from ser_ray.protocols.folds import counted_emotions
 from ser_ray.protocols.task import Task, write_fold
 from ser_ray.runtime.feature_cache import CachedFeatures
+from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import order, stream
 from ser_ray.speech.audio import from_int16
 from ser_ray.speech.stream import Batch
+from ser_ray.training.cost import cost_of
 from ser_ray.training.enrolment import probabilities
 from ser_ray.training.loop import predict_batches
 from ser_ray.training.memory import with_what_fits
 from ser_ray.training.probe import start_from_probe
 from ser_ray.training.speakers import pooled_vectors
+
+TIMES: Final = 5
+"""How often an utterance is predicted for its time, of which the median counts."""
 
 
 class Scorer:
@@ -78,6 +83,23 @@ class Scorer:
             return Enrolled(recordings, tuple(draws), used / len(draws))
 
         return [point(recordings) for recordings in settings.recordings]
+
+    def cost(self, directory: str) -> dict[str, Any]:
+        """What a checkpoint costs at prediction: its parameters, the megabytes that its weights take in memory, the
+        milliseconds for an utterance of dev's median duration (``seconds``), alone, on this ``device``."""
+        model = checkpoint.load(directory, self.device)
+        seconds = float(np.median(self._task(model.experiment).durations("dev")))
+        waveform_1T = 0.1 * torch.randn(1, round(seconds * SAMPLING_RATE), generator=torch.Generator().manual_seed(0))
+        batch = Batch(("",), waveform_1T, torch.tensor([waveform_1T.shape[1]]), torch.zeros(1, dtype=torch.int64))
+        cost = cost_of(model, [batch] * TIMES)
+        threads = f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+        return {
+            "parameters": cost.parameters,
+            "megabytes": cost.megabytes,
+            "milliseconds": cost.milliseconds,
+            "seconds": seconds,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads,
+        }
 
     def probe(self, values: dict[str, Any], split: str, cached: CachedFeatures | None = None) -> Predictions:
         """The same by logistic regression on the experiment's frozen backbone, on the layer that is best on dev."""
@@ -129,7 +151,7 @@ class Scorer:
         def predict(batch_seconds: float) -> dict[str, np.ndarray]:
             probabilities: dict[str, np.ndarray] = {}
             for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
-                rows = logits_BK.double().softmax(-1).cpu().numpy()
+                rows = model.probabilities(logits_BK).cpu().numpy()
                 probabilities.update(zip(batch.utterance_ids, rows, strict=True))
             return probabilities
 

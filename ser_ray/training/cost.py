@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.precision import parameters_in
 from ser_ray.speech.stream import Batch
 from ser_ray.training.loop import predict_batches
 
@@ -37,20 +38,11 @@ def cost_of(model: EmotionClassifier, alone: Iterable[Batch]) -> Cost:
                 logits_BK.cpu()
             elapsed = time.perf_counter() - started
         seconds.append(elapsed)
-    return Cost(num_parameters(model), _bytes(model) / 1e6, 1000 * float(np.median(seconds)), len(seconds))
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    """The number of weights, trained or not; those of NF4, two of which share a byte, are counted one by one."""
-    return sum(_size(parameter) for parameter in model.parameters())
+    parameters = sum(map(parameters_in, model.parameters()))
+    return Cost(parameters, _bytes(model) / 1e6, 1000 * float(np.median(seconds)), len(seconds))
 
 
 # -- below: how it is done
-
-
-def _size(parameter: torch.Tensor) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def _bytes(model: torch.nn.Module) -> int:

@@ -19,13 +19,10 @@ from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.precision import autocast
 from ser_ray.models.voice import average_speaker, relative
 from ser_ray.speech.stream import Batch
-from ser_ray.training.speakers import Drawn
 
 if TYPE_CHECKING:  # takes a second to import, also for trials without a probe
     from sklearn.linear_model import LogisticRegression
 
-PROBE_C: Final = 0.01
-"""Inverse regularisation C, for about a thousand standardised features and about as many utterances."""
 NOBODY: Final[Mapping[str, str]] = {}
 PROBE_BYTES: Final = 2_000_000_000
 """Largest size of the features that a probe is fitted on. Of whisper-large (33 layers, 2 x 1280 features) 5 900
@@ -45,8 +42,9 @@ def start_from_probe(
     It sees what the head's own pooling makes of a layer, so the head starts as exactly the probe. Of a large corpus the
     probe sees a random part (`most_utterances`), the same whatever the order and the number of processes.
 
-    With ``head.speaker`` it sees train as the head does in training (`ser_ray.training.speakers`), and dev without
-    knowledge of its speakers. ``speakers``: utterance id -> speaker, for train; not used otherwise.
+    It is fitted without knowledge of speakers, also with ``head.speaker``: where recordings of a speaker are known
+    they then bring as much as to a probe that saw them in training, and where none are it is the better one
+    (results/LOG.md, 2026-11-30). ``speakers``: utterance id -> speaker, for train; only for ``head.speaker``.
     """
     ids_N, features_NLP, labels_N = _features(model, train, gather)
     _, dev_features_MLP, dev_labels_M = _features(model, dev, gather)
@@ -58,7 +56,8 @@ def start_from_probe(
     for features in (features_NLP, dev_features_MLP):  # in place: they may be large
         features -= center_LP
         features /= scale_LP
-    probes = [_fit(features_NLP[:, layer], labels_N) for layer in range(features_NLP.shape[1])]
+    c = model.experiment.head.probe_c
+    probes = [_fit(features_NLP[:, layer], labels_N, c) for layer in range(features_NLP.shape[1])]
     guesses = [probe.predict(dev_features_MLP[:, layer]) for layer, probe in enumerate(probes)]
     num_emotions = len(model.experiment.emotions)
     scores = [metrics.uar(metrics.confusion(dev_labels_M, guess, num_emotions)) for guess in guesses]
@@ -107,13 +106,12 @@ def _relate(
     speakers: Mapping[str, str],
     experiment: Experiment,
 ) -> None:
-    """In place: every layer in relation to its own speakers' means."""
+    """In place: every layer in relation to the average speaker of train, as the head sees it at k = 0."""
     named = [speakers[utterance_id] for utterance_id in ids]
     for layer in range(train_NLP.shape[1]):
         train_NP, dev_MP = (torch.from_numpy(features[:, layer].copy()) for features in (train_NLP, dev_MLP))
         average = average_speaker(train_NP, named)
-        voices = Drawn(train_NP, ids, named).voices(ids, experiment.seed, 0)
-        train_NLP[:, layer] = relative(train_NP, average, voices, experiment.head)
+        train_NLP[:, layer] = relative(train_NP, average, None, experiment.head)
         dev_MLP[:, layer] = relative(dev_MP, average, None, experiment.head)
 
 
@@ -132,10 +130,21 @@ def _sampled(parts: list[_Features]) -> _Features:
     return ids_N[chosen_N], features_NLP[chosen_N], labels_N[chosen_N]
 
 
-def _fit(standard_NP: np.ndarray, labels_N: np.ndarray) -> LogisticRegression:
+def _fit(standard_NP: np.ndarray, labels_N: np.ndarray, c: float) -> LogisticRegression:
+    """The probe of one layer.
+
+    With fewer utterances than features it is fitted to the utterances' coordinates in the space that they span, where
+    its solution lies: the same probe from a part of the numbers.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=500).fit(standard_NP, labels_N)
+    probe = LogisticRegression(C=c, class_weight="balanced", max_iter=500)
+    if len(standard_NP) >= standard_NP.shape[1]:
+        return probe.fit(standard_NP, labels_N)
+    basis_PN, coordinates_NN = np.linalg.qr(standard_NP.T)
+    probe.fit(coordinates_NN.T, labels_N)
+    probe.coef_, probe.n_features_in_ = probe.coef_ @ basis_PN.T, standard_NP.shape[1]
+    return probe
 
 
 def _classifier(probe: LogisticRegression, num_emotions: int) -> tuple[torch.Tensor, torch.Tensor]:

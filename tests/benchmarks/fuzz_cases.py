@@ -982,7 +982,8 @@ def _named_object(audio: Path, number: int, source: Path, random: Random) -> tup
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(os.path.relpath(path))
     elif kind == "device":
-        return random.choice(("/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/kmsg", "/sys")), kind
+        # Not /proc/kmsg: whoever reads it waits for the kernel's next line, as at a terminal for the next key.
+        return random.choice(("/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/sys")), kind
     elif kind == "pipe in a folder":
         path.mkdir()
         os.mkfifo(path / "p.wav")

@@ -33,7 +33,8 @@ search() { # NAME SECONDS SPACE [key=value ...]
 
 nvidia-smi > "$out/gpu.txt" 2>&1
 whisper=("experiment.corpora.ravdess=$ravdess" "experiment.backbone=$backbone")
-step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
+# One process for one card, and no pytest-xdist, which a bare machine may lack.
+step tests 120 "$python" -m pytest -o addopts= -m gpu -q -p no:cacheprovider tests
 step gpu $((60 * ${MINUTES:-8} + 30)) "$python" tests/benchmarks/gpu.py --rows "$out/gpu.jsonl" \
     --minutes "${MINUTES:-8}" --ravdess "$ravdess" --whisper "$backbone"
 search frozen 90 ravdess_whisper.yaml "${whisper[@]}" 'experiment.adapter={method: frozen}' \

@@ -62,6 +62,8 @@ RESERVING: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_em
 
 Counts = dict[str, dict[str, dict[str, float]]]
 """Family, method -> ``kernels``, and ``kept_mb`` for 100 s of audio."""
+Rates = dict[str, dict[str, list[tuple[float, float]]]]
+"""What is timed, ``now`` or ``before`` -> `rate` of every turn."""
 
 
 class Kernels(TorchDispatchMode):
@@ -193,10 +195,9 @@ def every_count(ask: Callable[..., Any]) -> Counts:
     return {family: {method: ask("count", family, method) for method in METHODS} for family in FAMILIES}
 
 
-def by_turns(whisper: Path, other: Callable[..., Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def by_turns(whisper: Path, other: Callable[..., Any]) -> Rates:
     """The rates of both, turn by turn; a busy machine slows both of a turn."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    found |= {", ".join(how): {"now": [], "before": []} for how in TIMED}
+    found: Rates = {", ".join(how): {"now": [], "before": []} for how in TIMED}
     sides = {"now": rate, "before": lambda directory, *how: tuple(other("rate", str(directory), *how))}
     for turn in range(TURNS):
         for how, rates in zip(TIMED, found.values(), strict=True):

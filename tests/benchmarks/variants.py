@@ -43,7 +43,6 @@ from ser_ray.protocols.task import Task, load_task
 from ser_ray.runtime import feature_cache, feed
 from ser_ray.speech import cached_features, shards, stream
 from ser_ray.training import loop
-from ser_ray.training.probe import PROBE_C
 
 SPACE: Final = Path(__file__).resolve().parents[2] / "search_spaces" / "ravdess_emobox.yaml"
 WAYS: Final = {  # name: (adapter.method, adapter.variant, the way that it is compared with)
@@ -186,7 +185,7 @@ def start(
     if not file.is_file():
         features_NP, label_N = pooled(model, data.train(0))
         center_P, scale_P = features_NP.mean(0), features_NP.std(0) + 1e-5
-        probe = LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=500)
+        probe = LogisticRegression(C=model.experiment.head.probe_c, class_weight="balanced", max_iter=500)
         probe.fit((features_NP - center_P) / scale_P, label_N)
         found = (torch.from_numpy(part).float() for part in (center_P, scale_P, probe.coef_, probe.intercept_))
         model.head.start_from_probe(0, *found)

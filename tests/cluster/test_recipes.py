@@ -38,9 +38,10 @@ def test_shellcheck_would_find_a_fault(tmp_path):
     assert subprocess.run([tool("shellcheck"), str(tmp_path / "bad.sh")], capture_output=True).returncode == 1
 
 
-def test_the_container_recipe_passes_hadolint():
+@pytest.mark.parametrize("recipe", ["Containerfile", "Containerfile.serve"])
+def test_a_container_recipe_passes_hadolint(recipe):
     # DL3008: Debian keeps one version of a package only, so that a pinned one is gone with its next fix.
-    command = [tool("hadolint"), "--ignore", "DL3008", str(CLUSTER / "Containerfile")]
+    command = [tool("hadolint"), "--ignore", "DL3008", str(CLUSTER / recipe)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -48,6 +49,16 @@ def test_the_container_recipe_passes_hadolint():
 def copied(text: str) -> set[str]:
     """What a container recipe copies out of this repository."""
     return {word for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for word in line.split()}
+
+
+def test_the_image_that_serves_is_made_like_the_other_and_starts_the_command():
+    from ser_ray.__main__ import VERBS
+
+    serving, container = ((CLUSTER / name).read_text() for name in ("Containerfile.serve", "Containerfile"))
+    for part in (r"^FROM .*$", r"^WORKDIR .*$", r"^COPY .*$"):
+        assert re.findall(part, serving, re.M) == re.findall(part, container, re.M)
+    command = yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", serving, re.M)[1])
+    assert (command[0], command[1] in VERBS) == ("ser-ray", True)
 
 
 def test_both_recipes_install_the_same_with_the_pinned_versions():
@@ -76,18 +87,18 @@ def check_model(value: dict[str, Any], kind: str) -> None:
     assert read.model_dump(by_alias=True, exclude_unset=True) == value, f"not all of it is {kind}"
 
 
-@pytest.fixture(scope="module")
-def manifest() -> dict[str, Any]:
-    (one,) = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
+def read_manifest(name: str) -> dict[str, Any]:
+    (one,) = yaml.safe_load_all((CLUSTER / name).read_text())
     return one
 
 
-def test_the_manifest_has_fields_that_kuberay_documents(manifest):
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
-    check_model(manifest["metadata"], "V1ObjectMeta")
-    job = manifest["spec"]
-    cluster = job["rayClusterSpec"]
-    assert set(job) <= RAY_JOB
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, Any]:
+    return read_manifest("kuberay.yaml")
+
+
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """Hold a RayCluster's spec to the documented fields, and its pods to Kubernetes' types."""
     assert set(cluster) <= RAY_CLUSTER
     assert set(cluster["headGroupSpec"]) <= HEAD_GROUP
     assert cluster["authOptions"] == {"mode": "token"}
@@ -98,6 +109,38 @@ def test_the_manifest_has_fields_that_kuberay_documents(manifest):
     for group in cluster["workerGroupSpecs"]:
         assert set(group) <= WORKER_GROUP
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_the_manifest_has_fields_that_kuberay_documents(manifest):
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    check_model(manifest["metadata"], "V1ObjectMeta")
+    assert set(manifest["spec"]) <= RAY_JOB
+    check_cluster(manifest["spec"]["rayClusterSpec"])
+
+
+def test_the_service_has_them_too_and_serves_what_the_command_writes():
+    from ser_ray import serve
+    from ser_ray.serving.settings import Settings
+
+    service = read_manifest("kuberay-serve.yaml")
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    check_model(service["metadata"], "V1ObjectMeta")
+    assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    cluster = service["spec"]["rayClusterConfig"]
+    check_cluster(cluster)
+    content = yaml.safe_load(service["spec"]["serveConfigV2"])
+    settings = Settings.model_validate(content["applications"][0].pop("args"))
+    written = yaml.safe_load(serve.configuration(settings, content["http_options"]["port"]))
+    written["applications"][0].pop("args")
+    assert written == content
+    places = [*settings.checkpoints.values(), settings.key_file]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+        assert all(any(place.startswith(f"{mount}/") for mount in mounts.values()) for place in places)
+        (mode,) = (volume["secret"]["defaultMode"] for volume in pod["volumes"] if "secret" in volume)
+        assert not mode & 0o007, "a key file that everybody can read is refused"
 
 
 def test_every_pod_mounts_what_it_declares_and_what_the_entrypoint_uses(manifest):

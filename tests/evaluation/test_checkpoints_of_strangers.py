@@ -9,7 +9,9 @@ import pytest
 from backbone_fixtures import experiment
 
 from ser_ray import config
-from ser_ray.evaluation import folder, record
+from ser_ray.evaluation import best, ensemble, folder
+from ser_ray.evaluation.calibration import Calibration
+from ser_ray.evaluation.runs import Run
 from ser_ray.schema import UserError
 from ser_ray.trials.records import Trials
 
@@ -51,7 +53,7 @@ def test_other_names_of_corpora_are_as_good(name: str) -> None:
 
 
 def test_what_a_link_leads_to_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "model_card", lambda *_: "a card")
+    monkeypatch.setattr(best, "model_card", lambda *_: "a card")
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "key").write_text("secret")
     source = tmp_path / "trials" / "001" / "epoch_001"
@@ -60,6 +62,7 @@ def test_what_a_link_leads_to_is_not_given_away(tmp_path: Path, monkeypatch: pyt
     (source / "notes").symlink_to(tmp_path / "secret" / "key")
     (source / "more").symlink_to(tmp_path / "secret")
     (source / "adapter" / "notes").symlink_to("../../../../secret/key")
-    record.install_best(tmp_path, source, {}, {}, "dev_uar")
+    chosen = ensemble.trial([Run("001", 0, 0, "trials/001/epoch_001")], [])
+    best.install_best(tmp_path, chosen, {}, {}, "uar", Calibration())
     files = sorted(str(path.relative_to(tmp_path / "best")) for path in (tmp_path / "best").rglob("*"))
     assert files == ["README.md", "adapter", "experiment.yaml"]

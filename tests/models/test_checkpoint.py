@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ser_ray.models import checkpoint
 from ser_ray.models.classifier import build
 from ser_ray.schema import UserError
+from ser_ray.training.inference import embed, predict
 from ser_ray.training.loop import make_optimizer
 
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -141,3 +142,51 @@ def test_moments_of_another_training_are_refused(tmp_path: Path, tensors: dict[s
     save_file(tensors, tmp_path / "training" / "optimizer.safetensors")
     with pytest.raises(UserError, match=said):
         checkpoint.load_training_state(tmp_path, optimizer)
+
+
+def _calibrated(backbones_dir: Path, directory: Path, content: object) -> Path:
+    checkpoint.save(build(experiment(backbones_dir / "whisper")), directory, {})
+    (directory / "calibration.json").write_text(json.dumps(content))
+    return directory
+
+
+def test_answers_are_calibrated(backbones_dir: Path, tmp_path: Path) -> None:
+    """By the temperature of the file, everywhere that probabilities are made; without the file by none."""
+    saved = _calibrated(backbones_dir, tmp_path, {"temperature": 0.25, "least_probability": 0.2, "coverage": 0.9})
+    model, tone = checkpoint.load(saved), 0.3 * torch.sin(torch.arange(8000) / 8).numpy()
+    assert (model.temperature, model.least_probability) == (0.25, 0.2)
+    found = list(next(iter(predict(model, [(tone, 16_000)]))).probabilities.values())
+    pooled_1P = torch.from_numpy(embed(model, [(tone, 16_000)]))
+    with torch.inference_mode():
+        logits_K = model.head.classify(pooled_1P)[0].double()
+    assert found == pytest.approx((4 * logits_K).softmax(-1).tolist(), abs=1e-5)
+    (saved / "calibration.json").unlink()
+    plain = checkpoint.load(saved)
+    assert (plain.temperature, plain.least_probability) == (1.0, None)
+    answer = next(iter(predict(plain, [(tone, 16_000)])))
+    assert list(answer.probabilities.values()) == pytest.approx(logits_K.softmax(-1).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "temperature"),
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": 1.0, "least_probability": 1.5}, "least_probability"),
+        ({"temperature": 1.0, "least_probability": "low"}, "least_probability"),
+        ([1.0], "no object"),
+    ],
+)
+def test_a_calibration_that_is_none_is_one_line(
+    backbones_dir: Path, tmp_path: Path, content: object, said: str
+) -> None:
+    saved = _calibrated(backbones_dir, tmp_path, content)
+    with pytest.raises(UserError, match=said) as caught:
+        checkpoint.load(saved)
+    assert "calibration.json" in str(caught.value)
+    assert "\n" not in str(caught.value)

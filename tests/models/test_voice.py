@@ -163,3 +163,47 @@ def test_the_average_speaker_is_saved_with_the_head(backbones_dir, tmp_path) -> 
     assert torch.equal(loaded.head.speaker.mean_P, model.head.speaker.mean_P)
     assert torch.equal(loaded.head.speaker.variance_P, model.head.speaker.variance_P)
     assert torch.equal(logits(loaded, noise_batch()), logits(model, noise_batch()))
+
+
+# -- how far a recording is from a voice
+
+
+def _norm(pooled_NP: torch.Tensor, speakers: list[str]) -> voice.SpeakerNorm:
+    norm = voice.SpeakerNorm(_head(), pooled_NP.shape[1])
+    norm.fit(pooled_NP, speakers)
+    return norm
+
+
+def test_the_distance_is_that_of_a_plain_loop() -> None:
+    pooled_NP, who = _pooled(12), [f"c/{n % 3}" for n in range(12)]
+    norm, asked_BP = _norm(pooled_NP, who), _pooled(2, 5)
+    known = voice.voices_of(pooled_NP, [np.array([0, 3, 6]), np.array([1])])
+    by_speaker = [pooled_NP.numpy()[n::3].astype(np.float64) for n in range(3)]
+    within, between = np.mean([own.var(0) for own in by_speaker], 0), np.var([own.mean(0) for own in by_speaker], 0)
+    for row, (count, mean) in enumerate(((3, pooled_NP[[0, 3, 6]].mean(0)), (1, pooled_NP[1]))):
+        weights = [(b / (w + 1e-6)) ** 2 for b, w in zip(between, within, strict=True)]
+        squares = [(float(asked_BP[row, p] - mean[p])) ** 2 / (within[p] + 1e-6) for p in range(WIDTH)]
+        expected = np.average(squares, weights=weights) / (1 + 1 / count)
+        assert norm.distance(asked_BP, known)[row].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 4, 20])
+def test_the_distance_to_the_own_voice_is_one_on_average_however_many_recordings_it_is_of(count: int) -> None:
+    """Speakers drawn from a known distribution; another person is further away."""
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=(40, 1, 30)) * 2
+    speech = torch.tensor(centre + rng.normal(size=(40, 60, 30)), dtype=torch.float32)
+    norm = _norm(speech.flatten(0, 1), [f"c/{n}" for n in range(40) for _ in range(60)])
+    own, other = [], []
+    for n in range(40):
+        known = voice.voices_of(speech[n], [np.arange(count)] * 30)
+        own.append(norm.distance(speech[n, 30:], known).mean().item())
+        other.append(norm.distance(speech[(n + 1) % 40, 30:], known).mean().item())
+    assert np.mean(own) == pytest.approx(1, abs=0.08)
+    assert min(other) > max(own)
+
+
+def test_of_a_single_speaker_no_distance_is_known() -> None:
+    norm = _norm(_pooled(6), ["c/a"] * 6)
+    known = voice.voices_of(_pooled(3, 9), [np.arange(3)] * 6)
+    assert not norm.distance(_pooled(6, 8), known).any()

@@ -15,7 +15,7 @@ from backbone_fixtures import experiment
 from ser_ray import predict
 from ser_ray.config import Audio
 from ser_ray.models.classifier import build
-from ser_ray.speech import audio, long
+from ser_ray.speech import audio, long, pieces
 from ser_ray.training import inference
 from ser_ray.training.inference import Answer, answer_columns
 
@@ -136,7 +136,7 @@ def test_groups_end_anywhere(model, monkeypatch):
 def test_one_bad_recording_costs_no_other_its_answer(model, tmp_path, monkeypatch):
     for name in ("a.wav", "b.wav", "c.wav"):
         soundfile.write(tmp_path / name, speech(5), RATE)
-    load = inference.load_windows
+    load = pieces.load_windows
 
     def breaking(path, settings):
         windows = load(path, settings)
@@ -145,7 +145,7 @@ def test_one_bad_recording_costs_no_other_its_answer(model, tmp_path, monkeypatc
             raise OSError(5, "Input/output error", str(path))
         yield from windows
 
-    monkeypatch.setattr(inference, "load_windows", breaking)
+    monkeypatch.setattr(pieces, "load_windows", breaking)
     names = ["a.wav", "missing.wav", "b.wav", "x" * 300, "nul\0.wav", ".", "c.wav"]
     answers = list(inference.predict(model, [tmp_path / name for name in names]))
     wholes = [answer for answer in answers if answer.start is None]

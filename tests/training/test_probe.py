@@ -18,7 +18,7 @@ from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.speech.stream import Batch
 from ser_ray.training import loop
 from ser_ray.training import probe as module
-from ser_ray.training.probe import PROBE_C, start_from_probe
+from ser_ray.training.probe import start_from_probe
 
 
 def _features(model: EmotionClassifier, batches: Iterable[Batch], layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def _features(model: EmotionClassifier, batches: Iterable[Batch], layer: int) ->
 
 def _probes(model: EmotionClassifier, train: list[Batch]) -> list[Pipeline]:
     """scikit-learn's own, one a layer."""
-    regression = {"C": PROBE_C, "class_weight": "balanced", "max_iter": 500}
+    regression = {"C": 0.01, "class_weight": "balanced", "max_iter": 500}
     return [
         make_pipeline(StandardScaler(), LogisticRegression(**regression)).fit(*_features(model, train, layer))
         for layer in range(LAYERS + 1)
@@ -88,7 +88,7 @@ def test_a_concatenating_head_starts_as_the_probe_of_all_layers(backbones_dir: P
         for every in ([_features(model, part, layer) for layer in range(LAYERS + 1)] for part in (train, dev))
     )
     scaler = StandardScaler().fit(seen)
-    probe = LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=500).fit(scaler.transform(seen), labels)
+    probe = LogisticRegression(C=0.01, class_weight="balanced", max_iter=500).fit(scaler.transform(seen), labels)
     found = torch.cat([logits(model, batch) for batch in dev]).numpy()
     np.testing.assert_allclose(found, probe.decision_function(scaler.transform(unseen)), atol=2e-2)
 

@@ -211,31 +211,43 @@ def test_without_the_key_train_is_not_passed_over(tiny: Experiment) -> None:
     assert TrainVoices(build(with_sections(tiny, head={})), list, {}, _alone).drawn(["x"], 1) is None
 
 
-def test_the_probe_is_fitted_on_vectors_in_relation_to_their_speakers(tiny: Experiment) -> None:
-    """scikit-learn's, on features centred by hand."""
+@pytest.mark.parametrize("layer_mix", ["concat", "weighted"])
+@pytest.mark.parametrize("speaker", ["center", "standardize"])
+def test_the_probe_is_that_of_a_model_that_never_heard_of_speakers(
+    tiny: Experiment, speaker: str, layer_mix: str
+) -> None:
+    """Where nothing is known of a speaker; and scikit-learn's, on plain features, where a speaker is known."""
     from sklearn.linear_model import LogisticRegression
 
-    described = with_sections(
-        tiny, head={"speaker": "center", "init": "probe", "layer_mix": "concat", "pooling": "statistics"}, epochs=1
-    )
-    model = build(described)
-    untrained = build(described)
-    weights: list[torch.Tensor] = []
+    def probed(speaker: str) -> EmotionClassifier:
+        kept: list[Any] = []
 
-    def on_epoch(record: loop.Record, save: loop.Save) -> None:
-        if record["epoch"] == 0:
-            weights.extend(p.detach().clone() for p in model.head.classifier[-1].parameters())
+        def on_epoch(record: loop.Record, save: loop.Save) -> None:
+            if record["epoch"] == 0:
+                kept.append({name: value.clone() for name, value in model.head.state_dict().items()})
 
-    loop.fit(model, _data(), on_epoch)
-    ids, pooled_NP = pooled_vectors(untrained, TRAIN, _alone)
-    drawn = Drawn(pooled_NP, ids, [SPEAKERS[i] for i in ids])
-    plain = pooled_NP.numpy().astype(np.float64)
-    means = [plain[[SPEAKERS[i] == f"synthetic/{n}" for i in ids]].mean(0) for n in range(4)]
-    rows = [drawn.recordings(i, described.seed, 0) for i in ids]
-    centred = np.stack(
-        [x - (plain[r].sum(0) + 2 * np.mean(means, axis=0)) / (len(r) + 2) for x, r in zip(plain, rows, strict=True)]
-    )
+        head = {"speaker": speaker, "init": "probe", "layer_mix": layer_mix, "pooling": "statistics", "probe_c": 0.003}
+        model = build(with_sections(tiny, head=head, epochs=1))
+        loop.fit(model, _data(), on_epoch)
+        fresh = build(model.experiment).eval()  # adapters as they were at epoch 0
+        fresh.head.load_state_dict(kept[0])
+        return fresh
+
+    model, plain = probed(speaker), probed("none")
+    ids, pooled_NP = pooled_vectors(model, TRAIN, _alone)
+    for batch in DEV:
+        torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=2e-2, rtol=2e-2)
     labels = [next(int(b.labels_B[b.utterance_ids.index(i)]) for b in TRAIN if i in b.utterance_ids) for i in ids]
-    standard = (centred - centred.mean(0)) / (centred.std(0) + 1e-5)
-    expected = LogisticRegression(C=0.01, class_weight="balanced", max_iter=500).fit(standard, labels)
-    np.testing.assert_allclose(weights[0].numpy(), expected.coef_, atol=2e-3)
+    features_NP = pooled_NP.numpy().astype(np.float64)
+    center_P, scale_P = features_NP.mean(0), features_NP.std(0) + 1e-5
+    probe = LogisticRegression(C=0.003, class_weight="balanced", max_iter=500)
+    probe.fit((features_NP - center_P) / scale_P, labels)
+    if speaker == "center":  # (sum + s m) / (k + s) by hand, of three recordings
+        means = [features_NP[[SPEAKERS[i] == f"synthetic/{n}" for i in ids]].mean(0) for n in range(4)]
+        average_P = np.mean(means, axis=0)
+        shift_P = (features_NP[1:4].sum(0) + 2 * average_P) / 5 - average_P
+        expected = probe.decision_function((features_NP[:1] - shift_P - center_P) / scale_P)
+        known = voice.voices_of(pooled_NP, [np.array([1, 2, 3])])
+        with torch.inference_mode():
+            found = model.head.classify(model.head.relative(pooled_NP[:1], known))
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-3)
