@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from browser import CHROMIUM, Page, browser
+from browser import AXE, CHROMIUM, Page, browser, faults
 from serving_fixtures import Here, answering_at, wav
 
 import ser_ray
@@ -157,6 +157,17 @@ def test_a_set_is_shown_where_the_model_has_sets(tab: Page, recording: Path) -> 
     tab.drop(recording)
     tab.wait("at('set').hidden")
     assert tab.run("[...document.querySelectorAll('#windows th')].at(-1).hidden")
+
+
+@pytest.mark.skipif(not AXE, reason="SER_RAY_AXE is not set")
+def test_axe_finds_no_fault(tab: Page, recording: Path) -> None:
+    Server.answer = answered(0.6)
+    tab.drop(recording)
+    tab.wait("!at('learn').disabled")
+    assert faults(tab) == []
+    tab.run("explain(keyNeeded())")
+    assert faults(tab) == []
+    tab.run("at('key').hidden = true")
 
 
 # -- the application itself behind the page
