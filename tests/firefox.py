@@ -62,7 +62,7 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """The value of an expression, awaited."""
-        asked = {"expression": f"(async () => JSON.stringify(await ({script})))()", "awaitPromise": True}
+        asked = {"expression": f"(async () => JSON.stringify(await ({script})))()", "awaitPromise": True, "userActivation": True}
         answer = self.call("script.evaluate", target={"context": self.context}, **asked)
         assert answer["type"] == "success", answer
         found = answer["result"].get("value")
@@ -85,11 +85,6 @@ class Tab:
         (node,) = self.call("browsingContext.locateNodes", context=self.context, locator=located)["nodes"]
         element = {"sharedId": node["sharedId"]}
         self.call("input.setFiles", context=self.context, element=element, files=[str(path)])
-
-    def press(self, key: str) -> None:
-        """A key of the keyboard, by its code point in WebDriver."""
-        actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        self.call("input.performActions", context=self.context, actions=[{"type": "key", "id": "k", "actions": actions}])
 
     def size(self, width: int, height: int = 800) -> None:
         self.call("browsingContext.setViewport", context=self.context, viewport={"width": width, "height": height})
