@@ -62,7 +62,11 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """The value of an expression, awaited."""
-        asked = {"expression": f"(async () => JSON.stringify(await ({script})))()", "awaitPromise": True, "userActivation": True}
+        asked = {
+            "expression": f"(async () => JSON.stringify(await ({script})))()",
+            "awaitPromise": True,
+            "userActivation": True,
+        }
         answer = self.call("script.evaluate", target={"context": self.context}, **asked)
         assert answer["type"] == "success", answer
         found = answer["result"].get("value")

@@ -185,7 +185,9 @@ def test_a_microphone_is_answered_every_second_by_the_stream(
     with answering_at(checkpoints, here) as port, browser(*FAKE, f"--use-file-for-fake-audio-capture={spoken}") as tab:
         tab.open(f"http://127.0.0.1:{port}/")
         tab.wait("document.body.dataset.ready")
-        tab.run("globalThis.heard = []; const first = heardLive; heardLive = (own, w) => { heard.push(w); first(own, w); }")
+        tab.run(
+            "globalThis.heard = []; const first = heardLive; heardLive = (own, w) => { heard.push(w); first(own, w); }"
+        )
         tab.run("at('record').click()")
         tab.wait("heard.length >= 4 && at('windows').tBodies[0].rows.length >= 4")
         assert tab.run("at('heard').textContent") == "The last 3 seconds"
@@ -242,7 +244,9 @@ def test_a_server_with_keys_is_used_with_a_key_that_the_page_keeps_for_itself(
         tab.wait("at('heard').textContent === 'The last 3 seconds'")
         tab.press("Enter", 13)
         tab.wait("at('heard').textContent === 'Your recording'")
-        assert [problem for problem in tab.problems if "401" not in problem] == [], "a browser notes those of 401 itself"
+        assert [problem for problem in tab.problems if "401" not in problem] == [], (
+            "a browser notes those of 401 itself"
+        )
         kept = "[document.cookie, localStorage.length, sessionStorage.length, at('key-value').value, location.search]"
         assert tab.run(kept) == ["", 0, 0, "", ""]
 
