@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from typing import Any
 import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = os.environ.get("SER_RAY_AXE")
+"""axe.min.js of axe-core, which npm has."""
 PATIENCE = 300
 """Seconds until a page that does not answer is a failure, on a machine with other work."""
 
@@ -98,6 +101,14 @@ class Page:
     def screenshot(self, path: Path) -> None:
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))
+
+
+def faults(tab: Page) -> list[str]:
+    """What axe-core says of a page, from moderate to critical."""
+    assert AXE is not None
+    tab.call("Runtime.evaluate", expression=Path(AXE).read_text(encoding="utf-8"))
+    found = tab.run("axe.run().then(all => all.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
+    return [f"{impact}: {name} {nodes}" for impact, name, nodes in found if impact != "minor"]
 
 
 @contextmanager

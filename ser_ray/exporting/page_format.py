@@ -20,6 +20,7 @@ import numpy as np
 
 import ser_ray
 from ser_ray.disk import expanded, read_json, readable, write_text
+from ser_ray.evaluation import calibration
 from ser_ray.evaluation.card import speech_words
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.exporting import ONNX, Options, onnx_format
@@ -93,6 +94,8 @@ def about_model(model: EmotionClassifier, directory: Path) -> dict[str, Any]:
         "corpora": list(experiment.corpora),
         "protocol": test["protocol"]["description"] if test else experiment.protocol.scheme,
         "metrics": {"split": "test" if test else "dev", "unit": test.get("ci95_unit")} | metrics,
+        "calibrated": (directory / calibration.FILE).is_file(),
+        "least_probability": model.least_probability,
         "leaky": test["leaky"] if test else experiment.protocol.scheme == "random" or None,
         "not_for": f"{speech_words(list(experiment.corpora))} Expect lower metrics on other speakers, languages and "
         "microphones. Do not use it to judge people.",

@@ -11,7 +11,7 @@ from ser_ray import config
 from ser_ray.config import Experiment
 from ser_ray.corpora import module_of
 from ser_ray.disk import expanded
-from ser_ray.evaluation import card
+from ser_ray.evaluation import calibration, card
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.models import checkpoint
 from ser_ray.models.weights import read_object
@@ -59,6 +59,7 @@ def model_of(name: str, directory: Path) -> dict[str, Any]:
         "corpora": list(experiment.corpora),
         "protocol": described or experiment.protocol.scheme,
         "metrics": _metrics(directory, tested),
+        "calibrated": (directory / calibration.FILE).is_file(),
         "leaky": bool(tested.get("leaky") or audited.get("leaky")) if tested else _leaky(experiment),
         "licences": licences(experiment),
         "not_for": card.limits(list(experiment.corpora)),

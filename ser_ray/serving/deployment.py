@@ -44,6 +44,9 @@ little more time."""
 HEALTH_S: Final = 2.0
 """Seconds between two looks at whether a replica is alive: so long a killed one is missed at most."""
 
+AGAIN_S: Final = 0.2
+"""Seconds until a request that met a dead replica is asked again: Ray notices the death in about as long."""
+
 
 class Models:
     """The checkpoints in one process, which answers the jobs of many clients in batches by padded seconds."""
@@ -147,18 +150,23 @@ class Replicas:
             return False
 
     async def _asked(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        try:
+        """An answer. Until Ray has noticed the end of a replica it may send a request there again, which was not begun
+        then: what counts is how many have ended. The caller has a limit of time."""
+        ended: set[str | None] = set()
+        while len(ended) < 2:
             try:
                 answer = await ask()
-            except RayActorError:
-                answer = await ask()
-        except RayActorError:
-            raise Refused(503, "two processes of the model ended with this request", 5) from None
-        except (BackPressureError, DeploymentUnavailableError):
-            raise Refused(503, "the model is not there, or has too much to do", 5) from None
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
+            except RayActorError as error:
+                if error.actor_id in ended:
+                    await asyncio.sleep(AGAIN_S)
+                ended.add(error.actor_id)
+                continue
+            except (BackPressureError, DeploymentUnavailableError):
+                raise Refused(503, "the model is not there, or has too much to do", 5) from None
+            if isinstance(answer, Refused):
+                raise answer
+            return answer
+        raise Refused(503, "two processes of the model ended with this request", 5)
 
 
 def application(arguments: Settings | dict[str, Any]) -> serve.Application:

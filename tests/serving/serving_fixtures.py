@@ -5,15 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import soundfile
+import uvicorn
 
 from ser_ray.serving import answering
+from ser_ray.serving.app import make_app
+from ser_ray.serving.keys import Keys
+from ser_ray.serving.limits import Limits
 from ser_ray.serving.loaded import LoadedModels
+from ser_ray.serving.settings import Settings
 
 HERE = "http://127.0.0.1:8000"
 
@@ -71,3 +80,25 @@ class Here:
     async def is_ready(self) -> bool:
         """As it is told."""
         return self.ready
+
+
+@contextmanager
+def answering_at(
+    checkpoints: Mapping[str, str], here: Here, keys: Keys | None = None, **limits: float
+) -> Iterator[int]:
+    """The application over real sockets, without Ray; its port."""
+    settings = Settings(checkpoints=dict(checkpoints), limits=Limits.model_validate(limits))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        app = make_app(settings, here, keys or Keys({}))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield int(listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()

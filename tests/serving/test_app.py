@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_fixtures import HERE, Here, encoded, pcm, refused, wav
+from serving_fixtures import HERE, Here, answering_at, encoded, pcm, refused, wav
 from starlette.websockets import WebSocketDisconnect
 
 import ser_ray
@@ -162,6 +163,15 @@ def test_limits_of_a_request(serving):
     assert "2 recordings" in refused(client.post("/v1/predict", json={"files": [files[0]] * 3}), 413)
     assert "Content-Length" in refused(client.post("/", content=b"x", headers={"content-length": "many"}), 400)
     assert client.post("/", content=wav(1.0)).status_code == 200
+
+
+def test_a_slow_client_is_told_so(checkpoints, here):
+    with answering_at(checkpoints, here, receive_seconds=0.3) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nRIFF")
+            answer = connection.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert "within 0.3 s" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
 def test_decoding_that_takes_too_long_is_ended(serving):

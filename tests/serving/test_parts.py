@@ -335,3 +335,32 @@ def test_a_stream_has_one_window_whatever_arrives():
         listening.add(sound)
     assert refused.value.status == 429
     assert len(listening.samples) == 16_000
+
+
+# -- replicas that end
+
+
+@pytest.mark.parametrize(
+    ("ended", "answer"), [("aaa", "done"), ("aba", None), ("", "done")], ids=["one", "two", "none"]
+)
+def test_a_request_is_asked_again_of_another_replica_once(monkeypatch, ended, answer):
+    """``ended``: the replica of each error, of which Ray may give several for one that has ended."""
+    from ray.exceptions import RayActorError
+
+    from ser_ray.serving import deployment
+
+    monkeypatch.setattr(deployment, "AGAIN_S", 0)
+    left = list(ended)
+
+    async def ask() -> str:
+        if left:
+            raise RayActorError(left.pop(0), "it ended")
+        return "done"
+
+    replicas = deployment.Replicas(None)
+    if answer:
+        assert asyncio.run(replicas._asked(ask)) == answer
+    else:
+        with pytest.raises(Refused, match="two processes"):
+            asyncio.run(replicas._asked(ask))
+    assert left == ([] if answer else ["a"])

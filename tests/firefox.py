@@ -1,0 +1,123 @@
+"""Firefox driven over WebDriver BiDi: what `browser` is for Chromium, as far as the page without a server needs it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import websocket
+from browser import PATIENCE
+
+FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
+SETTINGS = {
+    "media.navigator.streams.fake": True,  # a microphone that plays a tone
+    "media.navigator.permission.disabled": True,
+    "media.autoplay.default": 0,
+    "datareporting.policy.dataSubmissionEnabled": False,
+    "app.update.enabled": False,
+    "browser.shell.checkDefaultBrowser": False,
+    "network.proxy.type": 1,  # to nowhere: a page that asks for something is seen
+    "network.proxy.socks": "127.0.0.1",
+    "network.proxy.socks_port": 9,
+}
+
+
+class Tab:
+    """One tab; what the page writes to its console as a warning or an error is collected."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = websocket.create_connection(address, timeout=PATIENCE, suppress_origin=True)
+        self.numbers = itertools.count(1)
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.call("session.new", capabilities={})
+        self.context = self.call("browsingContext.getTree")["contexts"][0]["context"]
+        self.call("session.subscribe", events=["log.entryAdded", "network.beforeRequestSent"])
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self.socket.recv())
+            if message.get("id") == number:
+                assert message["type"] == "success", (method, message)
+                return message["result"]
+            self._note(message)
+
+    def _note(self, message: dict[str, Any]) -> None:
+        about = message.get("params", {})
+        if message.get("method") == "log.entryAdded" and about["level"] in ("error", "warn"):
+            self.problems.append(str(about["text"]))
+        elif message.get("method") == "network.beforeRequestSent":
+            self.requests.append(about["request"]["url"])
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, awaited."""
+        asked = {
+            "expression": f"(async () => JSON.stringify(await ({script})))()",
+            "awaitPromise": True,
+            "userActivation": True,
+        }
+        answer = self.call("script.evaluate", target={"context": self.context}, **asked)
+        assert answer["type"] == "success", answer
+        found = answer["result"].get("value")
+        return None if found is None else json.loads(found)
+
+    def wait(self, script: str) -> Any:
+        """Until an expression is true; returns it."""
+        end = time.monotonic() + PATIENCE
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"never: {script}; {self.problems}; {self.run('document.body.innerText')}"
+            time.sleep(0.1)
+        return value
+
+    def open(self, address: str) -> None:
+        self.call("browsingContext.navigate", context=self.context, url=address, wait="complete")
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Give a file to an input, as its dialog would."""
+        located = {"type": "css", "value": selector}
+        (node,) = self.call("browsingContext.locateNodes", context=self.context, locator=located)["nodes"]
+        element = {"sharedId": node["sharedId"]}
+        self.call("input.setFiles", context=self.context, element=element, files=[str(path)])
+
+    def size(self, width: int, height: int = 800) -> None:
+        self.call("browsingContext.setViewport", context=self.context, viewport={"width": width, "height": height})
+
+    def screenshot(self, path: Path) -> None:
+        found = self.call("browsingContext.captureScreenshot", context=self.context, origin="document")
+        path.write_bytes(b64decode(found["data"]))
+
+
+@contextmanager
+def firefox() -> Iterator[Tab]:
+    """A fresh Firefox without a network, which ends with the block."""
+    assert FIREFOX is not None
+    with tempfile.TemporaryDirectory(prefix="firefox-", ignore_cleanup_errors=True) as folder:
+        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in SETTINGS.items()]
+        (Path(folder) / "user.js").write_text("\n".join(lines))
+        command = [FIREFOX, "--headless", "--no-remote", "--profile", folder, "--remote-debugging-port=0"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield Tab(f"ws://127.0.0.1:{_port(Path(folder) / 'WebDriverBiDiServer.json', process)}/session")
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def _port(path: Path, process: subprocess.Popen[bytes]) -> int:
+    end = time.monotonic() + PATIENCE
+    while not path.is_file() or not path.read_text():
+        assert process.poll() is None, f"Firefox ended with {process.returncode}"
+        assert time.monotonic() < end, "Firefox never listened"
+        time.sleep(0.1)
+    return int(json.loads(path.read_text())["ws_port"])
