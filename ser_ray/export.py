@@ -21,9 +21,10 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ser_ray import __version__, disk, exporting
+from ser_ray.evaluation.exports import RECORD, fingerprint
 from ser_ray.exporting import Options, hub, page_format
 from ser_ray.exporting.card import card
 from ser_ray.exporting.merged import BASES, bases, reference
@@ -33,9 +34,6 @@ from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.models.voice_file import digest
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole
-
-RECORD: Final = "export.json"
-"""In every export: what it is of, and its proof. An export without it was not made here, and is never replaced."""
 
 
 def main(
@@ -128,6 +126,7 @@ def _record(
         "name": model.experiment.name,
         "checkpoint": f"{directory.parent.name}/{directory.name}",
         "head": digest(model),
+        "fingerprint": fingerprint(directory),
         "emotions": list(model.experiment.emotions),
         "notes": list(notes),
         "proof": proof.content(),

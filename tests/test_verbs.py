@@ -190,6 +190,7 @@ ALWAYS_THERE = layout.FILES.keys() - {
     *("finals/*", "rerun.json", "leakage.json", "tensorboard/*", "mlflow.db", "trials/*/notes.txt", ".lock"),
     *("evaluation/enrolment.json", "evaluation/enrolment.png"),
     *("evaluation/ensemble.json", "best/ensemble.json", "best/members/*", "soups/*"),
+    "best-*",
 }
 """Of what a results folder may hold: what every search leaves."""
 
