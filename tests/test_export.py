@@ -175,6 +175,15 @@ def test_the_report_finds_it_beside_the_checkpoint_until_that_is_another(best, f
     assert [export.current for export in read_exports(results)] == [False]
 
 
+def test_predict_says_that_an_export_is_for_other_programs(tmp_path, capsys):
+    export = tmp_path / "best-hf"
+    export.mkdir()
+    (export / "export.json").write_text("{}")
+    assert main(["predict", str(export), str(write(tmp_path / "call.wav", 0.5, 16_000))]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{export}: an export for other programs" in line
+
+
 def answers(directory: Path, waveforms: list[np.ndarray]) -> np.ndarray:
     from ser_ray.training.inference import predict
 

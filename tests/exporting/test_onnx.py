@@ -253,7 +253,7 @@ def test_audonnx_loads_its_own_format(backbones_dir: Path, tmp_path: Path, monke
     import audonnx
 
     model = random_classifier(backbones_dir / "hubert-noproj")
-    monkeypatch.setattr(audonnx_format, "merged", lambda directory, options: model)
+    monkeypatch.setattr(audonnx_format, "all_merged", lambda directory, options: model)
     audonnx_format.write(tmp_path, tmp_path / "export", Options())
     loaded = audonnx.load(tmp_path / "export")
     assert loaded.labels("probabilities") == ["angry", "happy", "sad"]
@@ -292,6 +292,9 @@ def test_what_needs_the_checkpoint_is_refused(
 ) -> None:
     voice = tmp_path / "voice.json"
     voice.write_text("{}")
+    for path in exported.values():  # the checkpoint has none either
+        assert main(["predict", str(path), str(recordings[0]), "--sets"]) == 2
+        assert f"{path}: it has no threshold for sets" in capsys.readouterr().err
     assert main(["predict", str(exported["fp32"]), str(recordings[0]), "--backbone", "elsewhere"]) == 2
     assert "need the checkpoint" in capsys.readouterr().err
     assert main(["predict", str(exported["fp32"]), str(recordings[0]), "--voice", str(voice)]) == 2
