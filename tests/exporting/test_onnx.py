@@ -152,6 +152,11 @@ def test_every_family_and_head(
         assert difference(model, session, *noise(seconds))[0] < 1e-4, seconds
 
 
+def size(path: Path) -> int:
+    """Bytes without the waves of Whisper's spectrogram, 402 of 400 samples, which stay in fp32."""
+    return path.stat().st_size - 402 * 400 * 4
+
+
 @pytest.mark.parametrize(("dtype", "limit", "share"), [("fp32", 1e-5, 1.0), ("fp16", 2e-2, 0.9), ("int8", 0.1, 0.95)])
 def test_fewer_bits(best: Path, exported: dict[str, Path], dtype: str, limit: float, share: float) -> None:
     """Of so few weights as here most stay in fp32, and int8 is coarse: the limit of an export is not this one."""
@@ -160,7 +165,7 @@ def test_fewer_bits(best: Path, exported: dict[str, Path], dtype: str, limit: fl
         found = difference(merged(best, Options()), session, *noise(seconds))[0]
         assert found < limit
     assert dtype == "fp32" or found > 1e-6, "nothing was rounded"
-    assert exported[dtype].stat().st_size <= share * exported["fp32"].stat().st_size
+    assert size(exported[dtype]) <= share * size(exported["fp32"])
     assert {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.UINT8}.get(dtype, onnx.TensorProto.FLOAT) in {
         one.data_type for one in onnx.load(exported[dtype]).graph.initializer
     }
