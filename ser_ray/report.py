@@ -125,12 +125,11 @@ def print_summary(results_dir: Path, console: Console) -> None:
         if path.exists():
             console.print(f"{name}: {path!s}", soft_wrap=True, highlight=False)
     for export in results.exports:
-        again = "" if export.current else "; of an earlier best/, export it again"
-        about = f"{export.format} {export.dtype}, {export.bytes / 1e6:.1f} MB"
         said = (
-            f"export: {results.folder / export.folder!s} ({about}, probabilities differ by {export.largest:.1e}{again})"
+            f"{export.format} {export.dtype}, {export.bytes / 1e6:.1f} MB, probabilities differ by {export.largest:.1e}"
         )
-        console.print(said, soft_wrap=True, highlight=False)
+        said += "" if export.current else "; of an earlier best/, export it again"
+        console.print(f"export: {results.folder / export.folder!s} ({said})", soft_wrap=True, highlight=False)
 
 
 def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:
