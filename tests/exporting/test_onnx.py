@@ -82,7 +82,9 @@ def known(backbones_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     model = random_classifier(backbones_dir / "wavlm-layer", head=head)
     model.temperature = 1.7  # as its calibration sets it
     path = tmp_path_factory.mktemp("known") / "model.onnx"
-    onnx_format.save(model, path.parent)
+    traced = graph.traced(model)
+    onnx_format.save_traced(traced.clone(), path.parent / "int8", "int8")
+    onnx_format.save_traced(traced, path.parent, "fp32")
     return model, opened(path)
 
 
@@ -133,6 +135,16 @@ def test_a_voice_is_an_input_that_may_be_left_out(known: tuple[EmotionClassifier
     (without,) = session.run(["probabilities"], feed(*batch))
     (with_voice,) = session.run(["probabilities"], feed(*batch, *voice))
     assert np.abs(without - with_voice).max() > 1e-2
+
+
+def test_a_voice_is_an_input_in_int8_too(known: tuple[EmotionClassifier, Any]) -> None:
+    model, session = known
+    batch, width = noise((0.9, 0.5)), model.head.embedding_width
+    given = feed(*batch, torch.ones(1), torch.rand(1, width), torch.rand(1, width))
+    (expected,) = session.run(["probabilities"], given)
+    int8 = opened(Path(session._model_path).parent / "int8" / "model.onnx")
+    (found,), (without,) = (int8.run(["probabilities"], inputs) for inputs in (given, feed(*batch)))
+    assert np.abs(found - expected).max() < 0.5 * np.abs(found - without).max()
 
 
 @pytest.mark.slow
