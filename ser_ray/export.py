@@ -21,21 +21,20 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ser_ray import __version__, disk, exporting
+from ser_ray.evaluation.exports import RECORD, fingerprint
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.exporting import Options, hub, page_format
 from ser_ray.exporting.card import card
-from ser_ray.exporting.merged import BASES, bases, reference
+from ser_ray.exporting.merged import BASES, bases, is_quantised, reference
 from ser_ray.exporting.proof import Proof, prove
 from ser_ray.exporting.recordings import recordings_for
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model
 from ser_ray.models.voice_file import digest
 from ser_ray.schema import UserError
 from ser_ray.terminal import PlainConsole
-
-RECORD: Final = "export.json"
-"""In every export: what it is of, and its proof. An export without it was not made here, and is never replaced."""
 
 
 def main(
@@ -57,6 +56,11 @@ def main(
     form, directory = exporting.of(to), disk.resolved(directory)
     if dtype not in form.DTYPES:
         raise UserError(f"--dtype {dtype}: {to} is written in {' or '.join(form.DTYPES)}")
+    if to not in exporting.OF_ENSEMBLES and (directory / ENSEMBLE).is_file():
+        raise UserError(
+            f"--to {to}: {disk.readable(directory)} is an ensemble, which is several models; use --to onnx, or export "
+            f"one of them: {disk.readable(directory)}/members/01"
+        )
     if to == "page":
         page_format.check_runtime(ort)
     elif ort:
@@ -116,9 +120,9 @@ def _target(output: Path) -> Path:
 
 
 def _record(
-    model: EmotionClassifier, directory: Path, to: str, options: Options, notes: Sequence[str], proof: Proof
+    model: Model, directory: Path, to: str, options: Options, notes: Sequence[str], proof: Proof
 ) -> dict[str, Any]:
-    if model.experiment.adapter.method == "qlora":
+    if is_quantised(model):
         notes = [f"Updates that were trained over weights in 4 bits, added to {BASES[options.base]}, in fp32.", *notes]
     return {
         "format": to,
@@ -128,6 +132,7 @@ def _record(
         "name": model.experiment.name,
         "checkpoint": f"{directory.parent.name}/{directory.name}",
         "head": digest(model),
+        "fingerprint": fingerprint(directory),
         "emotions": list(model.experiment.emotions),
         "notes": list(notes),
         "proof": proof.content(),

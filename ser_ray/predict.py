@@ -70,7 +70,9 @@ def main(
     distances: list[float] = []
     least: float | None = None
     if exported := onnx_of(directory):
-        emotions, predicted = _of_onnx(exported, paths, voice, bool(enrol or backbone or sets), progress)
+        if enrol or backbone:
+            raise UserError(f"{exported}: --enrol and --backbone need the checkpoint, not its export")
+        emotions, least, predicted = _of_onnx(exported, paths, voice, sets, progress)
     else:
         model = ensemble.load(directory, choose_device(), backbone)
         emotions = model.experiment.emotions
@@ -127,21 +129,20 @@ def _predicted(
 
 
 def _of_onnx(
-    path: Path, paths: Sequence[Path], voice: Path | None, more: bool, progress: PlainConsole
-) -> tuple[Sequence[str], Iterator[Answer]]:
-    """The emotions and the answers of an export; ``more``: whether what is asked needs the checkpoint."""
-    if more:
-        raise UserError(f"{path}: --enrol, --backbone and --sets need the checkpoint, not its export")
+    path: Path, paths: Sequence[Path], voice: Path | None, sets: bool, progress: PlainConsole
+) -> tuple[Sequence[str], float | None, Iterator[Answer]]:
+    """The emotions, the threshold of sets where they are asked for, and the answers of an export."""
     from ser_ray.exporting.session import OnnxClassifier  # what it needs is imported for an export alone
 
     exported = OnnxClassifier(path)
+    least = threshold_of(exported, path) if sets else None
     if voice is None:
-        return exported.emotions, exported.predict(paths)
+        return exported.emotions, least, exported.predict(paths)
     if not exported.uses_voices:
         raise UserError(f"{path}: this export does not use what is known of a speaker; leave out --voice")
-    known = voice_file.read_for(voice, exported.head, exported.width)
+    known = voice_file.read_for(voice, exported.head, exported.widths)
     progress.print(f"{known}: {one_line(str(voice))}")
-    return exported.emotions, exported.predict(paths, known.voices[0])
+    return exported.emotions, least, exported.predict(paths, known.voice)
 
 
 def _is_same(path: Path, other: Path) -> bool:

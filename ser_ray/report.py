@@ -124,6 +124,12 @@ def print_summary(results_dir: Path, console: Console) -> None:
     for name, path in (("best checkpoint", results.folder / "best"), ("report", results.folder / "report.html")):
         if path.exists():
             console.print(f"{name}: {path!s}", soft_wrap=True, highlight=False)
+    for export in results.exports:
+        said = (
+            f"{export.format} {export.dtype}, {export.bytes / 1e6:.1f} MB, probabilities differ by {export.largest:.1e}"
+        )
+        said += "" if export.current else "; of an earlier best/, export it again"
+        console.print(f"export: {results.folder / export.folder!s} ({said})", soft_wrap=True, highlight=False)
 
 
 def print_comparison(results_dirs: Sequence[Path], console: Console) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from ser_ray import config
 from ser_ray.evaluation import folder as results_folder
 from ser_ray.evaluation.baselines import chance, majority
+from ser_ray.evaluation.exports import fingerprint
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import summarise, write_predictions
 from ser_ray.report import print_summary
@@ -240,3 +241,12 @@ def printed(folder: Path, width=160) -> str:
     console = Console(file=io.StringIO(), width=width)
     print_summary(folder, console)
     return console.file.getvalue()
+
+
+def write_export(folder: Path, name: str, **about) -> Path:
+    """What `ser-ray export` leaves in a results folder, as far as a report reads it; of its best/ unless told."""
+    proof = {"on": "dev utterances of search", "limit": 1e-4, "largest": 1.23e-7}
+    record = {"format": "onnx", "dtype": "fp32", "made": "2026-01-06", "checkpoint": "search/best", "bytes": 78_900_000}
+    record |= {"fingerprint": fingerprint(folder / "best"), "proof": proof}
+    write_json(folder / name / "export.json", record | about)
+    return folder / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.main import get_command
 
 from ser_ray import __main__, export
 from ser_ray.__main__ import app, main
+from ser_ray.evaluation.exports import read_exports
 from ser_ray.exporting import FORMATS, adapter, huggingface, of
 from ser_ray.exporting.recordings import Recordings
 from ser_ray.models import checkpoint
@@ -158,6 +160,28 @@ def test_an_earlier_export_is_replaced_and_other_files_are_not(best, few, tmp_pa
     assert exit_code(best, "--to", "hf", "--output", target) == 2
     assert exit_code(best, "--to", "hf", "--output", target / "config.json") == 2
     assert "holds files that are no export" in capsys.readouterr().err
+
+
+def test_the_report_finds_it_beside_the_checkpoint_until_that_is_another(best, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "predict", lambda target, directory, waveforms, options: answers(best, waveforms))
+    results = tmp_path / "search"
+    shutil.copytree(best, results / "best")
+    assert exit_code(results / "best", "--to", "hf") == 0
+    (found,) = read_exports(results)
+    assert (found.folder, found.format, found.dtype, found.current) == ("best-hf", "hf", "fp32", True)
+    assert found.largest == 0
+    assert 0 <= sum(path.stat().st_size for path in (results / "best-hf").iterdir()) - found.bytes < 20_000
+    (results / "best" / "calibration.json").write_text('{"temperature": 1.5}')
+    assert [export.current for export in read_exports(results)] == [False]
+
+
+def test_predict_says_that_an_export_is_for_other_programs(tmp_path, capsys):
+    export = tmp_path / "best-hf"
+    export.mkdir()
+    (export / "export.json").write_text("{}")
+    assert main(["predict", str(export), str(write(tmp_path / "call.wav", 0.5, 16_000))]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{export}: an export for other programs" in line
 
 
 def answers(directory: Path, waveforms: list[np.ndarray]) -> np.ndarray:

@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from matplotlib.image import imread
@@ -18,18 +20,21 @@ from report_fixtures import (
     predictions,
     printed,
     write_everything,
+    write_export,
     write_json,
     write_results,
     write_search,
     write_speech,
     write_trials,
 )
+from typer.main import get_command
 
 from ser_ray import config
+from ser_ray.__main__ import app
 from ser_ray.evaluation import calibration
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.mistakes import most_confident
-from ser_ray.evaluation.page import show
+from ser_ray.evaluation.page import commands, show
 from ser_ray.evaluation.results import read_history, read_results
 from ser_ray.evaluation.summary import write_predictions
 from ser_ray.report import build, main
@@ -145,6 +150,70 @@ def test_calibration_sets_and_abstention_are_shown(complete, tmp_path):
     assert "metrics of the surest answers" in page.read_aloud()
     half = next(row for row in calibration.abstention(test) if row["share"] == 0.6)
     assert f"60 % {half['n']} {half['confidence']:.3f} {half['accuracy']:.3f} {half['uar']:.3f}" in page.text
+
+
+def test_what_was_exported_is_linked_with_its_difference_and_size(tmp_path):
+    folder = write_results(tmp_path / "search")
+    (folder / "best/head.safetensors").write_bytes(b"weights")
+    (write_export(folder, "best-page", format="page", dtype="int8", bytes=1_250_000) / "page.html").touch()
+    write_export(folder, "for others/a phone")
+    write_export(folder, "old", fingerprint="of other weights")
+    write_export(folder, "epoch_003-onnx", checkpoint="001/epoch_003")
+    page, said = Page(build(folder)), printed(folder)
+    assert page.open == []
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert links == ["best-page/page.html", "for%20others/a%20phone/", "old/"]
+    assert all((folder / unquote(link)).exists() for link in links)
+    assert "best-page page int8 1.2 1.2e-07 limit 0.0001 dev utterances of search" in page.text
+    assert "for others/a phone onnx fp32 78.9 1.2e-07" in page.text
+    assert page.text.count("earlier best/") == said.count("earlier best/") == 1
+    assert "old of an earlier best/: export it again onnx" in page.text
+    assert f"export: {folder}/best-page (page int8, 1.2 MB, probabilities differ by 1.2e-07)" in said
+
+
+def test_a_damaged_record_of_an_export_is_one_line(tmp_path):
+    folder = write_results(tmp_path / "search")
+    record = write_export(folder, "best-onnx", proof={"largest": None}) / "export.json"
+    with pytest.raises(UserError, match=r"best-onnx/export.json: not the record of an export"):
+        build(folder)
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"best-onnx/export.json: not the record of an export"):
+        build(folder)
+
+
+def tries(folder: Path) -> list[list[str]]:
+    """The commands for a model, as a shell has them; the command line understands each."""
+    found = [shlex.split(command) for _, command in commands(read_results(folder))]
+    for words in found:
+        for program, verb, *arguments in [part.split("\0") for part in "\0".join(words).split("\0&&\0")]:
+            assert program == "ser-ray"
+            get_command(app).commands[verb].make_context(verb, arguments)  # raises for what it does not know
+    return found
+
+
+def test_the_page_says_how_to_try_the_model(tmp_path, monkeypatch):
+    folder = write_results(tmp_path / "my results" / "search")
+    best = str(folder / "best")
+    assert tries(folder) == [
+        ["ser-ray", "predict", best, "call.wav"],
+        ["ser-ray", "serve", best],
+        ["ser-ray", "export", best, "--to", "page", "--ort", "package/dist"],
+    ]
+    text = Page(build(folder)).text
+    assert all(f"{said} {command}" in text for said, command in commands(read_results(folder)))
+    monkeypatch.chdir(tmp_path)
+    best = "my results/search/best"
+    assert tries(folder)[1] == ["ser-ray", "serve", best]
+    write_json(folder / "evaluation/calibration.json", {"temperature": 1.2})
+    write_json(folder / "evaluation/enrolment.json", {"test": []})
+    assert tries(folder)[1] == ["ser-ray", "predict", best, "call.wav", "--sets"]
+    enrolled = ["ser-ray", "enrol", best, "anna", "--output", "anna.json"]
+    assert tries(folder)[2] == [*enrolled, "&&", "ser-ray", "predict", best, "call.wav", "--voice", "anna.json"]
+    write_json(folder / "best/ensemble.json", {})
+    assert [words[1] for words in tries(folder)] == ["predict", "predict", "enrol", "export"]
+    (folder / "best/ensemble.json").unlink()
+    (folder / "best").rmdir()
+    assert tries(folder) == []
 
 
 def test_people_without_a_uar_are_compared_by_accuracy(complete, tmp_path):

@@ -191,6 +191,7 @@ ALWAYS_THERE = layout.FILES.keys() - {
     *("evaluation/enrolment.json", "evaluation/enrolment.png", "evaluation/teacher.json"),
     *("evaluation/enrolment.json", "evaluation/enrolment.png"),
     *("evaluation/ensemble.json", "best/ensemble.json", "best/members/*", "soups/*"),
+    "best-*",
 }
 """Of what a results folder may hold: what every search leaves."""
 

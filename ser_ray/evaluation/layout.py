@@ -41,6 +41,7 @@ FILES: Final[Mapping[str, str]] = {
     "best/ensemble.json": "where the chosen model is an ensemble: its members, their weights, its temperature",
     "best/members/*": "the members of an ensemble, each a checkpoint",
     "best/*": "the chosen checkpoint, without the state to resume from",
+    "best-*": "exports of best/ by ser-ray export, such as best-onnx; export.json in each says how it was compared",
     "evaluation/choice.json": "the finalists on dev, which one was chosen and why",
     "evaluation/dev.json": "dev metrics of the chosen model, with intervals",
     "evaluation/test.json": "test metrics with intervals, baselines and gaps; written last",

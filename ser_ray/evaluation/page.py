@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from ser_ray.evaluation import comparison, ensemble, mistakes, plots, trial_plots
 from ser_ray.evaluation.calibration import abstention, reliability, sentences
 from ser_ray.evaluation.card import what_chose
+from ser_ray.evaluation.exports import BEST
 from ser_ray.evaluation.folder import COSTS, DEV_METRICS
 from ser_ray.evaluation.gaps import limits
+from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.evaluation.metrics import HEADLINE
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.results import Results, as_number
@@ -87,6 +89,7 @@ def search_page(results: Results, parts: Mapping[str, Part], importances: Any, a
             combined=ensemble.sentences(results.ensemble, NAMES[results.metric]),
             answered=abstention(predictions)[3::4] if predictions is not None else [],
             enrolment=enrolment_curves(results),
+            tries=commands(results),
             mistakes=doubtful,
             wrong=int((predictions.predicted != predictions.labels).sum()) if predictions is not None else 0,
             recordings=recordings,
@@ -133,6 +136,41 @@ def search_parts(results: Results) -> dict[str, Part]:
 def enrolment_curves(results: Results) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Split -> the rows of its curve of `ser_ray.evaluation.enrolment`; empty for a model that knows no speakers."""
     return {split: results.enrolment[split] for split in ("test", "dev") if results.enrolment.get(split)}
+
+
+def commands(results: Results) -> list[tuple[str, str]]:
+    """What can be done with the best checkpoint of a search: a sentence and a command for each, to be given in the
+    folder in which the report is made. Empty while there is no such checkpoint."""
+    best = results.folder / BEST
+    if not best.is_dir():
+        return []
+    path, here = str(best), Path.cwd()
+    if best.is_relative_to(here):
+        path = str(best.relative_to(here))
+
+    def command(*words: str) -> str:
+        return shlex.join(["ser-ray", *words])
+
+    found = [("The emotion of a recording:", command("predict", path, "call.wav"))]
+    if results.calibration:
+        said = "With each answer a set that holds the true emotion in 90 % of the cases:"
+        found.append((said, command("predict", path, "call.wav", "--sets")))
+    if results.enrolment:
+        enrolled = command("enrol", path, "anna", "--output", "anna.json")
+        known = command("predict", path, "call.wav", "--voice", "anna.json")
+        found.append(("A speaker made known by a folder of recordings without labels:", f"{enrolled} && {known}"))
+    if (best / ENSEMBLE).is_file():  # which neither a server nor a page has
+        said = "All of its models as one graph, for programs without ser_ray:"
+        return [*found, (said, command("export", path, "--to", "onnx"))]
+    return [
+        *found,
+        ("A server, and a page in the browser at http://127.0.0.1:8000:", command("serve", path)),
+        (
+            "A page that answers by itself, without a server (where onnxruntime-web is not in package/dist, the "
+            "command says how to get it):",
+            command("export", path, "--to", "page", "--ort", "package/dist"),
+        ),
+    ]
 
 
 def comparison_page(searches: Sequence[Results]) -> str:

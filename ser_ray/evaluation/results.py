@@ -14,6 +14,7 @@ from typing import Any, Final
 from ser_ray.config import Adapter, SearchSpace, load, to_dict
 from ser_ray.disk import resolved
 from ser_ray.evaluation import calibration, enrolment
+from ser_ray.evaluation.exports import Export, read_exports
 from ser_ray.evaluation.layout import ENSEMBLE
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.evaluation.summary import read_predictions
@@ -46,6 +47,8 @@ class Results:
     """Its temperature and its sets, on dev and test; see `evaluation.calibration.record_of`."""
     ensemble: dict[str, Any]
     """With ``tune.ensemble``: how it was chosen, and whether it is used; see `evaluation.ensemble`."""
+    exports: list[Export]
+    """Of ``best/``, by `ser-ray export`."""
     openings: list[dict[str, Any]]
     """One entry for every opening of the test set."""
     trials: list[dict[str, str]]
@@ -149,6 +152,7 @@ def read_results(results_dir: Path) -> Results:
         enrolment=_read_json(evaluation / enrolment.FILE, {}),
         calibration=_read_json(evaluation / calibration.FILE, {}),
         ensemble=_read_json(evaluation / ENSEMBLE, {}),
+        exports=read_exports(results_dir),
         openings=_read_json(evaluation / "test_openings.json", []),
         trials=_read_trials(results_dir / "trials.csv", space.tune.metric),
         histories={path.parent.name: read_history(path) for path in histories},

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from ser_ray.evaluation.exports import RECORD
+from ser_ray.schema import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
-    from ser_ray.models.classifier import EmotionClassifier
+    from ser_ray.models.ensemble import Model
 
 FORMATS: Final = {
     "hf": "ser_ray.exporting.huggingface",
@@ -26,6 +29,8 @@ FORMATS: Final = {
     "peft": "ser_ray.exporting.adapter",
 }
 """Name of a format -> its module, a `Format`. Strings, so that `ser-ray --help` imports no torch."""
+OF_ENSEMBLES: Final = ("onnx", "audonnx")
+"""Formats that hold several models as one."""
 PLACE: Final = "THIS_DIRECTORY"
 """In a card, in place of where the export is."""
 ORIGINAL: Final = "original"
@@ -56,8 +61,9 @@ class Format(Protocol):
     LIBRARY: str
     """The library that loads it, as the hub names it."""
 
-    def check(self, model: EmotionClassifier) -> None:
-        """Raises UserError for a checkpoint that this format cannot hold; ``model`` is of `merged.reference`."""
+    def check(self, model: Model) -> None:
+        """Raises UserError for a checkpoint that this format cannot hold; ``model`` is of `merged.reference`, and an
+        ensemble only for formats of `OF_ENSEMBLES`."""
 
     def write(self, directory: Path, target: Path, options: Options) -> list[str]:
         """Write the checkpoint in ``directory`` to the new folder ``target``. Returns sentences that a reader of the
@@ -68,7 +74,7 @@ class Format(Protocol):
         ``target`` alone (`proof.in_fresh_process`). The checkpoint in ``directory`` is for what the export leaves to
         its user."""
 
-    def usage(self, model: EmotionClassifier) -> str:
+    def usage(self, model: Model) -> str:
         """How to use the export, in Markdown, for its card; `PLACE` stands for its place."""
 
 
@@ -78,7 +84,14 @@ def of(name: str) -> Format:
 
 
 def onnx_of(path: Path) -> Path | None:
-    """The ONNX file that a user means by a path: that file, or the export in that folder; None for a checkpoint."""
+    """The ONNX file that a user means by a path: that file, or the export in that folder; None for a checkpoint.
+
+    Raises UserError for an export of another format.
+    """
     if path.suffix.lower() == ".onnx":
         return path
-    return path / ONNX if (path / ONNX).is_file() and not (path / "experiment.yaml").is_file() else None
+    if (path / "experiment.yaml").is_file():
+        return None
+    if not (path / ONNX).is_file() and (path / RECORD).is_file():
+        raise UserError(f"{path}: an export for other programs (README.md in it); give the checkpoint, or one to onnx")
+    return path / ONNX if (path / ONNX).is_file() else None

@@ -12,9 +12,9 @@ from typing import Final
 
 from ser_ray.disk import write_text
 from ser_ray.exporting import ONNX, PLACE, Options, onnx_format
-from ser_ray.exporting.merged import merged
+from ser_ray.exporting.merged import all_merged
 from ser_ray.exporting.onnx_format import DTYPES, NOTES, SCRIPT, check, predict
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model
 
 __all__ = ["DTYPES", "LIBRARY", "check", "predict", "usage", "write"]
 
@@ -26,7 +26,7 @@ OBJECT: Final = "$audonnx.core.model.Model"
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write model.onnx, model.yaml, and the program that needs neither audonnx nor ser_ray."""
-    model = merged(directory, options)
+    model = all_merged(directory, options)
     onnx_format.save(model, target, options.dtype, one=True)
     labels = {"probabilities": list(model.experiment.emotions)}
     content = {"path": ONNX, "labels": labels, "transform": None}
@@ -35,7 +35,7 @@ def write(directory: Path, target: Path, options: Options) -> list[str]:
     return NOTES[options.dtype]
 
 
-def usage(model: EmotionClassifier) -> str:
+def usage(model: Model) -> str:
     """As `Format.usage`."""
     return (
         "```python\n"

@@ -21,7 +21,7 @@ from ser_ray.exporting import Format
 from ser_ray.exporting.proof import Proof
 from ser_ray.exporting.recordings import data_of
 from ser_ray.models import pretrained
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model, members_of
 from ser_ray.schema import is_known
 from ser_ray.speech import shards
 
@@ -34,7 +34,7 @@ AI_ACT: Final = (
 )
 
 
-def card(form: Format, model: EmotionClassifier, directory: Path, about: Mapping[str, Any], proof: Proof) -> str:
+def card(form: Format, model: Model, directory: Path, about: Mapping[str, Any], proof: Proof) -> str:
     """The card as Markdown, with its head. ``directory``: the checkpoint; ``about``: the content of export.json."""
     experiment = model.experiment
     evaluation = _evaluation(directory)
@@ -44,7 +44,7 @@ def card(form: Format, model: EmotionClassifier, directory: Path, about: Mapping
         pipeline_tag=TASK,
         library_name=form.LIBRARY,
         language=sorted(facts["languages"]) or None,
-        base_model=experiment.backbone if on_hub(experiment.backbone) else None,
+        base_model=_one_or_all([name for name in _backbones(model) if on_hub(name)]),
         tags=["speech-emotion-recognition", "ser_ray"],
         metrics=["accuracy", "recall"],
         eval_results=_results(experiment, evaluation.get("test")),
@@ -52,8 +52,8 @@ def card(form: Format, model: EmotionClassifier, directory: Path, about: Mapping
     notes = "".join(f"- {note}\n" for note in about["notes"])
     text = (
         f"# {experiment.name}\n\n"
-        f"Emotion of speech, one of {', '.join(experiment.emotions)}: {shown(experiment.backbone)} "
-        f"({experiment.adapter.method}) and a classifier, trained and exported with ser_ray {about['version']}.\n\n"
+        f"Emotion of speech, one of {', '.join(experiment.emotions)}: {_parts(model)}, trained and exported with "
+        f"ser_ray {about['version']}.\n\n"
         f"## Use\n\n{form.usage(model)}\n\n"
         f"## Metrics\n\n{_metrics(evaluation, experiment)}\n\n"
         f"## Same answers as the checkpoint\n\n{_proof(proof)}\n{notes}\n"
@@ -63,7 +63,7 @@ def card(form: Format, model: EmotionClassifier, directory: Path, about: Mapping
         "metrics on other speakers, languages and microphones than were tested. It knows no other emotions than those "
         "above, and names one for every recording. What a voice expresses is not what a person feels: do not use it to "
         f"judge people.\n\n{AI_ACT}\n\n"
-        f"## Licences\n\n{_licences(experiment)}\n"
+        f"## Licences\n\n{_licences(model)}\n"
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -89,7 +89,27 @@ def _evaluation(directory: Path) -> dict[str, Any]:
     if directory.name == "best" and (folder / "test.json").is_file():
         names = ("dev", "test", "choice")
         return {name: read_json(folder / f"{name}.json") for name in names if (folder / f"{name}.json").is_file()}
-    return {"own": read_json(directory / "metrics.json")}
+    own = directory / "metrics.json"  # which an ensemble does not have
+    return {"own": read_json(own) if own.is_file() else {}}
+
+
+def _backbones(model: Model) -> list[str]:
+    """Each once."""
+    return list(dict.fromkeys(member.experiment.backbone for member in members_of(model)))
+
+
+def _one_or_all(names: list[str]) -> str | list[str] | None:
+    """As the hub has one name, or a list of several."""
+    return names[0] if len(names) == 1 else names or None
+
+
+def _parts(model: Model) -> str:
+    members = [member.experiment for member in members_of(model)]
+    named = [f"{shown(experiment.backbone)} ({experiment.adapter.method})" for experiment in members]
+    if len(named) == 1:
+        return f"{named[0]} and a classifier"
+    what = f"the product of the calibrated probabilities of {len(named)} models"
+    return f"{what}, {', '.join(named)}, with a classifier each"
 
 
 def _spoken(directory: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +182,12 @@ def _few(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _licences(experiment: Experiment) -> str:
-    name = experiment.backbone
-    licence = _licence_of(name)
-    see = f"see https://huggingface.co/{name}" if on_hub(name) else "ask where it is from"
-    lines = [f"- Backbone {shown(name)}: {licence or f'not recorded; {see}'}."]
-    lines += [f"- Corpus {corpus}: {licence_of(corpus) or 'not recorded'}." for corpus in experiment.corpora]
+def _licences(model: Model) -> str:
+    lines = []
+    for name in _backbones(model):
+        see = f"see https://huggingface.co/{name}" if on_hub(name) else "ask where it is from"
+        lines.append(f"- Backbone {shown(name)}: {_licence_of(name) or f'not recorded; {see}'}.")
+    lines += [f"- Corpus {corpus}: {licence_of(corpus) or 'not recorded'}." for corpus in model.experiment.corpora]
     return "\n".join([*lines, "\nWhoever publishes this model chooses its licence, within what these allow."])
 
 

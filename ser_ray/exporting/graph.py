@@ -1,4 +1,4 @@
-"""The classifier as one ONNX graph.
+"""The classifier, or an ensemble of several, as one ONNX graph.
 
     waveform (batch, samples) float32, lengths (batch,) int64  ->  probabilities (batch, K), embedding (batch, P)
 
@@ -8,7 +8,8 @@ not: decoding, trimming, and the cut into windows, whose settings are in the met
 
 Where the head uses what is known of a speaker, there are three more inputs that may be left out, for one speaker of all
 rows (voices = 1) or one of each: voice_count (voices,), voice_mean and voice_variance (voices, P), all float32. They
-are a `ser_ray.models.voice.Voice`; the embedding is what such a voice is made of.
+are a `ser_ray.models.voice.Voice`; the embedding is what such a voice is made of. Of an ensemble P is the sum over its
+members, whose embeddings and voices stand side by side; a backbone that members share is in the graph once.
 
 torch's exporter (by torch.export) traces the graph, onnxscript folds its constants and merges its nodes, and ONNX's own
 checker reads the file that is written.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +32,8 @@ from torch import nn
 
 from ser_ray import __version__
 from ser_ray.exporting.card import shown
-from ser_ray.models.backbones import Whisper
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.backbones import Backbone, Whisper
+from ser_ray.models.ensemble import Ensemble, Model, members_of, uses_voices, widths_of
 from ser_ray.models.voice import Voice
 from ser_ray.models.voice_file import digest
 from ser_ray.schema import SAMPLING_RATE, UserError
@@ -41,19 +43,27 @@ OUTPUTS: Final = ("probabilities", "embedding")
 VOICE: Final = ("voice_count", "voice_mean", "voice_variance")
 LARGEST: Final = 1_900_000_000
 """Bytes of weights that a file holds by itself: protobuf ends at 2 GiB. More lie beside it, in FILE.data."""
-BACKBONE: Final = "classifier.backbone.model"
+BACKBONE: Final = re.compile(r"(answering\.)?members\.\d+\.backbone\.model")
 """The scope, in torch's names, of the weights that may be held in fewer bits; front end and head stay in fp32, as they
 do in training."""
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 
 
 class Answering(nn.Module):
-    """The classifier with the inputs and outputs of the graph."""
+    """A model with the inputs and outputs of the graph.
 
-    def __init__(self, classifier: EmotionClassifier) -> None:
+    The product of the members' probabilities, each to the power of its weight, is the softmax of the sum of their
+    logits, each times its weight.
+    """
+
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.temperature: float = getattr(classifier, "temperature", 1.0)
+        members = members_of(model)
+        weights, temperature = (model.weights, model.temperature) if isinstance(model, Ensemble) else ((1.0,), 1.0)
+        self.members = nn.ModuleList(members)
+        self.scales = [w / (m.temperature * temperature) for w, m in zip(weights, members, strict=True)]
+        self.widths = widths_of(model)
+        self.uses_voices = [member.head.speaker is not None for member in members]
 
     def forward(
         self,
@@ -64,13 +74,25 @@ class Answering(nn.Module):
         voice_variance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the module says: probabilities and embedding."""
-        head = self.classifier.head
-        embedding_BP = head.embed(*self.classifier.hidden_states(waveform_BT, lengths_B))
-        voices = None
-        if voice_count is not None and voice_mean is not None and voice_variance is not None:
-            voices = Voice(voice_count, voice_mean, voice_variance)
-        logits_BK = head.classify(head.relative(embedding_BP, voices))
-        return (logits_BK / self.temperature).softmax(-1), embedding_BP
+        states: dict[int, Any] = {}  # of each backbone, which several members may have
+        logits, embeddings = [], []
+        voices = self._voices(voice_count, voice_mean, voice_variance)
+        for member, scale, voice in zip(self.members, self.scales, voices, strict=True):
+            model: Any = member
+            if id(model.backbone) not in states:
+                states[id(model.backbone)] = model.hidden_states(waveform_BT, lengths_B)
+            embeddings.append(model.head.embed(*states[id(model.backbone)]))
+            logits.append(scale * model.head.classify(model.head.relative(embeddings[-1], voice)))
+        return torch.stack(logits).sum(0).softmax(-1), torch.cat(embeddings, dim=-1)
+
+    def _voices(
+        self, count: torch.Tensor | None, mean: torch.Tensor | None, variance: torch.Tensor | None
+    ) -> list[Voice | None]:
+        """What each member gets of a voice: its part, or nothing where its head makes nothing of it."""
+        if count is None or mean is None or variance is None:
+            return [None] * len(self.members)
+        parts = zip(mean.split(self.widths, dim=-1), variance.split(self.widths, dim=-1), strict=True)
+        return [Voice(count, *part) if uses else None for part, uses in zip(parts, self.uses_voices, strict=True)]
 
 
 class Spectrogram(nn.Module):
@@ -102,10 +124,9 @@ class Spectrogram(nn.Module):
 class AnsweringOne(nn.Module):
     """The same for one recording (1, samples), whose length is that of the array: what audonnx can feed."""
 
-    def __init__(self, classifier: EmotionClassifier) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.classifier = classifier  # for the names of its weights
-        self.answering = Answering(classifier)
+        self.answering = Answering(model)
 
     def forward(self, waveform_1T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (1, K) and embedding (1, P)."""
@@ -113,16 +134,17 @@ class AnsweringOne(nn.Module):
         return probabilities_1K, embedding_1P
 
 
-def traced(model: EmotionClassifier, one: bool = False) -> Any:
+def traced(model: Model, one: bool = False) -> Any:
     """The graph of a model that is `merged`, as onnx_ir has it; the model's front end is changed for it. ``one``: that
     of `AnsweringOne`.
 
     Raises UserError where a library is missing that the extra ``onnx`` brings.
     """
     check_installed()
-    if isinstance(model.backbone, Whisper):
-        mel: Any = model.backbone.logmel.mel
-        mel.spectrogram = Spectrogram(mel.spectrogram.window, mel.hop_length)
+    for backbone in {id(member.backbone): member.backbone for member in members_of(model)}.values():
+        if isinstance(backbone, Whisper):
+            mel: Any = backbone.logmel.mel
+            mel.spectrogram = Spectrogram(mel.spectrogram.window, mel.hop_length)
     wrapped = (AnsweringOne if one else Answering)(model).eval()
     with _quiet(), torch.no_grad():
         inputs, names, shapes = _examples(model, one)
@@ -141,26 +163,26 @@ def traced(model: EmotionClassifier, one: bool = False) -> Any:
         value.name = f"{value.name}_inside"
     for value, name in zip(graph.outputs, OUTPUTS, strict=True):
         value.name = name
-    if not one and model.head.speaker is not None:
+    if not one and uses_voices(model):
         _make_optional(graph)
     program.model.producer_name, program.model.producer_version = "ser_ray", __version__
     program.model.metadata_props.update(described(model))
     return program.model
 
 
-def described(model: EmotionClassifier) -> dict[str, str]:
+def described(model: Model) -> dict[str, str]:
     """What a program has to know besides the graph, as its metadata: JSON in strings."""
-    experiment, audio = model.experiment, model.experiment.audio
-    whole = bool(getattr(model.backbone, "normalize", False))  # Whisper has another front end
-    normalised = "zero mean and unit variance of every utterance" if whole else "none"
+    experiment, audio, members = model.experiment, model.experiment.audio, members_of(model)
     content = {
         "labels": list(experiment.emotions),
         "sampling_rate": SAMPLING_RATE,
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
-        "normalisation": "log-mel" if model.backbone.family == "whisper" else normalised,
-        "temperature": getattr(model, "temperature", 1.0),
+        "normalisation": " + ".join(dict.fromkeys(_normalisation(member.backbone) for member in members)),
+        "temperature": model.temperature,
+        "least_probability": model.least_probability,
         "name": experiment.name,
-        "backbone": shown(experiment.backbone),
+        "backbone": " + ".join(dict.fromkeys(shown(member.experiment.backbone) for member in members)),
+        "widths": widths_of(model),
         "head": digest(model),
     }
     return {key: json.dumps(value) for key, value in content.items()}
@@ -192,13 +214,19 @@ def check_installed() -> None:
 def of_backbone(node: Any) -> bool:
     """Whether a node computes with weights of the backbone, not in its front end or in the head."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    return any(scope.startswith(BACKBONE) for scope in scopes)
+    return any(BACKBONE.match(scope) for scope in scopes)
 
 
 # -- below: how it is done
 
 
-def _examples(model: EmotionClassifier, one: bool) -> tuple[tuple[torch.Tensor, ...], list[str], Any]:
+def _normalisation(backbone: Backbone) -> str:
+    whole = bool(getattr(backbone, "normalize", False))  # Whisper has another front end
+    normalised = "zero mean and unit variance of every utterance" if whole else "none"
+    return "log-mel" if backbone.family == "whisper" else normalised
+
+
+def _examples(model: Model, one: bool) -> tuple[tuple[torch.Tensor, ...], list[str], Any]:
     """Inputs to trace with, their names, and which of their axes are of any size."""
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples")
     lengths_B = torch.tensor([SAMPLING_RATE, SAMPLING_RATE * 3 // 4])
@@ -206,9 +234,9 @@ def _examples(model: EmotionClassifier, one: bool) -> tuple[tuple[torch.Tensor, 
     if one:
         return (waveform_BT[:1],), ["waveform"], ({1: samples},)
     inputs, shapes = (waveform_BT, lengths_B), ({0: batch, 1: samples}, {0: batch})
-    if model.head.speaker is None:
+    if not uses_voices(model):
         return inputs, ["waveform", "lengths"], shapes
-    none = (torch.zeros(1), *torch.zeros(2, 1, model.head.embedding_width))
+    none = (torch.zeros(1), *torch.zeros(2, 1, sum(widths_of(model))))
     return (*inputs, *none), ["waveform", "lengths", *VOICE], (*shapes, {}, {}, {})
 
 

@@ -13,27 +13,34 @@ import torch
 from torch import nn
 
 from ser_ray.exporting import ORIGINAL, QUANTISED, Options
-from ser_ray.models import backbones, checkpoint, variants
+from ser_ray.models import backbones, checkpoint, ensemble, variants
+from ser_ray.models.backbones import Backbone
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model, members_of
 
 BASES: Final = {ORIGINAL: "the original weights of its backbone", QUANTISED: "the weights that 4 bits hold"}
 
 
-def reference(directory: Path, backbone: str | None = None) -> EmotionClassifier:
+def reference(directory: Path, backbone: str | None = None) -> Model:
     """The checkpoint as `ser-ray predict` answers with it on a CPU, in fp32 whatever it was trained in; where it was
     trained over weights in 4 bits, these are in 4 bits here too."""
-    return checkpoint.load(directory, "cpu", backbone, precision="fp32")
+    return ensemble.load(directory, "cpu", backbone, precision="fp32")
 
 
-def bases(model: EmotionClassifier) -> tuple[str, ...]:
+def is_quantised(model: Model) -> bool:
+    """Whether updates were trained over weights in 4 bits, be it of one member."""
+    return any(member.experiment.adapter.method == "qlora" for member in members_of(model))
+
+
+def bases(model: Model) -> tuple[str, ...]:
     """What the updates of a checkpoint may be added to, the preferred first.
 
     Those of loftq start from what 4 bits changed in the weights: on the original ones they would correct it twice.
     """
-    adapter = model.experiment.adapter
-    if adapter.method != "qlora":
+    if not is_quantised(model):
         return (ORIGINAL,)
-    return (QUANTISED,) if adapter.variant == "loftq" else (ORIGINAL, QUANTISED)
+    of_loftq = any(member.experiment.adapter.variant == "loftq" for member in members_of(model))
+    return (QUANTISED,) if of_loftq else (ORIGINAL, QUANTISED)
 
 
 def merged(directory: Path, options: Options) -> EmotionClassifier:
@@ -50,6 +57,20 @@ def merged(directory: Path, options: Options) -> EmotionClassifier:
     return model.eval().requires_grad_(False)
 
 
+def all_merged(directory: Path, options: Options) -> Model:
+    """`merged` for a checkpoint, and for every member of an ensemble. Members over the same frozen backbone share it,
+    as its weights are the same."""
+    shared: dict[str, Backbone] = {}
+
+    def load_one(one: Path) -> EmotionClassifier:
+        model = merged(one, options)
+        if model.experiment.adapter.method == "frozen":
+            model.backbone = shared.setdefault(model.experiment.backbone, model.backbone)
+        return model
+
+    return ensemble.assembled(directory, load_one)
+
+
 def without_updates(directory: Path, options: Options) -> EmotionClassifier:
     """`merged` but for the updates: what a user of the adapter adds them to."""
     model = merged(directory, options)
@@ -64,5 +85,5 @@ def without_updates(directory: Path, options: Options) -> EmotionClassifier:
 
 def _dequantise(directory: Path, options: Options, encoder: nn.Module) -> None:
     """Set the weights of an encoder that the checkpoint holds in 4 bits to what these are."""
-    quantised = reference(directory, options.backbone).backbone.model
+    quantised = checkpoint.load(directory, "cpu", options.backbone, precision="fp32").backbone.model
     variants.copy_dequantised(quantised, encoder)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from ser_ray.exporting import ONNX, PLACE, Options, graph, smaller
-from ser_ray.exporting.merged import merged
+from ser_ray.exporting.merged import all_merged
 from ser_ray.exporting.proof import in_fresh_process
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Ensemble, Model, uses_voices, widths_of
 
 DTYPES: Final = ("fp32", "fp16", "int8")
 LIBRARY: Final = "onnx"
@@ -24,21 +24,25 @@ NOTES: Final = {
 }
 
 
-def check(model: EmotionClassifier) -> None:
+def check(model: Model) -> None:
     """Raises UserError where a library is missing; every head can be traced."""
     graph.check_installed()
 
 
 def write(directory: Path, target: Path, options: Options) -> list[str]:
     """Write model.onnx, and the program that uses it."""
-    save(merged(directory, options), target, options.dtype)
+    save(all_merged(directory, options), target, options.dtype)
     shutil.copyfile(SCRIPT, target / SCRIPT.name)
     return NOTES[options.dtype]
 
 
-def save(model: EmotionClassifier, target: Path, dtype: str = "fp32", one: bool = False) -> None:
+def save(model: Model, target: Path, dtype: str = "fp32", one: bool = False) -> None:
     """Write a model that is `merged` to ``target``. ``one``: as audonnx can feed it."""
-    traced = graph.traced(model, one)
+    save_traced(graph.traced(model, one), target, dtype)
+
+
+def save_traced(traced: Any, target: Path, dtype: str) -> None:
+    """Write a graph of `graph.traced`, which is changed by it."""
     if dtype == "int8":
         smaller.save_int8(traced, target / ONNX)
         return
@@ -52,12 +56,14 @@ def predict(target: Path, directory: Path, waveforms: Sequence[np.ndarray], opti
     return in_fresh_process(SCRIPT, target, waveforms)
 
 
-def usage(model: EmotionClassifier) -> str:
+def usage(model: Model) -> str:
     """As `Format.usage`."""
+    width = sum(widths_of(model))
+    several = ", those of the members side by side" if isinstance(model, Ensemble) else ""
     voice = (
         " Three more inputs say what is known of the speaker, and may be left out: voice_count (voices,), voice_mean "
-        f"and voice_variance (voices, {model.head.embedding_width}), float32, for one voice or one of each row; they "
-        "are the numbers of a file that `ser-ray enrol` writes: recordings, mean, variance."
+        f"and voice_variance (voices, {width}), float32, for one voice or one of each row; they are the numbers of a "
+        f"file that `ser-ray enrol` writes: recordings, mean, variance{several}."
     )
     return (
         "```python\n"
@@ -68,7 +74,7 @@ def usage(model: EmotionClassifier) -> str:
         f"Or `ser-ray predict {PLACE} call.wav`, with `pip install 'ser-ray[onnx]'`, for any audio file.\n\n"
         "model.onnx takes `waveform` (batch, samples), float32 at 16 kHz, and `lengths` (batch,), int64: each row is "
         "zero beyond its length. It gives `probabilities` (batch, emotions), with the temperature, and `embedding` "
-        f"(batch, {model.head.embedding_width}).{voice if model.head.speaker is not None else ''} Log-mel or "
+        f"(batch, {width}){several}.{voice if uses_voices(model) else ''} Log-mel or "
         "normalisation is inside. Quiet ends are to be cut before, and recordings longer than "
         f"{model.experiment.audio.max_seconds:g} s to be cut into windows: `onnx_predict.py` does both. Labels and "
         "settings are in the metadata of the file, as JSON."

@@ -19,8 +19,9 @@ import numpy as np
 
 from ser_ray.evaluation import metrics
 from ser_ray.exporting import QUANTISED, Format, Options
+from ser_ray.exporting.merged import is_quantised
 from ser_ray.exporting.recordings import Recordings
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.training.inference import predict as predict_recordings
 
@@ -97,9 +98,7 @@ def compare(ours_NK: np.ndarray, theirs_NK: np.ndarray, labels: np.ndarray | Non
     return Difference(len(ours_NK), *limits, float(equal_N.mean()), uar(ours_NK), uar(theirs_NK))
 
 
-def prove(
-    form: Format, target: Path, directory: Path, model: EmotionClassifier, recordings: Recordings, options: Options
-) -> Proof:
+def prove(form: Format, target: Path, directory: Path, model: Model, recordings: Recordings, options: Options) -> Proof:
     """Compare the export in ``target`` with the checkpoint in ``directory``, which ``model`` is as `merged.reference`
     loads it.
 
@@ -111,7 +110,7 @@ def prove(
     theirs_NK = form.predict(target, directory, [recordings.waveforms[number] for number in usable], options)
     labels = None if recordings.labels is None else recordings.labels[usable]
     difference = compare(np.array([answers[number] for number in usable]), theirs_NK, labels)
-    as_tested = model.experiment.adapter.method != "qlora" or options.base == QUANTISED
+    as_tested = not is_quantised(model) or options.base == QUANTISED
     exact = options.dtype == "fp32" and as_tested
     return Proof(recordings.source, EXACT if exact else ROUNDED, difference)
 

@@ -14,7 +14,7 @@ import soxr
 
 from ser_ray.corpora import synthetic
 from ser_ray.disk import read_json
-from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.ensemble import Model
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import shards, stream
@@ -43,7 +43,7 @@ class Recordings:
     """(N,) places in the model's emotions, where they are known."""
 
 
-def recordings_for(directory: Path, model: EmotionClassifier) -> Recordings:
+def recordings_for(directory: Path, model: Model) -> Recordings:
     """Dev utterances of the search that the checkpoint in ``directory`` is of, if its results folder and the prepared
     data are on this machine; else synthetic speech of several lengths."""
     results, shard_dirs = results_of(directory), data_of(directory)
@@ -65,7 +65,7 @@ def data_of(directory: Path) -> list[Path]:
 # -- below: how it is done
 
 
-def _of_dev(results: Path, shard_dirs: list[Path], model: EmotionClassifier) -> Recordings:
+def _of_dev(results: Path, shard_dirs: list[Path], model: Model) -> Recordings:
     task = load_task(model.experiment, shard_dirs)
     rows = task.rows("dev")
     part = f", every {rows.num_rows / MOST:.1f}th of {rows.num_rows}" if rows.num_rows > MOST else ""

@@ -18,7 +18,7 @@ from ser_ray.models.voice import Voice
 from ser_ray.schema import SAMPLING_RATE, UserError, reason_of
 from ser_ray.speech.pieces import Source, pieces_of
 from ser_ray.speech.stream import Batch
-from ser_ray.training.inference import Answer, Windows, answered, by_batch, with_whole
+from ser_ray.training.inference import Answer, Known, Windows, answered, by_batch, with_whole
 
 BATCH_SECONDS: Final = 60.0
 """Of audio that is computed together, with padding, as `Experiment.batch_seconds` by default."""
@@ -38,6 +38,8 @@ class OnnxClassifier:
             self.emotions: list[str] = [str(label) for label in json.loads(settings["labels"])]
             self.audio = Audio.model_validate(json.loads(settings["audio"]))
             self.head = str(json.loads(settings["head"]))
+            self.widths: list[int] = [int(width) for width in json.loads(settings["widths"])]
+            self.least_probability: float | None = json.loads(settings["least_probability"])
             if json.loads(settings["sampling_rate"]) != SAMPLING_RATE or "waveform" not in self.inputs:
                 raise ValueError("another input")
         except (KeyError, ValueError, TypeError) as error:
@@ -46,21 +48,16 @@ class OnnxClassifier:
             ) from None
 
     @property
-    def width(self) -> int:
-        """P, of the embedding and of a voice."""
-        (embedding,) = (one for one in self.session.get_outputs() if one.name == "embedding")
-        return int(embedding.shape[-1])
-
-    @property
     def uses_voices(self) -> bool:
         """Whether it has inputs for what is known of a speaker."""
         return set(VOICE) <= self.inputs
 
-    def predict(self, sources: Sequence[Source], voice: Voice | None = None) -> Iterator[Answer]:
+    def predict(self, sources: Sequence[Source], voice: Known = None) -> Iterator[Answer]:
         """As `ser_ray.training.inference.predict`."""
+        whole = _side_by_side([voice] if isinstance(voice, Voice) else voice) if voice else None
 
         def run(windows: Windows) -> np.ndarray:
-            return by_batch(windows, len(self.emotions), BATCH_SECONDS, lambda batch: self.probabilities(batch, voice))
+            return by_batch(windows, len(self.emotions), BATCH_SECONDS, lambda batch: self.probabilities(batch, whole))
 
         yield from with_whole(answered(pieces_of(self.audio, sources), self.emotions, run))
 
@@ -79,6 +76,12 @@ class OnnxClassifier:
 
 
 # -- below: how it is done
+
+
+def _side_by_side(voices: Sequence[Voice]) -> Voice:
+    """The voices that the members of an ensemble have of one speaker, as the graph takes them."""
+    means, variances = ([getattr(voice, name) for voice in voices] for name in ("mean_BP", "variance_BP"))
+    return Voice(voices[0].count_B, torch.cat(means, dim=1), torch.cat(variances, dim=1))
 
 
 def _session(path: Path) -> Any:

@@ -69,4 +69,9 @@ def save_int8(graph: Any, path: Path) -> None:
             )
         finally:
             root.setLevel(level)
+        # Of inputs that may be left out, quantize_dynamic leaves the defaults alone.
+        made, inputs = onnx.load(path), onnx.load(whole, load_external_data=False).graph.input
+        there = {one.name for one in made.graph.input}
+        made.graph.input.extend(one for one in inputs if one.name not in there)
+        onnx.save(made, path)
     onnx.checker.check_model(str(path), full_check=True)

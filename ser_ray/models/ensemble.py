@@ -9,7 +9,7 @@ How they are chosen is in `ser_ray.evaluation.ensemble`. `load` reads a director
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,20 +51,30 @@ class Ensemble:
 Model = EmotionClassifier | Ensemble
 
 
-def load(directory: str | Path, device: torch.device | str = "cpu", backbone: str | Path | None = None) -> Model:
+def load(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    backbone: str | Path | None = None,
+    precision: str | None = None,
+) -> Model:
     """The model in a directory: of a checkpoint, as `checkpoint.load`, or of an ensemble, with all of its members.
 
     ``backbone``: where the backbone is now; for an ensemble, that of all members. Raises UserError as
     `checkpoint.load`, and for an ensemble.json that does not fit its members.
     """
+    return assembled(directory, lambda one: checkpoint.load(one, device, backbone, precision))
+
+
+def assembled(directory: str | Path, load_one: Callable[[Path], EmotionClassifier]) -> Model:
+    """The same, of the models that ``load_one`` makes of the directory of each checkpoint."""
     directory = expanded(directory).absolute()
     path = directory / ENSEMBLE
     if not path.is_file():
-        return checkpoint.load(directory, device, backbone)
+        return load_one(directory)
     content = read_object(path)
     names, weights = _members(content, path)
     known = checkpoint.calibration_in(content, path)
-    members = tuple(checkpoint.load(directory / name, device, backbone) for name in names)
+    members = tuple(load_one(directory / name) for name in names)
     for name, member in zip(names, members, strict=True):
         first, own = members[0].experiment, member.experiment
         if (own.emotions, own.audio) != (first.emotions, first.audio):
@@ -75,6 +85,16 @@ def load(directory: str | Path, device: torch.device | str = "cpu", backbone: st
 def members_of(model: Model) -> tuple[EmotionClassifier, ...]:
     """The models that answer: one, or several."""
     return model.members if isinstance(model, Ensemble) else (model,)
+
+
+def uses_voices(model: Model) -> bool:
+    """Whether it makes something of what is known of a speaker."""
+    return any(member.head.speaker is not None for member in members_of(model))
+
+
+def widths_of(model: Model) -> list[int]:
+    """The width of the pooled vector of each member, which is that of its part of a voice."""
+    return [member.head.embedding_width for member in members_of(model)]
 
 
 def together(model: Model, probabilities: Sequence[np.ndarray]) -> np.ndarray:

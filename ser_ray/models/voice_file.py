@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from ser_ray.disk import write_json
-from ser_ray.models.ensemble import Model, members_of
+from ser_ray.models.ensemble import Model, members_of, uses_voices, widths_of
 from ser_ray.models.voice import Voice
 from ser_ray.models.weights import read_object
 from ser_ray.schema import UserError
@@ -63,7 +63,7 @@ def saved(model: Model, voice: Voice | tuple[Voice, ...], name: str) -> SavedVoi
 
 def check_uses_voices(model: Model, source: object) -> None:
     """Raises UserError for a model whose heads make nothing of a voice; ``source`` names it."""
-    if all(member.head.speaker is None for member in members_of(model)):
+    if not uses_voices(model):
         raise UserError(
             f"{source}: this model does not use what is known of a speaker (head.speaker: none); train one with "
             "head.speaker: center"
@@ -94,15 +94,14 @@ def read(path: Path, model: Model) -> SavedVoice:
     return parse(_content(path), model, path)
 
 
-def read_for(path: Path, checkpoint: str, width: int) -> SavedVoice:
-    """The same for a model with this `digest`, whose pooled vectors have this width."""
-    return _parse(_content(path), checkpoint, [width], path)
+def read_for(path: Path, checkpoint: str, widths: Sequence[int]) -> SavedVoice:
+    """The same for a model with this `digest`, and these `widths_of` it."""
+    return _parse(_content(path), checkpoint, widths, path)
 
 
 def parse(content: Mapping[str, Any], model: Model, source: object) -> SavedVoice:
     """A voice of this model from the content of a file, which ``source`` names. Raises UserError as `read`."""
-    widths = [member.head.embedding_width for member in members_of(model)]
-    return _parse(content, digest(model), widths, source)
+    return _parse(content, digest(model), widths_of(model), source)
 
 
 def digest(model: Model) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -74,11 +74,19 @@ def answer_columns(emotions: Sequence[str], sets: bool = False) -> list[str]:
     return [*first, *(PROBABILITY + emotion for emotion in emotions), "reason"]
 
 
-def threshold_of(model: Model, source: object) -> float:
+class HasSets(Protocol):
+    """A model, or an export of one."""
+
+    @property
+    def least_probability(self) -> float | None:
+        """Of an emotion in a set; None if it was not fitted."""
+
+
+def threshold_of(model: HasSets, source: object) -> float:
     """The threshold of a model's sets. Raises UserError for one that has none; ``source`` names it."""
     if model.least_probability is None:
         raise UserError(
-            f"{source}: this checkpoint has no threshold for sets (calibration.json); give the best/ of a search, or "
+            f"{source}: it has no threshold for sets (calibration.json); give the best/ of a search, or "
             "make it again with ser-ray evaluate RESULTS_DIR"
         )
     return model.least_probability
