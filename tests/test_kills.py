@@ -123,8 +123,11 @@ def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_trial_whose_worker_was_killed_comes_to_the_same_numbers(space):
-    """As one that is trained here, from the same point, and that nobody disturbs."""
-    own = ["experiment.epochs=4", "experiment.patience=4"]
+    """As one that is trained here, from the same point, and that nobody disturbs.
+
+    Of its epochs there are so many that it is still training when its first line was read, on a busy machine too.
+    """
+    own = ["experiment.epochs=12", "experiment.patience=12"]
     point = ["tune.trials=1", "tune.finalists=1", "tune.first=[{adapter.method: full, optimizer.lr: 1.0e-3}]"]
     driver = start_tune(space, "worker", *own, *point)
     text = wait_for_line(driver, "epoch  1")

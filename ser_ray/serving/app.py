@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +41,13 @@ CODES: Final = {413: 1009, 503: 1013}
 def make_app(settings: Settings, backend: Backend, keys: Keys) -> ASGIApp:
     """The application of a server."""
     service, rates, room = Service(settings, backend), Rates(settings.limits), Room(settings.limits)
-    app = FastAPI(title="ser-ray", version=__version__, docs_url=None, redoc_url=None, lifespan=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.decoders.close()
+
+    app = FastAPI(title="ser-ray", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     _add_answers(app, service)
     _add_notices(app, service)
     streams = Streams(service, keys, rates, room)

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from serving_fixtures import HERE, Here, answering_at, encoded, pcm, refused, wav
 from starlette.websockets import WebSocketDisconnect
@@ -46,6 +47,15 @@ def test_a_recording_has_the_answer_of_predict(serving, checkpoints, tmp_path, f
             {name: expected[name] for name in expected if name.startswith("p_")}, abs=1e-6
         )
     assert len(client.post("/", json={"inputs": encoded(recording), "parameters": {"top_k": 1}}).json()) == 1
+
+
+def test_a_server_that_ends_leaves_no_decoder(serving):
+    client, process = serving(), psutil.Process()
+    before = set(process.children())
+    assert client.post("/", content=wav(0.5, 1)).status_code == 200
+    assert len(set(process.children()) - before) == 1
+    client.__exit__(None, None, None)
+    assert set(process.children()) <= before
 
 
 def test_several_files_have_windows_times_and_embeddings(serving, checkpoints, tmp_path):
