@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--endurance", type=int, default=20_000)
     parser.add_argument("--recordings", type=int, default=64)
     given = parser.parse_args()
-    paths = sorted(given.audio.rglob("*.wav"))
+    paths = sorted(path for path in given.audio.rglob("*") if path.suffix in (".wav", ".flac"))
     paths = paths[:: max(1, len(paths) // given.recordings)][: given.recordings]
     recordings = [path.read_bytes() for path in paths]
     in_loop, expected, seconds = one_process(given.checkpoint, paths, given.requests)
