@@ -165,7 +165,7 @@ def plot_enrolment(curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: st
             axes.set_xticks(range(len(rows)), [str(row["recordings"]) for row in rows])
         axes.set(title=f"{plain(metric)}, 95 % intervals", xlabel="unlabelled recordings of the speaker that were used")
         axes.grid(axis="y", color=MUTED, alpha=0.25)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
     return figure
 
 
