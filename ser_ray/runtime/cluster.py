@@ -53,6 +53,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state is never read
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to Ray's makers over the network, by a process that is not needed
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent with verbose=0
     "TOKENIZERS_PARALLELISM": "false",
 }

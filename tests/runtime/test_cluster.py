@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 import ray
+from ray._common.usage import usage_lib
 from ray._common.utils import get_ray_address_file
 from ray._private.utils import validate_socket_filepath
 
@@ -32,6 +33,17 @@ def test_workers_know_their_cluster(ray_cluster):
 
     port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
     assert ray.get(told.remote()).rpartition(":")[2] == port
+
+
+@pytest.mark.ray
+def test_nobody_elsewhere_is_told_what_is_run(ray_cluster):
+    """Ray sends statistics to its makers where they are not disabled."""
+
+    @ray.remote(num_cpus=0)
+    def told() -> bool:
+        return usage_lib.usage_stats_enabled()
+
+    assert not ray.get(told.remote())
 
 
 @pytest.fixture
