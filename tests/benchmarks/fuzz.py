@@ -285,9 +285,9 @@ def prepare_process() -> None:
     load = checkpoint.load
     kept = cache(lambda directory: load(directory))
 
-    def load_once(directory: Path, device: Any = "cpu", backbone: Any = None) -> Any:
+    def load_once(directory: Path, device: Any = "cpu", backbone: Any = None, *others: Any) -> Any:
         shared = Path(directory).parent.name == "checkpoints" and backbone is None
-        return kept(directory) if shared else load(directory, device, backbone)
+        return kept(directory) if shared else load(directory, device, backbone, *others)
 
     def no_ray(*arguments: Any, **options: Any) -> None:
         raise UserError(OTHER_VERBS)
