@@ -106,7 +106,7 @@ class Streams:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks)
         done.pop().result()
 
     async def _answer(
