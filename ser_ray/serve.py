@@ -28,7 +28,8 @@ from typing import Any
 
 from ser_ray.disk import resolved
 from ser_ray.schema import UserError
-from ser_ray.serving import about, keys
+from ser_ray.serving import keys
+from ser_ray.serving.checkpoints import named
 from ser_ray.serving.limits import read_limits
 from ser_ray.serving.settings import Settings
 from ser_ray.terminal import PlainConsole
@@ -53,7 +54,7 @@ def main(
     """``ser-ray serve``: answer until Ctrl-C, or with ``config`` print a configuration file of Ray Serve."""
     keys.read_keys(key_file, host)
     settings = Settings(
-        checkpoints=about.named(checkpoints),
+        checkpoints=named(checkpoints),
         host=host,
         key_file=str(resolved(key_file)) if key_file else None,
         replicas=_replicas(replicas),

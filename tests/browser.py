@@ -25,16 +25,15 @@ PATIENCE = 300
 """Seconds until a page that does not answer is a failure, on a machine with other work."""
 
 
-class Page:
-    """One tab. What the page writes to its console as a warning or an error, and what it requests, is collected."""
+class Remote:
+    """A tab that is told what to do over a socket. What the page writes to its console as a warning or an error, and
+    what it requests, is collected."""
 
     def __init__(self, address: str) -> None:
         self.socket = websocket.create_connection(address, timeout=PATIENCE, suppress_origin=True)
         self.numbers = itertools.count(1)
         self.problems: list[str] = []
         self.requests: list[str] = []
-        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
-            self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self.numbers)
@@ -45,6 +44,31 @@ class Page:
                 assert "error" not in message, (method, message)
                 return message["result"]
             self._note(message)
+
+    def wait(self, script: str) -> Any:
+        """Until an expression is true; returns it."""
+        end = time.monotonic() + PATIENCE
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"never: {script}; {self.problems}; {self.run('document.body.innerText')}"
+            time.sleep(0.1)
+        return value
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, awaited."""
+        raise NotImplementedError
+
+    def _note(self, message: dict[str, Any]) -> None:
+        """Collect a message that answers no call."""
+        raise NotImplementedError
+
+
+class Page(Remote):
+    """One tab of Chromium."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+            self.call(f"{domain}.enable")
 
     def _note(self, message: dict[str, Any]) -> None:
         about = message.get("params", {})
@@ -62,14 +86,6 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def wait(self, script: str) -> Any:
-        """Until an expression is true; returns it."""
-        end = time.monotonic() + PATIENCE
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never: {script}; {self.problems}; {self.run('document.body.innerText')}"
-            time.sleep(0.1)
-        return value
 
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)
@@ -130,7 +146,7 @@ def browser(*options: str) -> Iterator[Page]:
         ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            port = _port(Path(profile) / "DevToolsActivePort", process)
+            port = written(Path(profile) / "DevToolsActivePort", process).split()[0]
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=PATIENCE) as listed:
                 (tab,) = (one for one in json.load(listed) if one["type"] == "page")
             yield Page(tab["webSocketDebuggerUrl"])
@@ -139,10 +155,11 @@ def browser(*options: str) -> Iterator[Page]:
             process.wait(PATIENCE)
 
 
-def _port(path: Path, process: subprocess.Popen[bytes]) -> int:
+def written(path: Path, process: subprocess.Popen[bytes]) -> str:
+    """The text of a file in which a browser that has started says where it listens."""
     end = time.monotonic() + PATIENCE
     while not path.is_file() or not path.read_text():
-        assert process.poll() is None, f"Chromium ended with {process.returncode}"
-        assert time.monotonic() < end, "Chromium never listened"
+        assert process.poll() is None, f"the browser ended with {process.returncode}"
+        assert time.monotonic() < end, "the browser never listened"
         time.sleep(0.1)
-    return int(path.read_text().split()[0])
+    return path.read_text()

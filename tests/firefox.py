@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import subprocess
 import tempfile
-import time
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import websocket
-from browser import PATIENCE
+from browser import PATIENCE, Remote, written
 
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 SETTINGS = {
@@ -31,27 +28,14 @@ SETTINGS = {
 }
 
 
-class Tab:
-    """One tab; what the page writes to its console as a warning or an error is collected."""
+class Tab(Remote):
+    """One tab of Firefox."""
 
     def __init__(self, address: str) -> None:
-        self.socket = websocket.create_connection(address, timeout=PATIENCE, suppress_origin=True)
-        self.numbers = itertools.count(1)
-        self.problems: list[str] = []
-        self.requests: list[str] = []
+        super().__init__(address)
         self.call("session.new", capabilities={})
         self.context = self.call("browsingContext.getTree")["contexts"][0]["context"]
         self.call("session.subscribe", events=["log.entryAdded", "network.beforeRequestSent"])
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:
-            message = json.loads(self.socket.recv())
-            if message.get("id") == number:
-                assert message["type"] == "success", (method, message)
-                return message["result"]
-            self._note(message)
 
     def _note(self, message: dict[str, Any]) -> None:
         about = message.get("params", {})
@@ -71,14 +55,6 @@ class Tab:
         assert answer["type"] == "success", answer
         found = answer["result"].get("value")
         return None if found is None else json.loads(found)
-
-    def wait(self, script: str) -> Any:
-        """Until an expression is true; returns it."""
-        end = time.monotonic() + PATIENCE
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never: {script}; {self.problems}; {self.run('document.body.innerText')}"
-            time.sleep(0.1)
-        return value
 
     def open(self, address: str) -> None:
         self.call("browsingContext.navigate", context=self.context, url=address, wait="complete")
@@ -108,16 +84,8 @@ def firefox() -> Iterator[Tab]:
         command = [FIREFOX, "--headless", "--no-remote", "--profile", folder, "--remote-debugging-port=0"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            yield Tab(f"ws://127.0.0.1:{_port(Path(folder) / 'WebDriverBiDiServer.json', process)}/session")
+            port = json.loads(written(Path(folder) / "WebDriverBiDiServer.json", process))["ws_port"]
+            yield Tab(f"ws://127.0.0.1:{port}/session")
         finally:
             process.terminate()
             process.wait(PATIENCE)
-
-
-def _port(path: Path, process: subprocess.Popen[bytes]) -> int:
-    end = time.monotonic() + PATIENCE
-    while not path.is_file() or not path.read_text():
-        assert process.poll() is None, f"Firefox ended with {process.returncode}"
-        assert time.monotonic() < end, "Firefox never listened"
-        time.sleep(0.1)
-    return int(json.loads(path.read_text())["ws_port"])

@@ -13,6 +13,7 @@ from ser_ray.evaluation.results import the_probe
 from ser_ray.evaluation.verdicts import NAMES
 
 METRICS: Final = ("accuracy", "uar", "macro_f1", "kappa")
+LEAKY: Final = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
 _KNOWN: Final = (
     "These metrics are for speakers of whom nothing is known. Recordings of a speaker, without labels, make him or her "
     "known: `ser-ray enrol THIS_DIRECTORY AUDIO... --output voice.json`, then `ser-ray predict` with `--voice "
@@ -33,13 +34,12 @@ def model_card(
     ``metric`` is the one that trials are compared by, such as ``uar``. ``calibrated``: of `calibration.record_of`.
     ``ensemble``: the content of ``ensemble.json``, if the model is one.
     """
-    leaky = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
     return (
         f"# {experiment.name}\n\n"
         f"Speech emotion classifier: {_model(experiment, test, ensemble)}; "
         f"emotions: {', '.join(experiment.emotions)}.\n"
         f"Corpora: {', '.join(experiment.corpora)}. Protocol: {test['protocol']['description']}.\n\n"
-        f"{leaky if test['leaky'] else ''}"
+        f"{LEAKY if test['leaky'] else ''}"
         f"{metrics_table(dev, test)}\n\n"
         f"95 % intervals: bootstrap over the unit in the last column. {what_chose(test, metric)}\n\n"
         f"{_taught(experiment, test)}"

@@ -16,10 +16,10 @@ import numpy as np
 
 from ser_ray.disk import read_json, write_json
 from ser_ray.exporting import QUANTISED, Options, huggingface
-from ser_ray.exporting.card import on_hub, shown
 from ser_ray.exporting.merged import without_updates
 from ser_ray.exporting.proof import in_fresh_process
 from ser_ray.models.classifier import EmotionClassifier
+from ser_ray.models.pretrained import on_hub, shown
 from ser_ray.schema import UserError
 
 DTYPES: Final = ("fp32",)

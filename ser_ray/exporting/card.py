@@ -15,18 +15,18 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from ser_ray.config import Experiment
 from ser_ray.corpora.describe import licence_of
 from ser_ray.disk import read_json
-from ser_ray.evaluation.card import METRICS, metrics_table, speech_words, what_chose
+from ser_ray.evaluation.card import LEAKY, METRICS, metrics_table, speech_words, what_chose
 from ser_ray.evaluation.verdicts import NAMES
 from ser_ray.exporting import Format
 from ser_ray.exporting.proof import Proof
 from ser_ray.exporting.recordings import data_of
 from ser_ray.models import pretrained
 from ser_ray.models.ensemble import Model, members_of
+from ser_ray.models.pretrained import on_hub, shown
 from ser_ray.schema import is_known
 from ser_ray.speech import shards
 
 TASK: Final = "audio-classification"
-LEAKY: Final = "**LEAKY: speakers or audio are shared between splits; these metrics are inflated.**\n\n"
 AI_ACT: Final = (
     "In the European Union it is prohibited to put into service or use systems that infer people's emotions, from "
     "their voice too, at work and in education, other than for medical or safety reasons (AI Act, Regulation (EU) "
@@ -66,17 +66,6 @@ def card(form: Format, model: Model, directory: Path, about: Mapping[str, Any], 
         f"## Licences\n\n{_licences(model)}\n"
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def shown(backbone: str) -> str:
-    """A backbone's name for others: of one in a folder, the folder's own name, as the path is that of one machine."""
-    return backbone if on_hub(backbone) or backbone.startswith(pretrained.EMBEDDED) else Path(backbone).name
-
-
-def on_hub(backbone: str) -> bool:
-    """Whether a backbone's name is an id on the hub, and not a folder."""
-    elsewhere = backbone.startswith((pretrained.EMBEDDED, ".", "/", "~"))
-    return not elsewhere and backbone.count("/") <= 1 and not Path(backbone).is_dir()
 
 
 # -- below: how it is done

@@ -31,9 +31,9 @@ import torch
 from torch import nn
 
 from ser_ray import __version__
-from ser_ray.exporting.card import shown
 from ser_ray.models.backbones import Backbone, Whisper
 from ser_ray.models.ensemble import Ensemble, Model, members_of, uses_voices, widths_of
+from ser_ray.models.pretrained import shown
 from ser_ray.models.voice import Voice
 from ser_ray.models.voice_file import digest
 from ser_ray.schema import SAMPLING_RATE, UserError

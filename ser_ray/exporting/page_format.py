@@ -19,15 +19,12 @@ from typing import Any, Final
 import numpy as np
 
 import ser_ray
-from ser_ray.disk import expanded, read_json, readable, write_text
-from ser_ray.evaluation import calibration
-from ser_ray.evaluation.card import speech_words
-from ser_ray.evaluation.metrics import HEADLINE
+from ser_ray.disk import expanded, readable, write_text
 from ser_ray.exporting import ONNX, Options, onnx_format
-from ser_ray.exporting.card import shown
 from ser_ray.exporting.merged import merged
 from ser_ray.exporting.onnx_format import DTYPES, NOTES, SCRIPT, check
 from ser_ray.exporting.proof import in_fresh_process
+from ser_ray.models import about
 from ser_ray.models.classifier import EmotionClassifier
 from ser_ray.schema import UserError
 
@@ -61,14 +58,14 @@ def write(directory: Path, target: Path, options: Options) -> list[str]:
         onnx_format.save(model, Path(scratch), options.dtype)
         graph = (Path(scratch) / ONNX).read_bytes()
     # In a script element, "</" would end it.
-    about = json.dumps(about_model(model, directory), ensure_ascii=False).replace("</", "<\\/")
+    said = json.dumps(about_model(model, directory), ensure_ascii=False).replace("</", "<\\/")
     parts = {
         "model-onnx": graph,
         "runtime-code": (dist / CODE).read_bytes(),
         "runtime-wasm": (dist / WASM).read_bytes(),
     }
     scripts = [f'<script type="text/plain" id="{name}">{_packed(content)}</script>' for name, content in parts.items()]
-    scripts.append(f'<script type="application/json" id="model-about">{about}</script>')
+    scripts.append(f'<script type="application/json" id="model-about">{said}</script>')
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
     write_text(target / PAGE, before + "\n".join(scripts) + after)
     return [*NOTES[options.dtype], "onnxruntime-web, which is in the page, is licensed under MIT by Microsoft."]
@@ -76,29 +73,11 @@ def write(directory: Path, target: Path, options: Options) -> list[str]:
 
 def about_model(model: EmotionClassifier, directory: Path) -> dict[str, Any]:
     """What the page says of the model, and what it needs: as an entry of GET /v1/models of `ser-ray serve`."""
-    experiment, audio = model.experiment, model.experiment.audio
-    record = directory.parent / "evaluation" / "test.json"
-    test = read_json(record) if directory.name == "best" and record.is_file() else {}
-    own = {} if test else read_json(directory / "metrics.json")
-    values = test or {name.removeprefix("dev_"): value for name, value in own.items()}
-    metrics = {
-        name: {"value": values[name], "ci95": test.get("ci95", {}).get(name)} for name in HEADLINE if name in values
-    }
-    return {
-        "name": experiment.name,
-        "emotions": list(experiment.emotions),
+    audio = model.experiment.audio
+    return about.model_of(model.experiment.name, directory) | {
         "audio": {"trim_db": audio.trim_db, "min_seconds": audio.min_seconds, "max_seconds": audio.max_seconds},
-        "uses_voices": model.head.speaker is not None,
         "width": model.head.embedding_width,
-        "backbone": shown(experiment.backbone),
-        "corpora": list(experiment.corpora),
-        "protocol": test["protocol"]["description"] if test else experiment.protocol.scheme,
-        "metrics": {"split": "test" if test else "dev", "unit": test.get("ci95_unit")} | metrics,
-        "calibrated": (directory / calibration.FILE).is_file(),
         "least_probability": model.least_probability,
-        "leaky": test["leaky"] if test else experiment.protocol.scheme == "random" or None,
-        "not_for": f"{speech_words(list(experiment.corpora))} Expect lower metrics on other speakers, languages and "
-        "microphones. Do not use it to judge people.",
     }
 
 

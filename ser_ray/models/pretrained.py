@@ -147,6 +147,17 @@ def unreachable(name: str, error: Exception) -> UserError:
     )
 
 
+def shown(backbone: str) -> str:
+    """A backbone's name for others: of one in a folder, the folder's own name, as the path is that of one machine."""
+    return backbone if on_hub(backbone) or backbone.startswith(EMBEDDED) else Path(backbone).name
+
+
+def on_hub(backbone: str) -> bool:
+    """Whether a backbone's name is an id on the hub, and not a folder."""
+    elsewhere = backbone.startswith((EMBEDDED, ".", "/", "~"))
+    return not elsewhere and backbone.count("/") <= 1 and not Path(backbone).is_dir()
+
+
 # -- below: how it is done
 
 

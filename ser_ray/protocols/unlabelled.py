@@ -9,12 +9,10 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ser_ray.config import Distil
-from ser_ray.evaluation.predictions import PROBABILITY
+from ser_ray.protocols.answers import read_answers
 from ser_ray.protocols.folds import UNLABELLED
-from ser_ray.schema import UserError
 
 WORD: Final = "unlabelled"
 """In place of an emotion in the table of a corpus without labels; no experiment has it among its emotions."""
@@ -24,7 +22,7 @@ def added(index: pa.Table, everything: pa.Table, settings: Distil, emotions: Seq
     """A labelled index with the utterances of `Distil.unlabelled`, which are those of ``everything`` in these corpora;
     the same index where there are none. Their label is the most probable emotion in `Distil.answers`.
 
-    Raises UserError where that file is missing or lacks one of them.
+    Raises UserError as `read_answers`.
     """
     if not settings.unlabelled:
         return index
@@ -40,17 +38,9 @@ def added(index: pa.Table, everything: pa.Table, settings: Distil, emotions: Seq
 # -- below: how it is done
 
 
-def _most_probable(ids: Sequence[str], answers: Path, emotions: Sequence[str]) -> list[int]:
-    if not answers.is_file():
-        raise UserError(f"distil.answers: {answers} is missing; run ser-ray distil again, which writes it")
-    table = pq.read_table(answers)
-    columns = [table[PROBABILITY + emotion].to_numpy() for emotion in emotions]
-    best_of = dict(zip(table["utterance_id"].to_pylist(), np.stack(columns).argmax(axis=0).tolist(), strict=True))
-    if missing := [utterance_id for utterance_id in ids if utterance_id not in best_of]:
-        raise UserError(
-            f"distil.answers: {answers} has no answer to {len(missing)} utterances, such as {missing[0]}; run "
-            "ser-ray distil again"
-        )
+def _most_probable(ids: Sequence[str], path: Path, emotions: Sequence[str]) -> list[int]:
+    answered, probabilities_NK = read_answers(path, emotions, ids, "utterances")
+    best_of = dict(zip(answered, probabilities_NK.argmax(axis=1).tolist(), strict=True))
     return [best_of[utterance_id] for utterance_id in ids]
 
 

@@ -16,7 +16,7 @@ from ser_ray.evaluation import baselines, egemaps
 from ser_ray.evaluation.enrolment import Enrolled, answered_with, draws_of
 from ser_ray.evaluation.predictions import Predictions
 from ser_ray.models import checkpoint
-from ser_ray.models.classifier import build
+from ser_ray.models.classifier import EmotionClassifier, build
 from ser_ray.models.precision import bound_memory, choose_device
 from ser_ray.models.voice import Others, Voice, voices_of
 from ser_ray.protocols.folds import counted_emotions
@@ -141,21 +141,38 @@ class Scorer:
     def _batches(
         self, task: Task, split: str, batch_seconds: float, cached: CachedFeatures | None = None
     ) -> Iterator[Batch]:
-        prefix, rows = cached.prefix if cached else None, task.rows(split)
-        content = stream.content_of(prefix)
-        files = stream.Files(rows, content.column, cached.paths[0].parent if cached else None)
-        for table, packed in files.read(order.epoch(rows, batch_seconds, None)):
-            yield from stream.batches(table, packed, content=content)
+        return batches_of(task.rows(split), batch_seconds, cached)
 
-    def _predict(self, model: Any, task: Task, split: str, cached: CachedFeatures | None = None) -> Predictions:
-        def predict(batch_seconds: float) -> dict[str, np.ndarray]:
-            probabilities: dict[str, np.ndarray] = {}
-            for batch, logits_BK in predict_batches(model, self._batches(task, split, batch_seconds, cached)):
-                rows = model.probabilities(logits_BK).cpu().numpy()
-                probabilities.update(zip(batch.utterance_ids, rows, strict=True))
-            return probabilities
+    def _predict(
+        self, model: EmotionClassifier, task: Task, split: str, cached: CachedFeatures | None = None
+    ) -> Predictions:
+        return _predictions(task, split, probabilities_of(model, task.rows(split), cached))
 
-        return _predictions(task, split, with_what_fits(predict, model.experiment.batch_seconds))
+
+def batches_of(rows: pa.Table, batch_seconds: float, cached: CachedFeatures | None = None) -> Iterator[Batch]:
+    """Batches of these rows of an index, for evaluation: of waveforms, or of the ``cached`` features."""
+    content = stream.content_of(cached.prefix if cached else None)
+    files = stream.Files(rows, content.column, cached.paths[0].parent if cached else None)
+    for table, packed in files.read(order.epoch(rows, batch_seconds, None)):
+        yield from stream.batches(table, packed, content=content)
+
+
+def probabilities_of(
+    model: EmotionClassifier, rows: pa.Table, cached: CachedFeatures | None = None
+) -> dict[str, np.ndarray]:
+    """Utterance id -> a model's probabilities, (K,) float64, for these rows of an index."""
+
+    def predict(batch_seconds: float) -> dict[str, np.ndarray]:
+        probabilities: dict[str, np.ndarray] = {}
+        for batch, logits_BK in predict_batches(model, batches_of(rows, batch_seconds, cached)):
+            found_BK = model.probabilities(logits_BK).cpu().numpy()
+            probabilities.update(zip(batch.utterance_ids, found_BK, strict=True))
+        return probabilities
+
+    return with_what_fits(predict, model.experiment.batch_seconds)
+
+
+# -- below: how it is done
 
 
 def _voices_of(pooled_NP: torch.Tensor, chosen: Sequence[np.ndarray], rows: Sequence[int]) -> Voice:

@@ -12,8 +12,9 @@ import numpy as np
 
 from ser_ray import config
 from ser_ray.config import Audio
+from ser_ray.models import about
 from ser_ray.schema import SAMPLING_RATE
-from ser_ray.serving import about, messages
+from ser_ray.serving import messages
 from ser_ray.serving.answering import Job, Reply, jobs_of
 from ser_ray.serving.decoding import Decoders
 from ser_ray.serving.guard import Measures

@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from ser_ray.config import Distil, Experiment
-from ser_ray.evaluation.predictions import PROBABILITY
-from ser_ray.schema import UserError
+from ser_ray.protocols.answers import read_answers
 from ser_ray.training import losses
 from ser_ray.training.losses.distillation import distillation
 
@@ -36,28 +33,18 @@ class Teacher:
     def read(cls, experiment: Experiment, corpus_of: dict[str, str]) -> Teacher | None:
         """The teacher of an experiment; None if it has none. ``corpus_of``: utterance id -> corpus, for all of train.
 
-        Raises UserError where its file is missing, is about other emotions, or lacks an utterance.
+        Raises UserError as `read_answers`.
         """
         settings = experiment.distil
         if settings.answers is None:
             return None
-        path, columns = Path(settings.answers), [PROBABILITY + emotion for emotion in experiment.emotions]
-        if not path.is_file():
-            raise UserError(f"distil.answers: {path} is missing; run ser-ray distil again, which writes it")
-        table = pq.read_table(path)
-        if table.column_names != ["utterance_id", *columns]:
-            raise UserError(f"distil.answers: {path} is about other emotions than {', '.join(experiment.emotions)}")
-        ids = table["utterance_id"].to_pylist()
-        if missing := sorted(corpus_of.keys() - set(ids)):
-            raise UserError(
-                f"distil.answers: {path} has no answer to {len(missing)} utterances of train, such as {missing[0]}; "
-                "run ser-ray distil again"
-            )
-        probabilities_NK = np.stack([table[name].to_numpy() for name in columns], axis=1).astype(np.float32)
+        ids, probabilities_NK = read_answers(
+            Path(settings.answers), experiment.emotions, corpus_of, "utterances of train"
+        )
         labelled = [corpus_of.get(i) not in settings.unlabelled for i in ids]
         row = {utterance_id: number for number, utterance_id in enumerate(ids)}
         label_loss = losses.of(experiment.loss)
-        return cls(row, torch.from_numpy(probabilities_NK), torch.tensor(labelled), settings, label_loss)
+        return cls(row, torch.from_numpy(probabilities_NK).float(), torch.tensor(labelled), settings, label_loss)
 
     def loss(self, utterance_ids: Sequence[str]) -> losses.Loss:
         """The loss of a student on a batch of these utterances, in this order."""

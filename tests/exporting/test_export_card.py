@@ -12,9 +12,10 @@ from report_fixtures import predictions
 
 from ser_ray.evaluation.summary import summarise
 from ser_ray.exporting import adapter, huggingface
-from ser_ray.exporting.card import card, on_hub, shown
+from ser_ray.exporting.card import card
 from ser_ray.exporting.proof import Difference, Proof
 from ser_ray.models.classifier import build
+from ser_ray.models.pretrained import on_hub, shown
 
 PROOF = Proof("dev utterances of x", 2e-2, Difference(140, 3.2e-3, 1.1e-4, 0.993, 0.7012, 0.6987))
 ABOUT = {"version": "0.2.0", "notes": ["Added to the original weights."]}

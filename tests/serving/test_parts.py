@@ -15,8 +15,10 @@ from serving_fixtures import pcm, wav
 
 import ser_ray
 from ser_ray.config import Audio
+from ser_ray.models.about import model_of
 from ser_ray.schema import UserError
-from ser_ray.serving import about, answering, keys
+from ser_ray.serving import answering, keys
+from ser_ray.serving.checkpoints import named
 from ser_ray.serving.decoding import Decoders
 from ser_ray.serving.limits import Limits, Rates, Refused, Room, read_limits
 from ser_ray.serving.listening import Listening
@@ -291,21 +293,21 @@ def test_models_share_a_backbone_and_the_least_recently_used_one_goes(checkpoint
 
 
 def test_names_of_checkpoints(checkpoints, tmp_path):
-    assert about.named([Path(path) for path in checkpoints.values()]) == checkpoints
+    assert named([Path(path) for path in checkpoints.values()]) == checkpoints
     other = tmp_path / "plain" / "best"
     other.parent.mkdir()
     other.symlink_to(checkpoints["plain"])
-    assert list(about.named([Path(checkpoints["plain"]), other]).values()) == [checkpoints["plain"], str(other)]
-    assert len(about.named([Path(checkpoints["plain"]), other])) == 2
+    assert list(named([Path(checkpoints["plain"]), other]).values()) == [checkpoints["plain"], str(other)]
+    assert len(named([Path(checkpoints["plain"]), other])) == 2
     with pytest.raises(UserError, match="twice"):
-        about.named([other, other])
+        named([other, other])
     with pytest.raises(UserError, match="no such file"):
-        about.named([tmp_path])
+        named([tmp_path])
 
 
 def test_a_tested_model_has_its_intervals_and_its_stamp():
     folder = Path(__file__).parents[1] / "fixtures" / "results-0.1.0"
-    found = about.model_of("demo", folder / "best")
+    found = model_of("demo", folder / "best")
     tested = json.loads((folder / "evaluation" / "test.json").read_text())
     assert found["metrics"]["uar"] == {"value": tested["uar"], "ci95": tested["ci95"]["uar"]}
     assert (found["metrics"]["split"], found["metrics"]["unit"]) == ("test", "speakers")

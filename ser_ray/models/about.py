@@ -1,46 +1,25 @@
-"""What a served model is: its emotions, how it was tested and how well, its licences, and what it is not for."""
+"""What a model is, for those who use it: its emotions, how it was tested and how well, its licences, and what it is not
+for."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ser_ray import config
 from ser_ray.config import Experiment
-from ser_ray.corpora import module_of
-from ser_ray.disk import expanded
+from ser_ray.corpora.describe import licence_of
 from ser_ray.evaluation import calibration, card
 from ser_ray.evaluation.metrics import HEADLINE
-from ser_ray.models import checkpoint
+from ser_ray.models.pretrained import shown
 from ser_ray.models.weights import read_object
-from ser_ray.schema import UserError
 
-LICENCE: Final = re.compile(r"Licence:\s+(.+?)(?:\.\s|\.$|$)", re.M)
 NOTICE: Final = "People whose voice is analysed have to be told so."
 
 
-def named(checkpoints: Sequence[Path]) -> dict[str, str]:
-    """Name -> directory of every checkpoint, in order: the name of its experiment, with the folders above where two
-    have the same. Raises UserError for one that is none, or is given twice."""
-    paths = [expanded(path).absolute() for path in checkpoints]
-    if len(set(paths)) < len(paths):
-        raise UserError("a checkpoint is given twice")
-    for path in paths:
-        checkpoint.check_is_one(path)
-    names = [config.load_experiment(path / "experiment.yaml").name for path in paths]
-    for path in paths:
-        if not (path / "metrics.json").is_file():
-            raise UserError(f"{path}: metrics.json is missing; give a complete checkpoint")
-    return {
-        name if names.count(name) == 1 else "/".join(path.parts[-3:]): str(path)
-        for path, name in zip(paths, names, strict=True)
-    }
-
-
 def model_of(name: str, directory: Path) -> dict[str, Any]:
-    """The entry of GET /v1/models, from the files of a checkpoint and of the results folder around it.
+    """What a model says of itself to who uses it, on a server or a page: from the files of a checkpoint and of the
+    results folder around it.
 
     Metrics of test, with intervals, are there where the checkpoint is ``best/`` of a results folder; else those of dev
     of its epoch. ``leaky`` is null where nothing says it.
@@ -52,7 +31,7 @@ def model_of(name: str, directory: Path) -> dict[str, Any]:
     return {
         "name": name,
         "emotions": list(experiment.emotions),
-        "backbone": experiment.backbone,
+        "backbone": shown(experiment.backbone),
         "adapter": experiment.adapter.method,
         "uses_voices": experiment.head.speaker != "none",
         "max_seconds": experiment.audio.max_seconds,
@@ -69,11 +48,8 @@ def model_of(name: str, directory: Path) -> dict[str, Any]:
 
 def licences(experiment: Experiment) -> dict[str, str]:
     """Of the corpora that a model was trained on, as their modules say; that of the backbone is on its own page."""
-    found: dict[str, str] = {}
-    for corpus in experiment.corpora:
-        match = LICENCE.search(getattr(module_of(corpus), "__doc__", None) or "")
-        found[corpus] = " ".join(match[1].split()) if match else "see where the corpus comes from"
-    return found | {experiment.backbone: "see where the backbone comes from"}
+    found = {corpus: licence_of(corpus) or "see where the corpus comes from" for corpus in experiment.corpora}
+    return found | {shown(experiment.backbone): "see where the backbone comes from"}
 
 
 # -- below: how it is done
