@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from ser_ray.serving.limits import read_limits
 from ser_ray.serving.settings import Settings
 from ser_ray.terminal import PlainConsole
 
+LOOK_S = 0.5
+"""Seconds between two looks whether Ray is still there, while the server ends."""
 APPLICATION = "ser_ray.serving.deployment:application"
 START_S = "120"
 """Seconds that the process which listens has to start. Ray Serve ends it after 5, which on a machine with other work is
@@ -89,7 +92,6 @@ def configuration(settings: Settings, port: int) -> str:
 def run(settings: Settings, port: int, console: PlainConsole) -> None:
     """Start Ray, and serve until Ctrl-C. Raises UserError where the first model cannot be loaded."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", START_S)  # read by Ray's processes at their start
-    import ray
     from ray import serve
 
     from ser_ray.runtime import cluster
@@ -113,8 +115,7 @@ def run(settings: Settings, port: int, console: PlainConsole) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # how a server ends
             threading.Event().wait()
     finally:
-        serve.delete(NAME)  # requests under way get their answers
-        ray.shutdown()
+        _end(NAME)
 
 
 # -- below: how it is done
@@ -137,6 +138,31 @@ def _check_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; give another one") from None
+
+
+def _end(name: str) -> None:
+    """Take the application down, then Ray: requests under way get their answers.
+
+    A signal to all processes at once, as `timeout` and systemd send it, ends Ray's own at the same moment. Its calls
+    would wait a minute for them, so this process ends then without.
+    """
+    from ser_ray.runtime import cluster
+
+    ending = threading.Thread(target=_orderly_end, args=(name,), daemon=True)
+    ending.start()
+    while ending.is_alive():
+        ending.join(LOOK_S)
+        if ending.is_alive() and not cluster.is_up():
+            sys.stdout.flush()
+            os._exit(0)
+
+
+def _orderly_end(name: str) -> None:
+    import ray
+    from ray import serve
+
+    serve.delete(name)
+    ray.shutdown()
 
 
 def _problem(status: Any) -> str:

@@ -25,7 +25,7 @@ DOZEN = """
 import numpy as np
 import ser_ray
 
-small = {{"experiment.epochs": 1, "experiment.batch_seconds": 20, "tune.trials": 2, "tune.finalists": 1}}
+small = {{"experiment.epochs": 1, "experiment.batch_seconds": 20, "tune.trials": 1, "tune.finalists": 1}}
 data = {{"experiment.corpora": {{"ravdess": "{corpus}"}}, "experiment.protocol.folds": 3}}
 results = ser_ray.search("demo", **small, **data, storage__results="{results}", storage__cache="{cache}")
 frame = results.metrics.to_pandas()

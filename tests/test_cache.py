@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -63,15 +64,17 @@ def planned(space: SearchSpace, own: allocation.Allocation = HERE) -> RunPlan:
     return plan.make(space, own, shard_dirs, load_task(space.experiment, shard_dirs))
 
 
-def keep(space: SearchSpace, pool: bool = False) -> tuple[feature_cache.CachedFeatures | None, str]:
-    """What is cached, and what was said."""
+def keep(
+    space: SearchSpace, extract: feature_cache.Extract | None = None
+) -> tuple[feature_cache.CachedFeatures | None, str]:
+    """What is cached, by this process or another, and what was said."""
     said = io.StringIO()
     console = Console(file=said, width=400)
-    found = planned(space, ON_RAY if pool else HERE)
+    found = planned(space, ON_RAY if extract else HERE)
     wanted = found.prefix(space.experiment)
     if wanted is None:
         return None, ""
-    with feature_cache.keep(found, wanted, console, here=not pool) as kept:
+    with feature_cache.keep(found, wanted, console, extract) as kept:
         return kept, said.getvalue()
 
 
@@ -113,17 +116,23 @@ def test_rows_are_where_they_are_in_the_speech(load):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_on_ray_caches_the_same(load, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ACTOR_S", 10.0)  # several, for little speech
-    here, _ = keep(load(LORA))
-    there, said = keep(load(LORA, "storage.cache=" + str(Path(load().storage.cache) / "other")), pool=True)
-    assert here is not None
-    assert there is not None
-    assert "making" in said
-    one, other = contents(here), contents(there)
-    assert one.keys() == other.keys()
-    for utterance_id, array in one.items():
-        np.testing.assert_array_equal(array, other[utterance_id])
+def test_a_pool_on_ray_caches_the_same_for_one_model_after_another(load, monkeypatch):
+    monkeypatch.setattr(feature_cache, "ACTOR_S", 10.0)  # several actors, for little speech
+    made = mock.Mock(wraps=feature_cache.Pool)
+    monkeypatch.setattr(feature_cache, "Pool", made)
+    elsewhere = "storage.cache=" + str(Path(load().storage.cache) / "other")
+    with feature_cache.by_pool(planned(load(LORA), ON_RAY)) as extract:
+        for adapter in (LORA, FROZEN):
+            here, _ = keep(load(adapter))
+            there, said = keep(load(adapter, elsewhere), extract)
+            assert here is not None
+            assert there is not None
+            assert "making" in said
+            one, other = contents(here), contents(there)
+            assert one.keys() == other.keys()
+            for utterance_id, array in one.items():
+                np.testing.assert_array_equal(array, other[utterance_id])
+    made.assert_called_once()
 
 
 @pytest.mark.parametrize(("seconds", "actors"), [(0.5, 1), (120, 1), (121, 2), (1e5, 2)])
@@ -140,8 +149,8 @@ def test_little_speech_takes_few_actors(load, monkeypatch, seconds, actors):
     shard_dirs = prepare(space, use_ray=False, console=Console(file=io.StringIO()))
     work = [(path, path) for directory in shard_dirs for path in shards.shard_paths(directory)]
     wanted, console = found.prefix(space.experiment), Console(file=io.StringIO())
-    with pytest.raises(Made, match=f"^{actors}$"):
-        list(feature_cache.by_pool(found)(wanted, work * 9, seconds, console))
+    with feature_cache.by_pool(found) as extract, pytest.raises(Made, match=f"^{actors}$"):
+        list(extract(wanted, work * 9, seconds, console))
 
 
 def test_it_is_made_once_and_a_missing_part_alone_again(load):
@@ -214,11 +223,11 @@ def test_caches_that_are_made_at_once_stay_within_the_limit_together(load, monke
     limit = f"storage.prefix_gb={sizes[0] + sizes[1] / 2}"
     extract, said = feature_cache.Extractor.extract, []
 
-    def beside_another(self, source: Path, target: Path) -> None:
+    def beside_another(self, wanted: prefix.Prefix, source: Path, target: Path) -> None:
         """Before any of its files is there, another process wants to make the second."""
         monkeypatch.setattr(feature_cache.Extractor, "extract", extract)
         said.append(keep(load(FROZEN, limit))[1])
-        extract(self, source, target)
+        extract(self, wanted, source, target)
 
     monkeypatch.setattr(feature_cache.Extractor, "extract", beside_another)
     made, _ = keep(load(LORA, limit))
@@ -379,9 +388,9 @@ def test_who_makes_the_same_at_once_makes_no_shard_twice(load, monkeypatch):
         path.unlink()
     extract, made = feature_cache.Extractor.extract, []
 
-    def beside_another(self, source: Path, target: Path) -> None:
+    def beside_another(self, wanted: prefix.Prefix, source: Path, target: Path) -> None:
         """Another process has made all the others meanwhile."""
-        extract(self, source, target)
+        extract(self, wanted, source, target)
         made.append(target)
         for path, found in content.items():
             path.write_bytes(found)

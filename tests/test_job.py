@@ -1,5 +1,5 @@
 """The embedded demo as a submitted job on a cluster that ``ray start`` made: what the README promises, with a quarter
-of its trials and of their epochs."""
+of its trials and one of their epochs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray_head import RAY, ray_head
 CHECKOUT = Path(__file__).resolve().parent.parent
 TRIALS = 2
 """The points that the demo's file names, one of each family."""
-EPOCHS = 2
+EPOCHS = 1
 """After the probe, with which the head starts."""
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,18 @@ from test_verbs import results_of, write_space
 
 from ser_ray.evaluation import folder
 
-KILLS = 20
+
+@dataclass(frozen=True)
+class Size:
+    """How large the search is, and how often something of it is killed."""
+
+    trials: int
+    kills: int
+    drivers: int
+    """Of the kills, those of the driver: every time Ray is started anew."""
+
+
+SMALL, PUBLISHED = Size(trials=8, kills=10, drivers=3), Size(trials=16, kills=20, drivers=5)
 VICTIMS = {  # as Ray names the processes
     "driver": "",
     "training worker": "ImplicitFunc",
@@ -34,8 +46,6 @@ VICTIMS = {  # as Ray names the processes
 }
 RARE = {"evaluation actor": 3, "cache actor": 2}
 """These live for seconds only: killed as soon as they are seen, so often."""
-DRIVER = 5
-"""The driver is killed so often: every time Ray is started anew."""
 EPOCH_S = 0.4
 """What an epoch takes where nothing is trained."""
 EPOCHS = range(3)
@@ -43,7 +53,6 @@ EPOCHS = range(3)
 PAUSE_S = (0.0, 1.0)
 """and so long is waited then: from within an epoch to within the start of another trial."""
 SEARCH = (
-    "tune.trials=16",
     "tune.concurrency=1",  # so that the order of trials, and with it what the sampler knows, is the same
     "tune.scheduler=none",
     "tune.finalists=2",
@@ -59,11 +68,19 @@ def trainable(untrained, request) -> dict[str, str]:
     return {} if request.config.getoption("--write-survival") else stub_trainable.environment(untrained, EPOCH_S)
 
 
-def start(space: Path, name: str, trainable: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(space: Path, name: str, size: Size, trainable: dict[str, str]) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | trainable
     log = (space.parent / f"{name}.log").open("ab")
     cache = f"storage.cache={space.parent / name}-cache"
-    command = [sys.executable, "-m", "ser_ray.tune", str(space), f"experiment.name={name}", cache, *SEARCH]
+    command = [
+        sys.executable,
+        "-m",
+        "ser_ray.tune",
+        str(space),
+        f"experiment.name={name}",
+        f"tune.trials={size.trials}",
+    ]
+    command += [cache, *SEARCH]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
@@ -125,17 +142,17 @@ def trained(space: Path, name: str) -> int:
     return sum(len(path.read_text().splitlines()) for path in histories)
 
 
-def disturb(space: Path, name: str, seed: int, trainable: dict[str, str]) -> collections.Counter[str]:
-    """Run the search to its end, killing until `KILLS` is reached; returns how often which kind."""
+def disturb(space: Path, name: str, seed: int, size: Size, trainable: dict[str, str]) -> collections.Counter[str]:
+    """Run the search to its end, killing until ``size.kills`` is reached; returns how often which kind."""
     rng, killed, at_last_kill = random.Random(seed), collections.Counter[str](), -1
-    driver, sessions, searches = start(space, name, trainable), 1, 0
+    driver, sessions, searches = start(space, name, size, trainable), 1, 0
     while True:
         wait_for_victims(space, name, driver, rng, searches, killed, at_last_kill)
         if driver.poll() is None:
             found = victims(driver.pid)
             seldom = rare(found, killed)
-            often = [kind for kind in found if kind not in RARE] if killed.total() < KILLS else []
-            if killed["driver"] >= DRIVER:
+            often = [kind for kind in found if kind not in RARE] if killed.total() < size.kills else []
+            if killed["driver"] >= size.drivers:
                 often = [kind for kind in often if kind != "driver"]
             # The kind that has been killed least: the driver is always there, the others come and go.
             kind = seldom[0] if seldom else min(often, key=lambda one: (killed[one], rng.random()), default=None)
@@ -152,8 +169,8 @@ def disturb(space: Path, name: str, seed: int, trainable: dict[str, str]) -> col
             return killed
         if driver.poll() is not None:
             searches = begun(space, name)
-            driver, sessions = start(space, name, trainable), sessions + 1
-            assert sessions < 2 * KILLS, (space.parent / f"{name}.log").read_text()[-3000:]
+            driver, sessions = start(space, name, size, trainable), sessions + 1
+            assert sessions < 2 * size.kills, (space.parent / f"{name}.log").read_text()[-3000:]
 
 
 def rows(results: Path) -> dict[str, dict[str, str]]:
@@ -168,17 +185,18 @@ def lines(results: Path, trial_id: str) -> list[dict]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_that_is_killed_twenty_times_ends_like_one_that_is_not(
+def test_a_search_that_is_killed_again_and_again_ends_like_one_that_is_not(
     tiny_corpus, tiny_cache, tmp_path, trainable, request
 ):
+    size = PUBLISHED if request.config.getoption("--write-survival") else SMALL
     space = write_space(tmp_path, tiny_corpus)
     for name in ("unbroken", "broken"):  # each makes its own prefix
         shutil.copytree(tiny_cache, tmp_path / f"{name}-cache")
-    assert start(space, "unbroken", trainable).wait(1200) == 0, (tmp_path / "unbroken.log").read_text()[-3000:]
-    killed = disturb(space, "broken", 0, trainable)
+    assert start(space, "unbroken", size, trainable).wait(1200) == 0, (tmp_path / "unbroken.log").read_text()[-3000:]
+    killed = disturb(space, "broken", 0, size, trainable)
     unbroken, broken = results_of(space, "unbroken"), results_of(space, "broken")
     log = (tmp_path / "broken.log").read_text()
-    assert killed.total() >= KILLS, f"the search was over after {killed}"
+    assert killed.total() >= size.kills, f"the search was over after {killed}"
     assert all(killed[kind] for kind in VICTIMS), killed
     before, after = rows(unbroken), rows(broken)
     assert before.keys() == after.keys()

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 import soxr
 
 from ser_ray.corpora import synthetic
 from ser_ray.disk import read_json
 from ser_ray.models.ensemble import Model
-from ser_ray.protocols.task import load_task
+from ser_ray.protocols.task import Task, load_task
 from ser_ray.schema import SAMPLING_RATE
 from ser_ray.speech import shards, stream
 from ser_ray.speech.audio import from_int16
@@ -62,6 +63,14 @@ def data_of(directory: Path) -> list[Path]:
     return data if all(shards.is_whole(shard_dir) for shard_dir in data) else []
 
 
+def read(rows: pa.Table, task: Task, model: Model, source: str) -> Recordings:
+    """The utterances of these rows of a task, with their labels."""
+    table = stream.joined(rows, stream.read_files(rows, "audio"))
+    waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
+    places = np.array([model.experiment.emotions.index(emotion) for emotion in task.emotions])
+    return Recordings(source, waveforms, places[rows["label"].to_numpy()])
+
+
 # -- below: how it is done
 
 
@@ -70,12 +79,7 @@ def _of_dev(results: Path, shard_dirs: list[Path], model: Model) -> Recordings:
     rows = task.rows("dev")
     part = f", every {rows.num_rows / MOST:.1f}th of {rows.num_rows}" if rows.num_rows > MOST else ""
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(MOST, rows.num_rows)).round().astype(int))
-    rows = rows.take(chosen)
-    table = stream.joined(rows, stream.read_files(rows, "audio"))
-    waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
-    places = np.array([model.experiment.emotions.index(emotion) for emotion in task.emotions])
-    labels = places[rows["label"].to_numpy()]
-    return Recordings(f"dev utterances of {results.name}{part}", waveforms, labels)
+    return read(rows.take(chosen), task, model, f"dev utterances of {results.name}{part}")
 
 
 def _synthetic() -> Recordings:

@@ -126,6 +126,11 @@ def is_own() -> bool:
     return OWN in ray.cluster_resources()
 
 
+def is_up() -> bool:
+    """Whether the Ray that this process joined still answers; False too when it was left."""
+    return ray.is_initialized() and _answers(ray.get_runtime_context().gcs_address, within_s=0.0)
+
+
 def describe() -> str:
     """One line on the cluster: nodes, cores, GPUs."""
     total, alive = ray.cluster_resources(), nodes.alive()
@@ -275,12 +280,12 @@ def _system_temp() -> Path:
     return Path(next((os.environ[name] for name in names if name in os.environ), "/tmp"))  # noqa: S108 (Ray's own)
 
 
-def _answers(address: str) -> bool:
+def _answers(address: str, within_s: float = ANSWERS_WITHIN_S) -> bool:
     """Whether a Ray listens at ``address``; tried for a while, as a cluster may just be starting."""
     host, _, port = address.rpartition(":")
     if not address or "://" in address or not port.isdigit():
         return bool(address)  # an address in Ray's own terms, such as local: left to Ray
-    ends = time.monotonic() + ANSWERS_WITHIN_S
+    ends = time.monotonic() + within_s
     while True:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:

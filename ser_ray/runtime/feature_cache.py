@@ -83,29 +83,32 @@ def made_first(planned: RunPlan, console: Console) -> Iterator[None]:
     """Make the missing caches of a plan, with all workers that the cluster has room for, and lock them all against
     removal while the body runs."""
     with ExitStack() as stack:
-        for prefix in planned.cacheable():
-            cached = stack.enter_context(keep(planned, prefix, console))
-            if cached is not None:
-                console.print(str(cached))
+        with by_pool(planned) as extract:
+            for prefix in planned.cacheable():
+                cached = stack.enter_context(keep(planned, prefix, console, extract))
+                if cached is not None:
+                    console.print(str(cached))
         yield
 
 
 @contextmanager
-def keep(planned: RunPlan, wanted: Prefix, console: Console, here: bool = False) -> Iterator[CachedFeatures | None]:
+def keep(
+    planned: RunPlan, wanted: Prefix, console: Console, extract: Extract | None = None
+) -> Iterator[CachedFeatures | None]:
     """The cache of a frozen part, made where files are missing, and locked against removal while the body runs.
 
-    Actors on the whole cluster make it, for one process at a time. With ``here`` this process makes it, on the device
-    that it holds, and waits for no other, as others may be waiting for that device: processes that make the same cache
-    at the same time share its shards. Gives None, and prints why, where there is no room for the cache.
+    Actors on the whole cluster make it, those of `by_pool`, for one process at a time. Without ``extract`` this process
+    makes it, on the device that it holds, and waits for no other, as others may be waiting for that device: processes
+    that make the same cache at the same time share its shards. Gives None, and prints why, where there is no room for
+    the cache.
     """
     directory = _place(planned.space, wanted)
     with disk.locked(directory / IN_USE, shared=True):
         (directory / IN_USE).touch()
         cached = _whole(wanted, directory, planned.shard_dirs)
         if cached is None:
-            with nullcontext() if here else _alone(directory, wanted, console):
-                extract = by_this_process(planned) if here else by_pool(planned)
-                cached = _make(planned, wanted, directory, console, extract)
+            with _alone(directory, wanted, console) if extract else nullcontext():
+                cached = _make(planned, wanted, directory, console, extract or by_this_process(planned))
         yield cached
 
 
@@ -120,20 +123,26 @@ def find(space: SearchSpace, wanted: Prefix, shard_dirs: Iterable[str]) -> Itera
         yield _whole(wanted, directory, shard_dirs)
 
 
-def by_pool(planned: RunPlan) -> Extract:
-    """Extraction by Ray actors, each with the resources of a training worker."""
+@contextmanager
+def by_pool(planned: RunPlan) -> Iterator[Extract]:
+    """Extraction by Ray actors, each with the resources of a training worker; they stay for the next frozen part."""
+    worker, pools = planned.allocation.worker, ExitStack()
+    pool: Pool | None = None
 
     def extract(
         wanted: Prefix, work: Sequence[tuple[Path, Path]], seconds: float, console: Console
     ) -> Iterator[object]:
-        worker = planned.allocation.worker
+        nonlocal pool
         size = min(planned.allocation.pool, len(work), math.ceil(seconds / ACTOR_S))
-        arguments = (wanted, worker.threads, worker.gpus)
-        with Pool(_RemoteExtractor, arguments, size, worker, console) as pool:
-            jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(*pair)) for pair in work}
-            yield from pool.map(jobs, f"frozen prefix {wanted}")
+        if pool is None or pool.size < size:
+            pools.close()
+            arguments = (worker.threads, worker.gpus)
+            pool = pools.enter_context(Pool(_RemoteExtractor, arguments, size, worker, console))
+        jobs = {pair: (lambda actor, pair=pair: actor.extract.remote(wanted, *pair)) for pair in work}
+        yield from pool.map(jobs, f"frozen prefix {wanted}")
 
-    return extract
+    with pools:
+        yield extract
 
 
 def by_this_process(planned: RunPlan) -> Extract:
@@ -143,23 +152,25 @@ def by_this_process(planned: RunPlan) -> Extract:
         wanted: Prefix, work: Sequence[tuple[Path, Path]], seconds: float, console: Console
     ) -> Iterator[object]:
         worker = planned.allocation.worker
-        extractor = Extractor(wanted, worker.threads, worker.gpus)
+        extractor = Extractor(worker.threads, worker.gpus)
         for source, target in random.Random(os.getpid()).sample(work, len(work)):  # noqa: S311 (its own order)
             if not target.is_file():  # another process may have made it meanwhile
-                extractor.extract(source, target)
+                extractor.extract(wanted, source, target)
             yield target
 
     return extract
 
 
 class Extractor:
-    """Applies the frozen part of a model to one shard after another; the backbone is loaded with the first shard."""
+    """Applies frozen parts of models to one shard after another; a backbone is loaded with the first shard of its own,
+    in place of the one before."""
 
-    def __init__(self, wanted: Prefix, threads: int, gpus: float) -> None:
-        self.wanted, self.threads, self.gpus = wanted, threads, gpus
+    def __init__(self, threads: int, gpus: float) -> None:
+        self.threads, self.gpus = threads, gpus
         self.backbone: Any = None
+        self.loaded: Prefix | None = None
 
-    def extract(self, source: Path, target: Path) -> None:
+    def extract(self, wanted: Prefix, source: Path, target: Path) -> None:
         """Read one shard of speech and write its cached features, in the order of its rows."""
         import torch
 
@@ -169,11 +180,13 @@ class Extractor:
         from ser_ray.training import memory
 
         device = choose_device(self.gpus)
-        if self.backbone is None:
+        if self.loaded is None:
             torch.set_num_threads(self.threads)
             bound_memory(self.gpus)
-            wanted = self.wanted
+        if self.loaded != wanted:
+            self.backbone = None  # two may be more than the memory holds
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
+            self.loaded = wanted
         with pq.ParquetFile(source) as file:
             table = file.read(["utterance_id", "num_samples", "audio"])
         unlabelled = table.append_column("label", pa.array([0] * table.num_rows, pa.int64()))
@@ -182,8 +195,8 @@ class Extractor:
             packed = order.by_length(table["num_samples"].to_numpy(), batch_seconds)
             arrays: list[bytes] = [b""] * table.num_rows
             for rows, batch in zip(packed, stream.batches(unlabelled, packed), strict=True):
-                with autocast(self.wanted.precision, device):
-                    computed = prefix.compute(self.wanted, self.backbone, batch.to(device))
+                with autocast(wanted.precision, device):
+                    computed = prefix.compute(wanted, self.backbone, batch.to(device))
                 for row, array in zip(rows, computed, strict=True):
                     arrays[row] = array.tobytes()
             return arrays

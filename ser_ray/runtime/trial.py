@@ -98,7 +98,7 @@ def open_trial(planned: RunPlan, experiment: Experiment, directory: Path, consol
     if wanted is None:
         opened: AbstractContextManager[feature_cache.CachedFeatures | None] = nullcontext()
     elif allocation.workers <= 1:
-        opened = feature_cache.keep(planned, wanted, console, here=True)
+        opened = feature_cache.keep(planned, wanted, console)
     else:
         opened = feature_cache.find(planned.space, wanted, planned.shard_dirs)
     with opened as cached:

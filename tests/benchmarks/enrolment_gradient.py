@@ -59,10 +59,10 @@ def held(place: Place) -> tuple[Task, dict[str, stream.Held], cached_features.Pr
     form = prefix.of(experiment, "fp32")
     directory, shard_dirs = place.scratch / "features" / form.key(), models.shard_dirs(place, "ravdess")
     directory.mkdir(parents=True, exist_ok=True)
-    extractor = feature_cache.Extractor(form, 1, 0)
+    extractor = feature_cache.Extractor(1, 0)
     for shard in [path for own in shard_dirs for path in shards.shard_paths(own)]:
         if not (directory / shard.name).is_file():
-            extractor.extract(shard, directory / shard.name)
+            extractor.extract(form, shard, directory / shard.name)
     task = load_task(experiment, shard_dirs)
     splits = ("train", "dev")
     return task, {s: stream.Files(task.rows(s), cached_features.COLUMN, directory).hold() for s in splits}, form

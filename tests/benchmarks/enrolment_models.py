@@ -129,11 +129,11 @@ def shard_dirs(place: Place, name: str) -> list[Path]:
 def features(place: Place, name: str, backbone: str) -> tuple[cached_features.Prefix, Path]:
     """The moments of all recordings, and the directory where they are; made where they are missing."""
     form = prefix.of(experiment(place, Way(name, backbone, "concat", "none", 0.01, 2), 0), "fp32")
-    extractor, directory = feature_cache.Extractor(form, 1, 0), place.scratch / "features" / form.key()
+    extractor, directory = feature_cache.Extractor(1, 0), place.scratch / "features" / form.key()
     directory.mkdir(parents=True, exist_ok=True)
     for shard in [path for own in shard_dirs(place, name) for path in shards.shard_paths(own)]:
         if not (directory / shard.name).is_file():
-            extractor.extract(shard, directory / shard.name)
+            extractor.extract(form, shard, directory / shard.name)
             say(f"{name}, {backbone}: {shard.name}")
     return form, directory
 

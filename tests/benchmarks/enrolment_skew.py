@@ -58,7 +58,7 @@ def channel_features(place: Place, way: Way, channel: str) -> Any:
     """The directory of the features of all recordings over another channel; made where they are missing."""
     form, _ = models.features(place, way.corpus, way.backbone)
     number = CHANNELS.index(channel)
-    extractor = feature_cache.Extractor(form, 1, 0)
+    extractor = feature_cache.Extractor(1, 0)
     directory, speech = (place.scratch / f"{what}-{number}" / form.key() for what in ("features", "speech"))
     for path in (directory, speech):
         path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def channel_features(place: Place, way: Way, channel: str) -> Any:
             heard = [to_int16(varied(channel, from_int16(one.as_buffer()), i)).tobytes() for i, one in pairs]
             place_of = table.column_names.index("audio")
             pq.write_table(table.set_column(place_of, "audio", pa.array(heard, pa.large_binary())), speech / shard.name)
-            extractor.extract(speech / shard.name, directory / shard.name)
+            extractor.extract(form, speech / shard.name, directory / shard.name)
             models.say(f"{channel}: {shard.name}")
     return directory
 

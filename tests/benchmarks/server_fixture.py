@@ -65,7 +65,9 @@ def serving(program: Sequence[str]) -> Iterator[Server]:
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=300)
+        code = process.wait(timeout=300)
+    if code:
+        raise SystemExit(f"the server ended with {code}")
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:

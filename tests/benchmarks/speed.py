@@ -432,13 +432,13 @@ def _fit(
 def _fit_cached(experiment: Experiment, train: pa.Table, dev: pa.Table, scratch: Path) -> Fitted:
     """What is frozen is computed first, as `ser-ray cache` does; train's share of that time counts."""
     fed = prefix.of(experiment, "fp32")
-    extractor = Extractor(fed, torch.get_num_threads(), gpus=0.0)
+    extractor = Extractor(torch.get_num_threads(), gpus=0.0)
     parts, making, size = [], [], 0
     for name, table in (("train", train), ("dev", dev)):
         source, target = scratch / f"{name}.parquet", scratch / f"{name}.features.parquet"
         pq.write_table(table, source)
         started = time.perf_counter()
-        extractor.extract(source, target)
+        extractor.extract(fed, source, target)
         making.append(time.perf_counter() - started)
         size += target.stat().st_size
         features = pq.read_table(target, columns=["utterance_id", cached_features.COLUMN])

@@ -121,11 +121,11 @@ def features(given: argparse.Namespace, method: str, shard_dirs: list[Path]) -> 
     """What is below the adapted block, of all recordings, and the directory where it is; made if it is not there."""
     way = next(name for name, (of_way, *_) in WAYS.items() if of_way == method)
     form = prefix.of(space(given, Run(way, RATES[0], 0, 0)).experiment, "fp32")
-    extractor, directory = feature_cache.Extractor(form, 1, 0), given.scratch / "features" / form.key()
+    extractor, directory = feature_cache.Extractor(1, 0), given.scratch / "features" / form.key()
     directory.mkdir(parents=True, exist_ok=True)
     for shard in [path for shard_dir in shard_dirs for path in shards.shard_paths(shard_dir)]:
         if not (directory / shard.name).is_file():
-            extractor.extract(shard, directory / shard.name)
+            extractor.extract(form, shard, directory / shard.name)
     return form, directory
 
 

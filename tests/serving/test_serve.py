@@ -66,10 +66,15 @@ def until_ready(port: int, process: subprocess.Popen[str] | None = None) -> None
 
 @contextmanager
 def running(
-    checkpoints: dict[str, str], folder: Path, *options: str, end: signal.Signals = signal.SIGTERM
+    checkpoints: dict[str, str],
+    folder: Path,
+    *options: str,
+    end: signal.Signals = signal.SIGTERM,
+    to_all: bool = False,
 ) -> Iterator[tuple[int, psutil.Process]]:
-    """A server: its port, and its process. At its end it has said no more than it should, with exit code 0, and left
-    nothing running; a Ctrl-C reaches all processes of a terminal."""
+    """A server: its port, and its process. It is ended by a signal, sent ``to_all`` of its processes as by Ctrl-C in a
+    terminal, and by `timeout` and systemd; it has said no more than it should then, with exit code 0, and left nothing
+    running."""
     port, said = free_port(), folder / "said.txt"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "ser_ray", "serve", *checkpoints.values(), "--port", str(port), *options]
@@ -87,7 +92,7 @@ def running(
     finally:
         if process.poll() is None:
             children = psutil.Process(process.pid).children(recursive=True)
-        if end is signal.SIGINT:
+        if to_all:
             os.killpg(process.pid, end)
         else:
             process.send_signal(end)
@@ -107,7 +112,8 @@ def server(
     checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, psutil.Process]]:
     """One for all tests that leave it as it is."""
-    with running(checkpoints, tmp_path_factory.mktemp("server"), "--replicas", "1") as started:
+    folder = tmp_path_factory.mktemp("server")
+    with running(checkpoints, folder, "--replicas", "1", end=signal.SIGINT, to_all=True) as started:
         yield started
 
 
@@ -229,9 +235,10 @@ def test_all_of_it_listens_on_this_machine_alone(server):
 
 
 def test_a_killed_replica_loses_no_request(checkpoints, tmp_path):
-    """And a client that is slow is told so; Ctrl-C ends all of it. With time enough for a replica on a busy machine."""
+    """And a client that is slow is told so; SIGTERM to all of its processes ends them. With time enough for a replica
+    on a busy machine."""
     options = ("--replicas", "1", "--limit", "answer_seconds=600", "--limit", "receive_seconds=2")
-    with running(checkpoints, tmp_path, *options, end=signal.SIGINT) as (port, process):
+    with running(checkpoints, tmp_path, *options, to_all=True) as (port, process):
         assert slowly(port, wav(1.0)) == 408
         killed = replica(process)
         answered: list[int] = []
