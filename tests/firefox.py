@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 from browser import PATIENCE, Remote, written
 
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
+TAB, ENTER = "\ue004", "\ue006"
+"""Keys, as WebDriver writes them (its section 17.4.2)."""
 SETTINGS = {
     "media.navigator.streams.fake": True,  # a microphone that plays a tone
     "media.navigator.permission.disabled": True,
@@ -65,6 +67,22 @@ class Tab(Remote):
         (node,) = self.call("browsingContext.locateNodes", context=self.context, locator=located)["nodes"]
         element = {"sharedId": node["sharedId"]}
         self.call("input.setFiles", context=self.context, element=element, files=[str(path)])
+
+    def drop(self, path: Path) -> None:
+        """Drop a file on the page, by events as a script makes them: BiDi has no files that are dragged."""
+        content = f"Uint8Array.from(atob('{b64encode(path.read_bytes()).decode()}'), c => c.charCodeAt(0))"
+        file = f"new File([{content}], {json.dumps(path.name)})"
+        event = "new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })"
+        kinds = f"for (const kind of ['dragenter', 'dragover', 'drop']) document.body.dispatchEvent({event})"
+        self.run(f"(() => {{ const data = new DataTransfer(); data.items.add({file}); {kinds} }})()")
+
+    def press(self, key: str) -> None:
+        """A key, by its code in WebDriver, for what has the focus. No button is pressed by it: without a screen no
+        window is the active one."""
+        presses = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        self.call(
+            "input.performActions", context=self.context, actions=[{"type": "key", "id": "k", "actions": presses}]
+        )
 
     def size(self, width: int, height: int = 800) -> None:
         self.call("browsingContext.setViewport", context=self.context, viewport={"width": width, "height": height})

@@ -18,7 +18,7 @@ import soundfile
 import torch
 from backbone_fixtures import experiment, noise
 from browser import AXE, CHROMIUM, Page, browser, faults
-from firefox import FIREFOX, Tab, firefox
+from firefox import ENTER, FIREFOX, TAB, Tab, firefox
 
 from ser_ray import export
 from ser_ray.__main__ import main
@@ -204,16 +204,30 @@ def test_it_opens_from_the_disk_in_firefox(
     best: Path, fox: Tab, recordings: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fox.run("document.documentElement.scrollWidth") <= 360
-    for name in ("long", "short"):
-        fox.choose("#file", recordings[name])
+    for name in ("long", "short", "float"):
+        if name == "float":
+            fox.drop(recordings[name])
+        else:
+            fox.choose("#file", recordings[name])
         fox.wait(f"at('heard').textContent === '{name}.wav'")
         *_, whole = predicted(best, recordings[name], capsys)
         assert answered(fox) == pytest.approx(whole["probabilities"], abs=1e-4)
         assert in_sets(fox)[0] == ", ".join(whole["set"])
-    fox.choose("#file", recordings["text"])
+    fox.drop(recordings["text"])
     assert fox.wait("at('problem').textContent").startswith("text.wav is not a recording")
     assert fox.problems == []
     assert [address for address in fox.requests if not address.startswith(("file:", "blob:", "data:"))] == []
+
+
+@in_firefox
+def test_firefox_leads_a_keyboard_to_the_button(fox: Tab) -> None:
+    fox.run("(globalThis.heard = [], addEventListener('keydown', e => heard.push([e.key, e.target.id]), true))")
+    fox.run("document.activeElement.blur()")
+    fox.press(TAB)
+    fox.press(ENTER)
+    fox.press(TAB)
+    assert fox.run("heard")[-2:] == [["Enter", "record"], ["Tab", "record"]]
+    assert fox.run("document.activeElement.id") == "file"
 
 
 @in_firefox
