@@ -64,6 +64,11 @@ class Answering(nn.Module):
         self.scales = [w / (m.temperature * temperature) for w, m in zip(weights, members, strict=True)]
         self.widths = widths_of(model)
         self.uses_voices = [member.head.speaker is not None for member in members]
+        self.stops: dict[int, int] = {}
+        """Of each backbone, by its id, the block from which on none of its members needs any."""
+        for member in members:
+            own = member.backbone.num_layers if member.stop is None else member.stop
+            self.stops[id(member.backbone)] = max(own, self.stops.get(id(member.backbone), 0))
 
     def forward(
         self,
@@ -80,7 +85,7 @@ class Answering(nn.Module):
         for member, scale, voice in zip(self.members, self.scales, voices, strict=True):
             model: Any = member
             if id(model.backbone) not in states:
-                states[id(model.backbone)] = model.hidden_states(waveform_BT, lengths_B)
+                states[id(model.backbone)] = model.backbone(waveform_BT, lengths_B, stop=self.stops[id(model.backbone)])
             embeddings.append(model.head.embed(*states[id(model.backbone)]))
             logits.append(scale * model.head.classify(model.head.relative(embeddings[-1], voice)))
         return torch.stack(logits).sum(0).softmax(-1), torch.cat(embeddings, dim=-1)

@@ -95,6 +95,7 @@ def load(
         hint = "" if method == "full" else "; if it has moved, say where it is now: --backbone DIR"
         raise UserError(f"{directory}: its {error}{hint}") from None
     model.head.load_state_dict(read_weights(directory / "head.safetensors", model.head.state_dict()))
+    model.stop = model.head.highest_state()
     known = _calibration(directory)
     model.temperature, model.least_probability = known.temperature, known.least_probability
     _check_runs(model.eval(), directory)

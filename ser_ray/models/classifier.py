@@ -38,6 +38,8 @@ class EmotionClassifier(nn.Module):
         """What every logit is divided by for a probability; `ser_ray.evaluation.calibration` fits it."""
         self.least_probability: float | None = None
         """Of an emotion in a set (`ser_ray.evaluation.sets`), at this temperature; None if it was not fitted."""
+        self.stop: int | None = None
+        """Of a checkpoint: blocks from here on are not run, as the head gives them no weight. None runs all."""
         object.__setattr__(self, "peft", peft)  # not a submodule: its weights are the backbone's
 
     peft: PeftModel | None
@@ -71,7 +73,7 @@ class EmotionClassifier(nn.Module):
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The states that the head mixes, each (B, F, D), and mask_BF."""
         if self.prefix is None:
-            hiddens, mask_BF = self.backbone(inputs, lengths_B, padded=padded)
+            hiddens, mask_BF = self.backbone(inputs, lengths_B, stop=self.stop, padded=padded)
             return hiddens, mask_BF
         (*below, hidden_BFD), mask_BF = unpack(inputs, lengths_B)
         above = self.backbone.blocks(hidden_BFD, mask_BF, start=self.prefix.first_layer, padded=padded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,18 @@ def test_any_batch_gets_the_answers_of_torch(known: tuple[EmotionClassifier, Any
     probabilities, embedding = difference(*known, *noise(seconds))
     assert probabilities < 1e-5
     assert embedding < 1e-4
+
+
+def test_blocks_without_a_weight_are_left_out(backbones_dir: Path, tmp_path: Path) -> None:
+    model = random_classifier(backbones_dir / "whisper", head={"layer_mix": "weighted"})
+    with torch.no_grad():
+        model.head.mix_L.zero_()[1] = 1.0
+    onnx_format.save(copy.deepcopy(model), tmp_path / "all")
+    model.stop = model.head.highest_state()
+    onnx_format.save(copy.deepcopy(model), tmp_path / "some")
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("some", "all")]
+    assert sizes[0] < sizes[1]
+    assert difference(model, opened(tmp_path / "some" / "model.onnx"), *noise((0.9, 0.4)))[0] < 1e-5
 
 
 @pytest.mark.parametrize("voices", [1, 3])

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from backbone_fixtures import WIDTH, noise, trained
+from safetensors.torch import load_file, save_file
 
 from ser_ray import export
 from ser_ray.__main__ import main
@@ -27,12 +28,12 @@ FROZEN = {"method": "frozen"}
 
 @pytest.fixture(scope="module")
 def best(backbones_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two heads on the same frozen Whisper, of which the first uses what is known of a speaker, and an adapted HuBERT,
-    which does too."""
+    """Two heads on the same frozen Whisper, of which the first needs one block, and the second all of them and what is
+    known of a speaker, and an adapted HuBERT, which uses that too."""
     directory = tmp_path_factory.mktemp("search") / "best"
     members: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+        ("whisper", FROZEN, {"layer_mix": "weighted", "pooling": "attentive"}),
         ("whisper", FROZEN, {"speaker": "center", "layer_mix": "concat", "pooling": "statistics"}),
-        ("whisper", FROZEN, {"pooling": "attentive"}),
         ("hubert-noproj", LORA, {"speaker": "standardize", "pooling": "mean"}),
     )
     rows = []
@@ -42,6 +43,10 @@ def best(backbones_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         trained(directory / name, backbones_dir / backbone, adapter=adapter, head=head, audio=audio)
         (directory / name / "calibration.json").write_text(json.dumps({"temperature": 0.5 * number}))
         rows.append({"directory": name, "weight": WEIGHTS[number - 1]})
+    first = directory / "members" / "01" / "head.safetensors"
+    weights = load_file(first)
+    weights["mix_L"].zero_()[1] = 1.0
+    save_file(weights, first)
     content = {"members": rows, "temperature": TEMPERATURE, "least_probability": LEAST}
     (directory / "ensemble.json").write_text(json.dumps(content))
     return directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +85,34 @@ def test_every_part_of_the_head_comes_back(backbones_dir: Path, tmp_path: Path, 
 def test_a_loaded_checkpoint_is_in_evaluation_mode(backbones_dir: Path, tmp_path: Path) -> None:
     checkpoint.save(build(experiment(backbones_dir / "whisper")), tmp_path, {})
     assert not any(module.training for module in checkpoint.load(tmp_path).modules())
+
+
+@pytest.mark.parametrize("backbone", ["whisper", "wav2vec2-layer", "wavlm-group"])
+@pytest.mark.parametrize("method", ["lora", "frozen"])
+def test_blocks_without_a_weight_are_not_run(backbones_dir: Path, tmp_path: Path, backbone: str, method: str) -> None:
+    """As of a probe of one layer; what is answered is the same."""
+    head = {"layer_mix": "weighted", "pooling": "statistics"}
+    model = build(experiment(backbones_dir / backbone, adapter={"method": method}, head=head)).eval()
+    batch = noise_batch()
+    for layer in range(model.backbone.num_layers + 1):
+        with torch.no_grad():
+            model.head.mix_L.zero_()[layer] = 1.0
+            model.head.mix_L[0] += 0.25
+        checkpoint.save(model, tmp_path / str(layer), {})
+        loaded, run = checkpoint.load(tmp_path / str(layer)), mock.Mock(return_value=None)
+        for block in loaded.backbone.layers():
+            block.register_forward_hook(run)
+        found_BK = loaded(batch.inputs, batch.lengths_B)
+        assert run.call_count == layer
+        assert torch.equal(loaded.pooled(batch.inputs, batch.lengths_B), model.pooled(batch.inputs, batch.lengths_B))
+        assert torch.equal(found_BK, model(batch.inputs, batch.lengths_B))
+
+
+@pytest.mark.parametrize("head", [{"layer_mix": "last"}, {"layer_mix": "concat"}, {"layer_mix": "weighted"}])
+def test_all_blocks_are_run_where_all_have_a_weight(backbones_dir: Path, tmp_path: Path, head: dict[str, str]) -> None:
+    model = build(experiment(backbones_dir / "whisper", adapter={"method": "frozen"}, head=head))
+    checkpoint.save(model, tmp_path, {})
+    assert checkpoint.load(tmp_path).stop in (None, model.backbone.num_layers)
 
 
 def test_an_optimizer_without_steps_can_be_resumed(backbones_dir: Path, tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def highest_state(self) -> int | None:
+        """The last of the states that an answer depends on, by the weights as they are: `embed` takes no more than
+        those up to it. None: all."""
+        return None
+
     def classify(self, pooled_BP: torch.Tensor) -> torch.Tensor:
         """What `relative` returns -> logits_BK."""
         raise NotImplementedError

@@ -66,9 +66,14 @@ class PooledHead(Head):
         if self.layer_mix == "last":
             return normalise(hiddens[-1])
         mixed = normalise(hiddens[0]) * self.mix_L[0]
-        for weight, hidden_BFD in zip(self.mix_L[1:], hiddens[1:], strict=True):
+        for weight, hidden_BFD in zip(self.mix_L[1 : len(hiddens)], hiddens[1:], strict=True):
             mixed = mixed + normalise(hidden_BFD) * weight
         return mixed
+
+    def highest_state(self) -> int | None:
+        if self.layer_mix != "weighted":
+            return None
+        return max(self.mix_L.nonzero().flatten().tolist(), default=0)
 
     @classmethod
     def moments(cls, settings: config.Head) -> Moments | None:
