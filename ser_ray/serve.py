@@ -105,12 +105,16 @@ def run(settings: Settings, port: int, console: PlainConsole) -> None:
             "a Ray cluster is up here, for all its users; serve on it by ser-ray serve ... --config > serve.yaml and "
             "serve deploy serve.yaml"
         )
-    serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port}, logging_config=QUIET)
+    http = {"host": settings.host, "port": port}
     try:
         try:
+            with contextlib.suppress(TimeoutError):  # after a minute, too soon for a busy machine; run waits once more
+                serve.start(proxy_location="HeadOnly", http_options=http, logging_config=QUIET)
             serve.run(application(settings), name=NAME, route_prefix="/", logging_config=QUIET)
         except RuntimeError:
             raise UserError(_problem(serve.status())) from None
+        except TimeoutError:
+            raise UserError("the server did not start in time: the machine has too much to do") from None
         _announce(settings, port, console)
         with contextlib.suppress(KeyboardInterrupt):  # how a server ends
             threading.Event().wait()
@@ -146,22 +150,18 @@ def _end(name: str) -> None:
     A signal to all processes at once, as `timeout` and systemd send it, ends Ray's own at the same moment. Its calls
     would wait a minute for them, so this process ends then without.
     """
-    from ser_ray.runtime import cluster
-
-    ending = threading.Thread(target=_orderly_end, args=(name,), daemon=True)
-    ending.start()
-    while ending.is_alive():
-        ending.join(LOOK_S)
-        if ending.is_alive() and not cluster.is_up():
-            sys.stdout.flush()
-            os._exit(0)
-
-
-def _orderly_end(name: str) -> None:
     import ray
     from ray import serve
 
-    serve.delete(name)
+    from ser_ray.runtime import cluster
+
+    ending = threading.Thread(target=serve.delete, args=(name,), daemon=True)
+    ending.start()
+    while ending.is_alive():
+        ending.join(LOOK_S)
+        if ending.is_alive() and not cluster.is_up() and sys.exc_info()[0] is None:
+            sys.stdout.flush()
+            os._exit(0)
     ray.shutdown()
 
 

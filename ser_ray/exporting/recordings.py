@@ -63,12 +63,11 @@ def data_of(directory: Path) -> list[Path]:
     return data if all(shards.is_whole(shard_dir) for shard_dir in data) else []
 
 
-def read(rows: pa.Table, task: Task, model: Model, source: str) -> Recordings:
-    """The utterances of these rows of a task, with their labels."""
-    table = stream.joined(rows, stream.read_files(rows, "audio"))
-    waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
+def labels_of(rows: pa.Table, task: Task, model: Model) -> np.ndarray:
+    """(N,) places in the model's emotions, of these rows of a task."""
     places = np.array([model.experiment.emotions.index(emotion) for emotion in task.emotions])
-    return Recordings(source, waveforms, places[rows["label"].to_numpy()])
+    labels: np.ndarray = places[rows["label"].to_numpy()]
+    return labels
 
 
 # -- below: how it is done
@@ -79,7 +78,10 @@ def _of_dev(results: Path, shard_dirs: list[Path], model: Model) -> Recordings:
     rows = task.rows("dev")
     part = f", every {rows.num_rows / MOST:.1f}th of {rows.num_rows}" if rows.num_rows > MOST else ""
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(MOST, rows.num_rows)).round().astype(int))
-    return read(rows.take(chosen), task, model, f"dev utterances of {results.name}{part}")
+    rows = rows.take(chosen)
+    table = stream.joined(rows, stream.read_files(rows, "audio"))
+    waveforms = [from_int16(scalar.as_buffer()) for scalar in table["audio"]]
+    return Recordings(f"dev utterances of {results.name}{part}", waveforms, labels_of(rows, task, model))
 
 
 def _synthetic() -> Recordings:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/exports_on_test.py RESULTS_DIR ... > results/benchmarks/exports_on_test.md
 
-Exports the winner of each search, and answers the recordings of its test set with the checkpoint and with each export,
+Exports the winner of each search, and answers the files of its test set with the checkpoint and with each export,
 every export in a fresh process without ser_ray. That is a further opening of the test set, which is recorded in the
 results folder before it happens. An export that `ser-ray export` refuses, as it differs by more than the limit on dev,
 is there all the same, marked. The second table is what `ser-ray tune` wrote of the calibration. Intervals are over
@@ -30,9 +30,11 @@ from ser_ray.evaluation.record import record_opening
 from ser_ray.exporting import Options
 from ser_ray.exporting.merged import reference
 from ser_ray.exporting.proof import compare
-from ser_ray.exporting.recordings import data_of, read
+from ser_ray.exporting.recordings import data_of, labels_of
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import SAMPLING_RATE
+from ser_ray.speech import stream
+from ser_ray.speech.audio import load_waveform
 from ser_ray.training.inference import predict as predict_recordings
 
 EXPORTS: Final = (("hf", "fp32"), ("hf", "fp16"), ("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"))
@@ -78,15 +80,19 @@ def exports(results: Path) -> list[str]:
     model = reference(best)
     task = load_task(model.experiment, data_of(best))
     rows = task.rows("test")
-    recordings, speakers = read(rows, task, model, "test"), rows["speaker"].to_pylist()
+    speakers, labels = rows["speaker"].to_pylist(), labels_of(rows, task, model)
+    # As files, not as prepared: the quiet ends are cut by who answers, and to cut them twice cuts more.
+    whole = model.experiment.audio.model_copy(update={"trim_db": None})
+    paths = stream.joined(rows, stream.read_files(rows, "path"))["path"].to_pylist()
+    waveforms = [load_waveform(path, whole) for path in paths]
     record_opening(results, "best", [Path(sys.argv[0]).name, *sys.argv[1:]])
-    found = predict_recordings(model, [(waveform, SAMPLING_RATE) for waveform in recordings.waveforms])
+    found = predict_recordings(model, [(waveform, SAMPLING_RATE) for waveform in waveforms])
     ours_NK = np.array([list(answer.probabilities.values()) for answer in found if answer.start is None])
     assert len(ours_NK) == rows.num_rows, "every recording of a test set can be used"
 
     def row(what: str, place: Path, answers_NK: np.ndarray) -> str:
-        matrix = confusion(recordings.labels, answers_NK.argmax(1), answers_NK.shape[1])
-        limits, _ = bootstrap_ci95(recordings.labels, answers_NK.argmax(1), speakers, answers_NK.shape[1])
+        matrix = confusion(labels, answers_NK.argmax(1), answers_NK.shape[1])
+        limits, _ = bootstrap_ci95(labels, answers_NK.argmax(1), speakers, answers_NK.shape[1])
         values = [f"{float(headline(matrix)[name]):.3f} {shown(limits[name])}" for name in ("accuracy", "uar")]
         apart = compare(ours_NK, answers_NK)
         last = [f"{apart.largest:.0e}", f"{apart.equal:.1%}"] if place != best else ["-", "-"]
@@ -100,7 +106,7 @@ def exports(results: Path) -> list[str]:
                 if export.main(best, to, dtype, output=target):
                     refused = ", refused"
                     form.write(best, target, Options(dtype))
-            theirs_NK = form.predict(target, best, recordings.waveforms, Options(dtype))
+            theirs_NK = form.predict(target, best, waveforms, Options(dtype))
             made.append(row(f"{to} {dtype}{refused}", target, theirs_NK))
     return made
 

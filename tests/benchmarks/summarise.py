@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ser_ray.evaluation.results import Results, read_results
+from ser_ray.evaluation.verdicts import against_teacher
 
 HEADLINE = ("accuracy", "uar", "macro_f1", "weighted_f1", "kappa")
 
@@ -37,7 +38,9 @@ def page(results: Results, command: str) -> str:
         lines.append(f"| {name} (n = {metrics['n']}) | {' | '.join(cells)} |")
     for name, metrics in results.test["baselines"].items():
         lines.append(f"| {name} | " + " | ".join(f"{metrics[m]:.3f}" for m in HEADLINE) + " |")
-    lines += ["", f"95 % intervals: bootstrap over {results.test['ci95_unit']}.", "", "## Trials", ""]
+    lines += ["", f"95 % intervals: bootstrap over {results.test['ci95_unit']}.", ""]
+    lines += [line for sentence in against_teacher(results) for line in (sentence, "")]
+    lines += ["## Trials", ""]
     keys = ["trial_id", "status", "epochs", *results.space.search, "best_epoch", "dev_uar", "seconds"]
     lines += ["| " + " | ".join(keys) + " |", "|---|" + "---|" * (len(keys) - 1)]
     for row in results.trials:

@@ -347,12 +347,16 @@ def test_ray_serve_builds_the_application_of_a_file(checkpoints, monkeypatch, re
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(checkpoints, tmp_path):
-    """A replica finds it, and Ray Serve tries three times."""
+    """A replica finds it, and Ray Serve tries three times; also where the process that listens starts late."""
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoints["plain"], damaged)
     (damaged / "head.safetensors").write_bytes(b"nothing")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "ser_ray", "serve", str(damaged), "--port", str(free_port())]
+    impatient = (
+        "import sys; from ray.serve._private import api; api.HTTP_PROXY_TIMEOUT = 0.1; "
+        "from ser_ray.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", impatient, "serve", str(damaged), "--port", str(free_port())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("ser-ray serve: ")
