@@ -1,6 +1,6 @@
 """How right are a winner's exports on the test set, and its calibration?
 
-    python tests/benchmarks/exports_on_test.py RESULTS_DIR ... > results/benchmarks/exports_on_test.md
+    python tests/benchmarks/exports_on_test.py RESULTS_DIR ... --speech DIR ... > .../exports_on_test.md
 
 Exports the winner of each search, and answers the files of its test set with the checkpoint and with each export,
 every export in a fresh process without ser_ray. That is a further opening of the test set, which is recorded in the
@@ -33,10 +33,10 @@ from ser_ray.exporting.proof import compare
 from ser_ray.exporting.recordings import data_of, labels_of
 from ser_ray.protocols.task import load_task
 from ser_ray.schema import SAMPLING_RATE
-from ser_ray.speech import stream
 from ser_ray.speech.audio import load_waveform
 from ser_ray.training.inference import predict as predict_recordings
 
+PAGE: Final = "results/benchmarks/exports_on_test.md"
 EXPORTS: Final = (("hf", "fp32"), ("hf", "fp16"), ("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"))
 
 
@@ -44,9 +44,10 @@ def main() -> int:
     """Print the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--speech", type=Path, nargs="+", required=True, help="where the corpora are")
     given = parser.parse_args()
     searches = [path.resolve() for path in given.results]
-    exported = [row for path in searches for row in exports(path)]
+    exported = [row for path in searches for row in exports(path, given.speech)]
     names = " ".join(f"results/{path.name}" for path in searches)
     print(
         "\n".join(
@@ -54,7 +55,7 @@ def main() -> int:
                 "# Exports on the test set",
                 "",
                 "```",
-                f"python tests/benchmarks/exports_on_test.py {names} > results/benchmarks/exports_on_test.md",
+                f"python tests/benchmarks/exports_on_test.py {names} --speech DIR ... > {PAGE}",
                 "```",
                 "",
                 *(__doc__ or "").strip().split("\n\n")[2].splitlines(),
@@ -74,7 +75,7 @@ def main() -> int:
     return 0
 
 
-def exports(results: Path) -> list[str]:
+def exports(results: Path, speech: Sequence[Path]) -> list[str]:
     """Rows of a table: the checkpoint, and what was exported of it."""
     best = results / "best"
     model = reference(best)
@@ -83,7 +84,7 @@ def exports(results: Path) -> list[str]:
     speakers, labels = rows["speaker"].to_pylist(), labels_of(rows, task, model)
     # As files, not as prepared: the quiet ends are cut by who answers, and to cut them twice cuts more.
     whole = model.experiment.audio.model_copy(update={"trim_db": None})
-    paths = stream.joined(rows, stream.read_files(rows, "path"))["path"].to_pylist()
+    paths = [next(root / path for root in speech if (root / path).is_file()) for path in rows["path"].to_pylist()]
     waveforms = [load_waveform(path, whole) for path in paths]
     record_opening(results, "best", [Path(sys.argv[0]).name, *sys.argv[1:]])
     found = predict_recordings(model, [(waveform, SAMPLING_RATE) for waveform in waveforms])
