@@ -184,7 +184,7 @@ class Extractor:
             torch.set_num_threads(self.threads)
             bound_memory(self.gpus)
         if self.loaded != wanted:
-            self.backbone = None  # two may be more than the memory holds
+            self.backbone = self.loaded = None  # two may be more than the memory holds
             self.backbone = backbones.load(wanted.backbone, wanted.quantized, device, wanted.precision).eval()
             self.loaded = wanted
         with pq.ParquetFile(source) as file:
