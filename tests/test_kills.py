@@ -131,7 +131,7 @@ def test_a_trial_whose_worker_was_killed_comes_to_the_same_numbers(space):
     point = ["tune.trials=1", "tune.finalists=1", "tune.first=[{adapter.method: full, optimizer.lr: 1.0e-3}]"]
     driver = start_tune(space, "worker", *own, *point)
     text = wait_for_line(driver, "epoch  1")
-    (worker,) = processes(driver, "ray::ImplicitFunc.train")
+    (worker,) = processes(driver, "ray::ImplicitFunc")  # with .train while an epoch is trained
     worker.kill()
     unbroken = train(space, "undisturbed", "resources.workers=0", *own)
     rest, _ = driver.communicate(timeout=600)
