@@ -23,6 +23,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ser_ray.serving.limits import read_limits
 from ser_ray.serving.settings import Settings
 from ser_ray.terminal import PlainConsole
 
-LOOK_S = 0.5
+LOOK_S = 1.0
 """Seconds between two looks whether Ray is still there, while the server ends."""
 APPLICATION = "ser_ray.serving.deployment:application"
 START_S = "120"
@@ -107,17 +108,16 @@ def run(settings: Settings, port: int, console: PlainConsole) -> None:
         )
     http = {"host": settings.host, "port": port}
     try:
-        try:
-            with contextlib.suppress(TimeoutError):  # after a minute, too soon for a busy machine; run waits once more
-                serve.start(proxy_location="HeadOnly", http_options=http, logging_config=QUIET)
-            serve.run(application(settings), name=NAME, route_prefix="/", logging_config=QUIET)
-        except RuntimeError:
-            raise UserError(_problem(serve.status())) from None
-        except TimeoutError:
-            raise UserError("the server did not start in time: the machine has too much to do") from None
+        with contextlib.suppress(TimeoutError):  # after a minute, too soon for a busy machine; run waits once more
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=QUIET)
+        serve.run(application(settings), name=NAME, route_prefix="/", logging_config=QUIET)
         _announce(settings, port, console)
         with contextlib.suppress(KeyboardInterrupt):  # how a server ends
             threading.Event().wait()
+    except RuntimeError:
+        raise UserError(_problem(serve.status())) from None
+    except TimeoutError:
+        raise UserError("the server did not start in time: the machine has too much to do") from None
     finally:
         _end(NAME)
 
@@ -156,13 +156,16 @@ def _end(name: str) -> None:
     from ser_ray.runtime import cluster
 
     ending = threading.Thread(target=serve.delete, args=(name,), daemon=True)
-    ending.start()
-    while ending.is_alive():
+    time.sleep(LOOK_S)  # a call to a Ray that is about to go would fail, and Ray would print that
+    if cluster.is_up():
+        ending.start()
+    while ending.is_alive() and cluster.is_up():
         ending.join(LOOK_S)
-        if ending.is_alive() and not cluster.is_up() and sys.exc_info()[0] is None:
-            sys.stdout.flush()
-            os._exit(0)
-    ray.shutdown()
+    if cluster.is_up():
+        ray.shutdown()
+    elif sys.exc_info()[0] is None:
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _problem(status: Any) -> str:
