@@ -72,15 +72,8 @@ def start(space: Path, name: str, size: Size, trainable: dict[str, str]) -> subp
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | trainable
     log = (space.parent / f"{name}.log").open("ab")
     cache = f"storage.cache={space.parent / name}-cache"
-    command = [
-        sys.executable,
-        "-m",
-        "ser_ray.tune",
-        str(space),
-        f"experiment.name={name}",
-        f"tune.trials={size.trials}",
-    ]
-    command += [cache, *SEARCH]
+    own = [f"experiment.name={name}", f"tune.trials={size.trials}", cache]
+    command = [sys.executable, "-m", "ser_ray.tune", str(space), *own, *SEARCH]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 

@@ -4,8 +4,7 @@
 
 Windows of AUDIO_DIR are answered by the function that a replica of `ser-ray serve` calls, in batches of several sizes,
 all sizes in turn for some rounds; the medians are of these. Windows of like length are together, as in a server whose
-queue is full. CPU ms are those of all threads. A batch gains where a call costs more than its arithmetic: on a GPU, and
-with several threads; one core that computes all the time has nothing to gain.
+queue is full. CPU ms are those of all threads. What a batch gains is what a call costs beside its arithmetic.
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ import time
 from pathlib import Path
 from typing import Final
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import numpy as np
 import torch
+from server_fixture import recordings_of
 
 from ser_ray.models import checkpoint
 from ser_ray.serving.answering import Job, Known, answer
@@ -36,8 +38,7 @@ def main() -> int:
     parser.add_argument("--recordings", type=int, default=64)
     given = parser.parse_args()
     model = checkpoint.load(given.checkpoint, "cpu")
-    paths = sorted(path for path in given.audio.rglob("*") if path.suffix in (".wav", ".flac"))
-    paths = paths[:: max(1, len(paths) // given.recordings)][: given.recordings]
+    paths = recordings_of(given.audio, given.recordings)
     windows = [to_int16(window) for path in paths for window in load_recording(path, model.experiment.audio).windows]
     known = [Known(Job("", (window,)), model, None, "") for window in sorted(windows, key=len)]
     rows = []

@@ -25,7 +25,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from server_fixture import Server, serving
+from server_fixture import Server, recordings_of, serving
 
 CLIENTS: Final = (1, 8, 64)
 TOLERANCE: Final = 1e-5
@@ -48,8 +48,7 @@ def main() -> int:
     parser.add_argument("--endurance", type=int, default=20_000)
     parser.add_argument("--recordings", type=int, default=64)
     given = parser.parse_args()
-    paths = sorted(path for path in given.audio.rglob("*") if path.suffix in (".wav", ".flac"))
-    paths = paths[:: max(1, len(paths) // given.recordings)][: given.recordings]
+    paths = recordings_of(given.audio, given.recordings)
     recordings = [path.read_bytes() for path in paths]
     in_loop, expected, seconds = one_process(given.checkpoint, paths, given.requests)
     command = ["serve", given.checkpoint, "--replicas", "1"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -49,6 +50,12 @@ class Server:
             return answer.status, answer.read()
         finally:
             connection.close()
+
+
+def recordings_of(folder: Path, count: int) -> list[Path]:
+    """So many recordings of a folder, evenly over its files."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".wav", ".flac"))
+    return paths[:: max(1, len(paths) // count)][:count]
 
 
 @contextmanager
