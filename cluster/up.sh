@@ -45,6 +45,7 @@ if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
 fi
 chmod 600 "$RAY_AUTH_TOKEN_PATH"
 start="RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH RAY_worker_maximum_startup_concurrency=8 \
+    RAY_prestart_worker_first_driver=0 \
     $python -m ray.scripts.scripts start --disable-usage-stats --min-worker-port=0 --max-worker-port=0 \
     --num-cpus=\$((${SER_RAY_CPUS:-\$(nproc)} + 1)) ${SER_RAY_GPUS:+--num-gpus=$SER_RAY_GPUS}"
 # (one CPU more than there are, for data tasks, which mostly wait; on every host, or the head would look the emptiest)

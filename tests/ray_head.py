@@ -49,6 +49,7 @@ def ray_head(home: Path, *, gpus: int = 0, jobs: bool = False) -> Iterator[Head]
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     # On two cores Ray takes the small processes of nested trials for a leak, and says so in the job's log.
     environment["RAY_worker_maximum_startup_concurrency"] = "8"
+    environment["RAY_prestart_worker_first_driver"] = "0"  # as a Ray of this project
     # Ports of its own, so that other clusters on this machine do not matter.
     command = [
         *RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=3", f"--num-gpus={gpus}",

@@ -83,6 +83,9 @@ def _join() -> None:
         cpus = _cores()
         # A nested trial has several small processes; Ray would otherwise warn about them as if they were a leak.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, cpus)))
+        # Without a process for every CPU at the start: a command would wait for them, on a busy machine for ever (Ray's
+        # issue 40131), and not all of them are used.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
         address = f"127.0.0.1:{port}"
         options: dict[str, Any] = {
