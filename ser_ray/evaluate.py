@@ -78,6 +78,7 @@ def evaluate(
         min(allocation.pool, total),
         allocation.worker,
         console,
+        grows=True,
     ) as pool:
         scoring = Scoring(directory, space, shard_dirs, allocation, pool, console)
         console.print(f"scoring {len(finalists)} finalist{'s' * (len(finalists) != 1)} on dev")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Final, Self, TypeVar
@@ -15,6 +16,9 @@ from ser_ray.schema import ProcessDiedError, UserError
 
 RESTARTS: Final = 3
 """How often an actor whose process dies is restarted and its job repeated."""
+GROWS_AFTER_S: Final = 8.0
+"""Seconds that the first actor of a pool that grows works alone: as long as another takes to start, most of it
+importing torch and transformers. Where all is done by then, as in the evaluation of a small corpus, one was enough."""
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -24,9 +28,20 @@ class Pool:
 
     Jobs go to the actors that are up, so that a pool works with what a busy cluster has room for. When the block ends,
     by an exception or not, the actors are killed and their resources are free again.
+
+    ``grows``, where it is not known how long the jobs take: one actor is started, and the others when jobs still wait
+    after `GROWS_AFTER_S` of its work.
     """
 
-    def __init__(self, actor: Any, arguments: tuple[Any, ...], size: int, worker: Worker, console: Console) -> None:
+    def __init__(
+        self,
+        actor: Any,
+        arguments: tuple[Any, ...],
+        size: int,
+        worker: Worker,
+        console: Console,
+        grows: bool = False,
+    ) -> None:
         self.make = lambda: actor.options(
             num_cpus=worker.cpus,
             num_gpus=worker.gpus,
@@ -34,13 +49,13 @@ class Pool:
             max_task_retries=RESTARTS,
             scheduling_strategy="SPREAD",  # over all nodes
         ).remote(*arguments)
-        self.size, self.worker, self.console = size, worker, console
+        self.size, self.worker, self.console, self.grows = size, worker, console, grows
         self.actors: list[Any] = []
 
     def __enter__(self) -> Self:
-        self.actors = [self.make() for _ in range(self.size)]
-        self.starting = {actor.__ray_ready__.remote(): actor for actor in self.actors}
+        self.starting: dict[Any, Any] = {}
         self.free: list[Any] = []
+        self._grow_to(1 if self.grows else self.size)
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -55,10 +70,14 @@ class Pool:
         waiting = list(jobs)
         running: dict[Any, tuple[Name, Any]] = {}
         next_line = time.monotonic() + cluster.PATIENCE_S
+        grows_at = math.inf  # no actor is up
         while waiting or running:
             while waiting and self.free:
                 name, actor = waiting.pop(0), self.free.pop()
                 running[jobs[name](actor)] = (name, actor)
+                grows_at = min(grows_at, time.monotonic() + GROWS_AFTER_S)
+            if waiting and time.monotonic() > grows_at:
+                self._grow_to(min(self.size, len(waiting) + len(running)))
             ready, _ = ray.wait([*self.starting, *running], num_returns=1, timeout=1.0)
             for ref in ready:
                 result = _result(ref, what)
@@ -72,6 +91,11 @@ class Pool:
                 next_line = time.monotonic() + cluster.REPEAT_S
                 wanted = f"{self.worker.cpus:g} CPUs and {self.worker.gpus:g} GPUs on one node"
                 self.console.print(f"  {what}: {cluster.waiting_for(wanted)}")
+
+    def _grow_to(self, size: int) -> None:
+        for _ in range(size - len(self.actors)):
+            self.actors.append(self.make())
+            self.starting[self.actors[-1].__ray_ready__.remote()] = self.actors[-1]
 
 
 # -- below: how it is done

@@ -12,6 +12,7 @@ import ray
 from rich.console import Console
 
 from ser_ray.runtime import cluster
+from ser_ray.runtime import pool as pool_module
 from ser_ray.runtime.allocation import Worker
 from ser_ray.runtime.pool import RESTARTS, Pool
 from ser_ray.schema import UserError
@@ -25,6 +26,11 @@ class Squarer:
 
     def square(self, number: int) -> int:
         return number * number
+
+    def work(self, seconds: float) -> int:
+        """Takes a while; returns which process did it."""
+        time.sleep(seconds)
+        return os.getpid()
 
     def refuse(self) -> None:
         raise UserError("this file cannot be read; remove it")
@@ -53,14 +59,30 @@ def wait_for_all_cpus() -> None:
     raise AssertionError(f"{free_cpus()} of {ray.cluster_resources()['CPU']} CPUs were given back")
 
 
-def pool(said: io.StringIO | None = None, size: int = 2, cpus: float = 1.0) -> Pool:
-    return Pool(Squarer, (), size, Worker(cpus, 0.0), Console(file=said or io.StringIO(), width=300))
+def pool(said: io.StringIO | None = None, size: int = 2, grows: bool = False) -> Pool:
+    return Pool(Squarer, (), size, Worker(1.0, 0.0), Console(file=said or io.StringIO(), width=300), grows)
 
 
 def test_every_job_is_done_once_and_all_is_given_back():
     with pool() as squarers:
         jobs = {n: (lambda actor, n=n: actor.square.remote(n)) for n in range(7)}
         assert dict(squarers.map(jobs, "squares")) == {n: n * n for n in range(7)}
+    wait_for_all_cpus()
+
+
+@pytest.mark.parametrize(("alone_s", "processes"), [(1000.0, 1), (0.0, 2)])
+def test_it_grows_where_jobs_last_longer_than_a_start(monkeypatch, alone_s, processes):
+    """Jobs wait for the second process, as long as it may take to start on a busy machine."""
+    monkeypatch.setattr(pool_module, "GROWS_AFTER_S", alone_s)
+    with pool(grows=True) as squarers:
+        assert len(squarers.actors) == 1
+        jobs = {n: (lambda actor: actor.work.remote(0.1 if alone_s else 1.0)) for n in range(40)}
+        done: set[int] = set()
+        for _, process in squarers.map(jobs, "work"):
+            done.add(process)
+            if len(done) == 2:
+                break
+        assert len(done) == len(squarers.actors) == processes
     wait_for_all_cpus()
 
 
