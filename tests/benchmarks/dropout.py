@@ -42,7 +42,8 @@ def train(way: str, dropout: float, fold: int, scratch: Path) -> tuple[np.ndarra
     """Labels, predictions and speakers of the fold's test set."""
     overrides = [
         "experiment.backbone=embedded/tiny-whisper", f"experiment.protocol.fold={fold}", f"experiment.epochs={EPOCHS}",
-        f"experiment.patience={EPOCHS}", "experiment.optimizer.lr=1e-3",
+        f"experiment.patience={EPOCHS}", "experiment.optimizer.lr=1e-3", "experiment.optimizer.head_lr=1e-3",
+        "experiment.head.speaker=none",
         f"experiment.adapter={{method: lora, first_layer: 2, dropout: {0.0 if way == NONE else dropout}}}",
     ]  # fmt: skip
     space = config.load(SPACE, overrides)

@@ -76,6 +76,7 @@ def measure(nodes: int, corpus: Path, home: Path, number: int) -> dict[str, floa
                 "search_spaces/demo.yaml", results, f"storage.cache={home}/cache-demo", f"tune.trials={trials}",
                 f"experiment.name=demo-{nodes}-{number}-{trials}", "tune.scheduler=none", "experiment.epochs=4",
                 "experiment.backbone=embedded/tiny-whisper", "experiment.adapter.method=full",
+                "experiment.head.speaker=none",
             ]  # fmt: skip
             found[f"tune {trials}"] = timed(env, "tune", *arguments)
     return found

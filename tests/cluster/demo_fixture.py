@@ -12,6 +12,7 @@ def small_demo(space: str | Path, name: str, corpus: Path, storage: Path, *more:
         f"experiment.name={name}",
         f"experiment.corpora={{ravdess: {corpus}}}",
         "experiment.head.init=random",  # a probe would be one epoch more, the one before the first
+        "experiment.head.speaker=none",  # a pass over train more after each
         "experiment.epochs=2",
         "experiment.batch_seconds=10",
         "search={optimizer.lr: {loguniform: [3.0e-4, 3.0e-3]}}",
