@@ -40,6 +40,7 @@ def page(results: Results, command: str) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{metrics[m]:.3f}" for m in HEADLINE) + " |")
     lines += ["", f"95 % intervals: bootstrap over {results.test['ci95_unit']}.", ""]
     lines += [line for sentence in against_teacher(results) for line in (sentence, "")]
+    lines += _known(results)
     lines += ["## Trials", ""]
     keys = ["trial_id", "status", "epochs", *results.space.search, "best_epoch", "dev_uar", "seconds"]
     lines += ["| " + " | ".join(keys) + " |", "|---|" + "---|" * (len(keys) - 1)]
@@ -59,6 +60,22 @@ def page(results: Results, command: str) -> str:
         ]
         lines += [f"| {key} | " + " | ".join(_short(row[name]) for name in names) + " |" for key, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def _known(results: Results) -> list[str]:
+    """Test and dev by how many recordings of the speaker are known, if the chosen model uses them."""
+    if not results.enrolment:
+        return []
+    lines = [
+        "## Where a speaker is known by recordings without labels",
+        "",
+        "| | test UAR | dev UAR |",
+        "|---|---|---|",
+    ]
+    for points in zip(results.enrolment["test"], results.enrolment["dev"], strict=True):
+        cells = (f"{p['uar']:.3f} [{p['ci95']['uar'][0]:.3f}, {p['ci95']['uar'][1]:.3f}]" for p in points)
+        lines.append(f"| {points[0]['said']} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _short(value: object) -> str:
