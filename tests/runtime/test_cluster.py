@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,26 @@ def test_nobody_elsewhere_is_told_what_is_run(ray_cluster):
         return usage_lib.usage_stats_enabled()
 
     assert not ray.get(told.remote())
+
+
+STARTED = """
+import time, psutil
+from ser_ray.runtime import cluster
+cluster.connect()
+time.sleep(2)  # by then there would be some
+commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+assert any("raylet/raylet" in command for command in commands)
+print(sum("ray::IDLE" in command for command in commands))
+"""
+
+
+@pytest.mark.ray
+def test_a_command_waits_for_no_process_that_it_did_not_ask_for():
+    """Ray starts one for every CPU, and lets nobody begin before they are there: on a busy machine for ever."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_prestart")}
+    command = [sys.executable, "-c", STARTED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) == 0
 
 
 @pytest.fixture
