@@ -58,11 +58,12 @@ def _epilog(*examples: str) -> str:
 
 
 def _call(verb: str, *arguments: object, **options: object) -> int:
-    # Two seconds of every command: imports make no garbage to speak of, and the system frees memory at once at the end.
-    atexit.register(gc.freeze)
-    gc.disable()
-    module = importlib.import_module(f"ser_ray.{verb}")
-    gc.enable()
+    was_enabled = gc.isenabled()
+    gc.disable()  # imports make no garbage to speak of, and looking for it takes a second
+    try:
+        module = importlib.import_module(f"ser_ray.{verb}")
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
     code: int = module.main(*arguments, **options)
     return code
 
@@ -78,9 +79,7 @@ def _ser_ray(
 
 
 @app.command(epilog=_epilog("ser-ray new demo > mine.yaml", "ser-ray new ravdess_whisper"))
-def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `ser-ray spaces`.")],
-) -> int:
+def new(name: Annotated[str, typer.Argument(metavar="NAME", help="One of `ser-ray spaces`.")]) -> int:
     """Print a built-in search space with its comments, as a start for your own."""
     return _call("spaces", name)
 
@@ -261,7 +260,7 @@ def predict(
     epilog=_epilog(
         "ser-ray enrol results/mine/best anna/ --output anna.json",
         "ser-ray predict results/mine/best call.wav --voice anna.json",
-    ),
+    )
 )
 def enrol(
     checkpoint: Checkpoint,
@@ -279,7 +278,7 @@ def enrol(
 @app.command(
     epilog=_epilog(
         "ser-ray serve results/demo/best", "ser-ray serve results/demo/best --host 0.0.0.0 --key-file keys.txt"
-    ),
+    )
 )
 def serve(
     checkpoints: Annotated[
@@ -307,7 +306,7 @@ def serve(
     epilog=_epilog(
         "ser-ray export results/demo/best --to hf",
         "ser-ray export results/demo/best --to onnx --dtype int8",
-    ),
+    )
 )
 def export(
     checkpoint: Checkpoint,
@@ -358,6 +357,7 @@ def _as_path(argument: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 done, 1 failed, 2 bad configuration or input, said in one line."""
+    atexit.register(gc.freeze)  # the system frees memory at once; to take all modules apart takes another second
     arguments = [_as_path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if arguments[:1] == ["--version"]:
         print(__version__)

@@ -60,8 +60,8 @@ SAME_DATA: Final = ("labels", "label", "emotions", "merge", "exclude", "audio")
 """Fields of an experiment that a student has from its teacher, beside the fold."""
 STUDENT: Final = (
     "experiment.adapter={method: full}",  # small enough to train all of it
-    "experiment.head={pooling: statistics}",  # that of the demo; not from a probe, which could win without a teacher
-    "experiment.optimizer={lr: 3.0e-4, head_lr: 1.0e-3}",  # of the backbone a third of the demo's: all weights move
+    "experiment.head={pooling: statistics}",  # not from a probe, which could win without a teacher
+    "experiment.optimizer={lr: 3.0e-4, head_lr: 1.0e-3}",  # of the backbone a third of the head's: all weights move
     "experiment.augment={}",  # the teacher answers the recording as it is
     "experiment.loss=cross_entropy",
     "experiment.batch_seconds=60",

@@ -69,9 +69,26 @@ def save_int8(graph: Any, path: Path) -> None:
             )
         finally:
             root.setLevel(level)
-        # Of inputs that may be left out, quantize_dynamic leaves the defaults alone.
-        made, inputs = onnx.load(path), onnx.load(whole, load_external_data=False).graph.input
-        there = {one.name for one in made.graph.input}
-        made.graph.input.extend(one for one in inputs if one.name not in there)
+        made = onnx.load(path)
+        _restore_inputs(made.graph, onnx.load(whole, load_external_data=False).graph, whole.parent)
         onnx.save(made, path)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+# -- below: how it is done
+
+
+def _restore_inputs(made: Any, whole: Any, folder: Path) -> None:
+    """Give a graph the inputs that may be left out, with their defaults: quantize_dynamic removes them, and of those
+    that nothing uses, as the variance of a voice where a head only centres, the default too."""
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    there = {one.name for one in made.input}
+    missing = [one for one in whole.input if one.name not in there]
+    held = {one.name for one in made.initializer}
+    defaults = [one for one in whole.initializer if one.name in {m.name for m in missing} - held]
+    for one in defaults:
+        if uses_external_data(one):
+            load_external_data_for_tensor(one, str(folder))
+    made.input.extend(missing)
+    made.initializer.extend(defaults)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Final, Self, TypeVar
@@ -17,7 +16,7 @@ from ser_ray.schema import ProcessDiedError, UserError
 RESTARTS: Final = 3
 """How often an actor whose process dies is restarted and its job repeated."""
 GROWS_AFTER_S: Final = 8.0
-"""Seconds that the first actor of a pool that grows works alone: as long as another takes to start, most of it
+"""Seconds that jobs wait for the first actor of a pool that grows: as long as another takes to start, most of it
 importing torch and transformers. Where all is done by then, as in the evaluation of a small corpus, one was enough."""
 
 Name = TypeVar("Name", bound=Hashable)
@@ -29,8 +28,8 @@ class Pool:
     Jobs go to the actors that are up, so that a pool works with what a busy cluster has room for. When the block ends,
     by an exception or not, the actors are killed and their resources are free again.
 
-    ``grows``, where it is not known how long the jobs take: one actor is started, and the others when jobs still wait
-    after `GROWS_AFTER_S` of its work.
+    ``grows``, where it is not known how long the jobs take: one actor is started, and the others when jobs have waited
+    for it for `GROWS_AFTER_S`, in all calls of `map` together.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class Pool:
     def __enter__(self) -> Self:
         self.starting: dict[Any, Any] = {}
         self.free: list[Any] = []
+        self.waited_s = 0.0
         self._grow_to(1 if self.grows else self.size)
         return self
 
@@ -70,15 +70,16 @@ class Pool:
         waiting = list(jobs)
         running: dict[Any, tuple[Name, Any]] = {}
         next_line = time.monotonic() + cluster.PATIENCE_S
-        grows_at = math.inf  # no actor is up
         while waiting or running:
             while waiting and self.free:
                 name, actor = waiting.pop(0), self.free.pop()
                 running[jobs[name](actor)] = (name, actor)
-                grows_at = min(grows_at, time.monotonic() + GROWS_AFTER_S)
-            if waiting and time.monotonic() > grows_at:
+            if waiting and self.waited_s > GROWS_AFTER_S:
                 self._grow_to(min(self.size, len(waiting) + len(running)))
+            before = time.monotonic()
             ready, _ = ray.wait([*self.starting, *running], num_returns=1, timeout=1.0)
+            if waiting and running:
+                self.waited_s += time.monotonic() - before
             for ref in ready:
                 result = _result(ref, what)
                 if ref in running:

@@ -118,6 +118,7 @@ def first_step(scratch: Path) -> Job:
     command = ["-c", _FIRST_STEP, "train", "search_spaces/demo.yaml", "resources.workers=0", "experiment.name=first"]
     own = [
         "experiment.head.init=random",
+        "experiment.head.speaker=none",  # a pass over train before the first step
         "storage.prefix_gb=0",
         f"storage.results={scratch / 'results'}",
         f"storage.cache={scratch / 'cache'}",

@@ -50,7 +50,7 @@ def pool_space(**settings: Any) -> SearchSpace:
     """The demo's data and backbones, but from a random head, full training beside QLoRA, and rates as a list: so that
     there is something to find, and from seed to seed the same."""
     values = config.to_dict(config.load(config.default_space()))
-    values["experiment"]["head"] |= {"init": "random", "pooling": "attentive"}
+    values["experiment"]["head"] |= {"init": "random", "pooling": "attentive", "speaker": "none"}
     values["experiment"]["optimizer"]["head_lr"] = 2e-3
     ranks = values["search"]["adapter.rank"] | {"when": {"adapter.method": ["qlora"]}}
     values["search"] = {

@@ -160,6 +160,19 @@ def test_a_voice_is_an_input_in_int8_too(known: tuple[EmotionClassifier, Any]) -
     assert np.abs(found - expected).max() < 0.5 * np.abs(found - without).max()
 
 
+def test_a_voice_may_be_left_out_in_int8_where_a_head_only_centres(backbones_dir: Path, tmp_path: Path) -> None:
+    """Nothing uses the variance there, and quantising removed its default: nobody could leave it out."""
+    model = random_classifier(backbones_dir / "whisper", head={"speaker": "center"})
+    onnx_format.save(model, tmp_path, "int8")
+    int8, batch, width = opened(tmp_path / "model.onnx"), noise((0.9, 0.5)), model.head.embedding_width
+    assert [one.name for one in int8.get_inputs()] == ["waveform", "lengths"]
+    assert {one.name for one in int8.get_overridable_initializers()} == set(graph.VOICE)
+    voice = (torch.ones(1), torch.rand(1, width), torch.rand(1, width))
+    for inputs in (batch, (*batch, *voice)):
+        assert difference(model, int8, *inputs)[0] < 0.1
+    assert np.ptp([int8.run(["probabilities"], feed(*i))[0] for i in (batch, (*batch, *voice))], axis=0).max() > 1e-2
+
+
 HEADS = {
     "last": {"layer_mix": "last", "pooling": "mean", "hidden": 8},
     "weighted": {"layer_mix": "weighted", "pooling": "attentive"},

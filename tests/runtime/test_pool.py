@@ -86,6 +86,19 @@ def test_it_grows_where_jobs_last_longer_than_a_start(monkeypatch, alone_s, proc
     wait_for_all_cpus()
 
 
+def test_what_jobs_have_waited_counts_over_all_calls(monkeypatch):
+    with pool(grows=True) as squarers:
+        jobs = {n: (lambda actor: actor.work.remote(0.3)) for n in range(4)}
+        assert len(set(dict(squarers.map(jobs, "work")).values())) == 1
+        assert squarers.waited_s > 0.5, "three of them, for one after the other"
+        monkeypatch.setattr(pool_module, "GROWS_AFTER_S", squarers.waited_s / 2)
+        list(squarers.map({0: jobs[0]}, "work"))
+        assert len(squarers.actors) == 1, "nothing waited"
+        list(squarers.map(jobs, "work"))
+        assert len(squarers.actors) == 2
+    wait_for_all_cpus()
+
+
 @pytest.mark.parametrize(("job", "error"), [("refuse", UserError), ("fail", ZeroDivisionError)])
 def test_what_a_job_raises_ends_the_pool(job, error):
     jobs = {n: (lambda actor, n=n: actor.square.remote(n)) for n in range(3)}
