@@ -63,9 +63,9 @@ def _call(verb: str, *arguments: object, **options: object) -> int:
     try:
         module = importlib.import_module(f"ser_ray.{verb}")
     finally:
-        (gc.enable if was_enabled else gc.disable)()
-    code: int = module.main(*arguments, **options)
-    return code
+        if was_enabled:
+            gc.enable()
+    return int(module.main(*arguments, **options))
 
 
 @app.callback()

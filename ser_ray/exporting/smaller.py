@@ -70,7 +70,7 @@ def save_int8(graph: Any, path: Path) -> None:
         finally:
             root.setLevel(level)
         made = onnx.load(path)
-        _restore_inputs(made.graph, onnx.load(whole, load_external_data=False).graph, whole.parent)
+        _restore_inputs(made.graph, graph.graph)
         onnx.save(made, path)
     onnx.checker.check_model(str(path), full_check=True)
 
@@ -78,17 +78,14 @@ def save_int8(graph: Any, path: Path) -> None:
 # -- below: how it is done
 
 
-def _restore_inputs(made: Any, whole: Any, folder: Path) -> None:
-    """Give a graph the inputs that may be left out, with their defaults: quantize_dynamic removes them, and of those
-    that nothing uses, as the variance of a voice where a head only centres, the default too."""
-    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+def _restore_inputs(made: Any, graph: Any) -> None:
+    """Give what quantize_dynamic made of a graph the inputs that may be left out, with their defaults: it removes them,
+    and of those that nothing uses, as the variance of a voice where a head only centres, the default too."""
+    import onnx_ir
 
-    there = {one.name for one in made.input}
-    missing = [one for one in whole.input if one.name not in there]
-    held = {one.name for one in made.initializer}
-    defaults = [one for one in whole.initializer if one.name in {m.name for m in missing} - held]
-    for one in defaults:
-        if uses_external_data(one):
-            load_external_data_for_tensor(one, str(folder))
-    made.input.extend(missing)
-    made.initializer.extend(defaults)
+    inputs, defaults = ({one.name for one in part} for part in (made.input, made.initializer))
+    for value in graph.inputs:
+        if value.name not in inputs:
+            made.input.append(onnx_ir.to_proto(value))
+        if value.name in graph.initializers and value.name not in defaults:
+            made.initializer.append(onnx_ir.to_proto(value.const_value))

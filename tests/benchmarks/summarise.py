@@ -6,7 +6,9 @@ python tests/benchmarks/summarise.py RESULTS_DIR "the command that made it" > re
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ser_ray.evaluation.results import Results, read_results
 from ser_ray.evaluation.verdicts import against_teacher
@@ -34,7 +36,7 @@ def page(results: Results, command: str) -> str:
         "|---|" + "---|" * len(HEADLINE),
     ]
     for name, metrics in (("test", results.test), ("dev", results.dev)):
-        cells = (f"{metrics[m]:.3f} [{metrics['ci95'][m][0]:.3f}, {metrics['ci95'][m][1]:.3f}]" for m in HEADLINE)
+        cells = (_with_interval(metrics, m) for m in HEADLINE)
         lines.append(f"| {name} (n = {metrics['n']}) | {' | '.join(cells)} |")
     for name, metrics in results.test["baselines"].items():
         lines.append(f"| {name} | " + " | ".join(f"{metrics[m]:.3f}" for m in HEADLINE) + " |")
@@ -73,9 +75,14 @@ def _known(results: Results) -> list[str]:
         "|---|---|---|",
     ]
     for points in zip(results.enrolment["test"], results.enrolment["dev"], strict=True):
-        cells = (f"{p['uar']:.3f} [{p['ci95']['uar'][0]:.3f}, {p['ci95']['uar'][1]:.3f}]" for p in points)
+        cells = (_with_interval(metrics, "uar") for metrics in points)
         lines.append(f"| {points[0]['said']} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    low, high = metrics["ci95"][name]
+    return f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _short(value: object) -> str:
