@@ -71,7 +71,7 @@ def _call(verb: str, *arguments: object, **options: object) -> int:
 @app.callback()
 def _ser_ray(
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show Ray's own logs as well; anywhere in the line.")
+        bool, typer.Option("--verbose", help="Show Ray's logs, start its dashboard; anywhere in the line.")
     ] = False,
 ) -> None:
     if verbose:

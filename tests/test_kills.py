@@ -105,7 +105,7 @@ def test_a_killed_search_continues_and_loses_nothing(space, stub):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_one_of_two_workers_dies_and_the_trial_goes_on(space):
-    driver = start_tune(space, "two", "resources.workers=2", "tune.trials=1", "tune.finalists=1", "experiment.epochs=6")
+    driver = start_tune(space, "two", "resources.workers=2", "tune.trials=1", "tune.finalists=1", "experiment.epochs=4")
     text = wait_for_line(driver, "epoch  1")
     workers = processes(driver, "RayTrainWorker")
     assert len(workers) == 2, text

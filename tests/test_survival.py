@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,17 +36,18 @@ class Size:
     kills: int
     drivers: int
     """Of the kills, those of the driver: every time Ray is started anew."""
+    rare: Mapping[str, int]
+    """Kinds that live for seconds only: killed as soon as they are seen, so often."""
 
 
-SMALL, PUBLISHED = Size(trials=8, kills=10, drivers=3), Size(trials=16, kills=20, drivers=5)
+SMALL = Size(trials=5, kills=6, drivers=2, rare={"evaluation actor": 1, "cache actor": 1})
+PUBLISHED = Size(trials=16, kills=20, drivers=5, rare={"evaluation actor": 3, "cache actor": 2})
 VICTIMS = {  # as Ray names the processes
     "driver": "",
     "training worker": "ImplicitFunc",
     "evaluation actor": "Scorer",
     "cache actor": "Extractor",
 }
-RARE = {"evaluation actor": 3, "cache actor": 2}
-"""These live for seconds only: killed as soon as they are seen, so often."""
 EPOCH_S = 0.4
 """What an epoch takes where nothing is trained."""
 EPOCHS = range(3)
@@ -91,9 +93,9 @@ def victims(driver: int) -> dict[str, list[psutil.Process]]:
     return found
 
 
-def rare(found: dict[str, list[psutil.Process]], killed: collections.Counter[str]) -> list[str]:
+def rare(size: Size, found: dict[str, list[psutil.Process]], killed: collections.Counter[str]) -> list[str]:
     """Of the kinds that live for seconds, those that are there and have not been killed often enough."""
-    return [kind for kind, most in RARE.items() if kind in found and killed[kind] < most]
+    return [kind for kind, most in size.rare.items() if kind in found and killed[kind] < most]
 
 
 def wait_for_victims(
@@ -102,6 +104,7 @@ def wait_for_victims(
     driver: subprocess.Popen[bytes],
     rng: random.Random,
     searches: int,
+    size: Size,
     killed: collections.Counter[str],
     at_last_kill: int,
 ) -> None:
@@ -110,13 +113,13 @@ def wait_for_victims(
     ``searches``: those that the log told of before this session.
     """
     while driver.poll() is None and begun(space, name) == searches:
-        if rare(victims(driver.pid), killed):
+        if rare(size, victims(driver.pid), killed):
             return
         time.sleep(0.1)
     more, pause = trained(space, name) + rng.choice(EPOCHS), rng.uniform(*PAUSE_S)
     more = max(more, at_last_kill + 1)  # a trial that dies often without an epoch between is given up, as it should be
     reached = None
-    while driver.poll() is None and not rare(victims(driver.pid), killed):
+    while driver.poll() is None and not rare(size, victims(driver.pid), killed):
         if reached is None and trained(space, name) >= more:
             reached = time.monotonic()
         if reached is not None and time.monotonic() > reached + pause:
@@ -140,11 +143,11 @@ def disturb(space: Path, name: str, seed: int, size: Size, trainable: dict[str, 
     rng, killed, at_last_kill = random.Random(seed), collections.Counter[str](), -1
     driver, sessions, searches = start(space, name, size, trainable), 1, 0
     while True:
-        wait_for_victims(space, name, driver, rng, searches, killed, at_last_kill)
+        wait_for_victims(space, name, driver, rng, searches, size, killed, at_last_kill)
         if driver.poll() is None:
             found = victims(driver.pid)
-            seldom = rare(found, killed)
-            often = [kind for kind in found if kind not in RARE] if killed.total() < size.kills else []
+            seldom = rare(size, found, killed)
+            often = [kind for kind in found if kind not in size.rare] if killed.total() < size.kills else []
             if killed["driver"] >= size.drivers:
                 often = [kind for kind in often if kind != "driver"]
             # The kind that has been killed least: the driver is always there, the others come and go.

@@ -92,6 +92,7 @@ def _join() -> None:
             "address": "local",
             "num_cpus": cpus + DATA_CPUS,
             "resources": {OWN: 1},
+            "include_dashboard": verbose,  # three processes, for who looks at Ray itself
             "dashboard_host": "127.0.0.1",
             "_node_ip_address": "127.0.0.1",
             "_temp_dir": str(private.own_directory(_system_temp())),

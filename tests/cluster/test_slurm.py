@@ -77,9 +77,15 @@ class Job:
 
     def ended(self) -> tuple[str, int]:
         """Its state and exit code, when it and all that it started are gone."""
-        self.wait()
-        self.slurm.wait(lambda: left_behind(self.id) == [], f"end of {left_behind(self.id)}", 60)
+        self.wait().leaves_nothing()
         return self.slurm.state(self.id), self.slurm.exit_code(self.id)
+
+    def leaves_nothing(self) -> None:
+        """Until all that it started is gone; on a full machine the end of a killed process takes a while too."""
+        try:
+            self.slurm.wait(lambda: left_behind(self.id) == [], "end of the job's processes", 180)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {left_behind(self.id)}") from error
 
 
 def left_behind(job: str) -> list[str]:
@@ -220,7 +226,7 @@ def test_a_requeued_job_goes_on(nodes, shared, demo, stub, tmp_path):
     nodes("scontrol", "requeue", job.id)
     job.wait("PENDING")
     before = epochs(shared / "results" / "again")
-    nodes.wait(lambda: left_behind(job.id) == [], "end of the job's processes", 20)
+    job.leaves_nothing()
     nodes("scontrol", "update", f"JobId={job.id}", "StartTime=now")
     assert job.ended() == ("COMPLETED", 0), job.printed()
     assert "continuing the search" in job.printed()

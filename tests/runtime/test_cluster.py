@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import signal
@@ -226,3 +227,15 @@ def test_the_workers_of_a_trainer_that_wait_are_counted(full_cluster):
     for group in groups:
         ray.util.remove_placement_group(group)
     assert cluster.trainers_waiting(2) == before
+
+
+@pytest.mark.ray
+def test_processes_of_ours_look_for_garbage_less_often_and_a_users_own_process_as_before(ray_cluster):
+    @ray.remote(num_cpus=0)
+    def threshold() -> int:
+        import ser_ray.runtime  # noqa: F401
+
+        return gc.get_threshold()[0]
+
+    assert ray.get(threshold.remote()) == 10_000
+    assert gc.get_threshold()[0] < 10_000
