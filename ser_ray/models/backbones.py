@@ -29,7 +29,7 @@ from transformers import BitsAndBytesConfig
 from ser_ray.models import pretrained, wavlm
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.lowrank import Updates
-from ser_ray.models.precision import WEIGHTS, compute_dtype, in_fp32, nf4_dtype, product_dtype
+from ser_ray.models.precision import WEIGHTS, compute_dtype, in_fp32, product_dtype
 from ser_ray.models.pretrained import describe
 from ser_ray.models.weights import not_finite
 from ser_ray.schema import UserError
@@ -319,7 +319,7 @@ def _from_pretrained(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=nf4_dtype(precision, device),
+            bnb_4bit_compute_dtype=compute_dtype(precision, device),
             llm_int8_skip_modules=[*small, *whole],
         )
         options["device_map"] = {"": str(device)}

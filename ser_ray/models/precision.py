@@ -54,12 +54,6 @@ def parameters_in(tensor: torch.Tensor) -> int:
     return tensor.numel() if state is None else int(math.prod(state.shape))
 
 
-def nf4_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """The dtype that 4-bit weights are dequantised to for a product: fp32 on a CPU, where bf16 is no faster, and was 19
-    times slower with some versions of torch."""
-    return compute_dtype(precision, device) if torch.device(device).type == "cuda" else torch.float32
-
-
 def autocast(precision: str, device: torch.device | str) -> torch.autocast:
     """The context in which forward passes run; it does nothing for fp32."""
     dtype = compute_dtype(precision, device)

@@ -122,8 +122,8 @@ def count(family: str, method: str) -> dict[str, float]:
             shape = (blocks, WIDTH, HEADS, 80 if family == "whisper" else 16)
             backbone = gpu_cells.write_backbone(family, shape, Path(scratch))
             described = _described(backbone, method, precision="bf16")
-            # A CPU has 4-bit weights in fp32 (`precision.nf4_dtype`), a GPU in the precision of the experiment.
-            with mock.patch.object(backbones, "nf4_dtype", compute_dtype):
+            # Earlier checkouts computed with 4-bit weights in fp32 on a CPU, whatever the precision.
+            with mock.patch.object(backbones, "nf4_dtype", compute_dtype, create=True):
                 model = build(described).train()
         step(model, 1)  # what is done once only
         (kernels, once), (_, twice) = step(model, 1), step(model, 2)

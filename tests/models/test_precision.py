@@ -44,14 +44,11 @@ def test_auto_is_the_best_that_a_device_has(monkeypatch: pytest.MonkeyPatch) -> 
         for device in ("cpu", "cuda"):
             assert precision.compute_dtype(name, device) is dtype
     assert precision.compute_dtype("auto", "cpu") is torch.float32
-    assert precision.nf4_dtype("bf16", "cpu") is torch.float32
     for major, dtype in ((9, torch.bfloat16), (7, torch.float16)):  # a V100 can only pretend to have bf16
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True, new=major >= 8: new or including_emulation
         )
         assert precision.compute_dtype("auto", CUDA) is dtype
-        assert precision.nf4_dtype("auto", CUDA) is dtype
-        assert precision.nf4_dtype("fp32", CUDA) is torch.float32
 
 
 def test_no_other_file_decides_on_precision() -> None:
