@@ -70,8 +70,8 @@ python tests/benchmarks/variants.py RAVDESS BACKBONE SCRATCH > results/benchmark
 The encoder of openai/whisper-base. RAVDESS, eight emotions, EmoBox's six speaker-disjoint folds. {epochs} epochs of the
 last block (number {block} of 0 to 5; rank 4, alpha 16, dropout 0.1) over cached features of the others; the head sees
 its output alone, and starts as the linear probe of that (tests/benchmarks/variants.py says why). bf16. Of each way's
-rates the best on fold 0's dev. The last epoch of
-every fold and seed, test together, 24 speakers, intervals over them. Seconds: CPU time of an epoch, one thread.
+rates the best on fold 0's dev. The last epoch of every fold and seed, test together, 24 speakers, intervals over them.
+Seconds: CPU time of an epoch, one thread.
 {missing}
 | | rate | seeds | train loss | dev UAR | test UAR | of each seed | trainable | s an epoch |
 |---|---|---|---|---|---|---|---|---|

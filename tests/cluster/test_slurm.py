@@ -242,6 +242,7 @@ def test_the_time_limit_saves_and_queues_again(nodes, shared, demo, stub, tmp_pa
     job = Job(nodes, tmp_path, "--time=2 --signal=B:USR1@60", *demo("limit", "tune.trials=8"), **stub(8))
     job.wait_for("queued again", 180)
     job.wait("PENDING")
+    assert "interrupted; the same command continues" in job.printed()
     nodes("scontrol", "update", f"JobId={job.id}", "StartTime=now", "TimeLimit=20")
     assert job.ended() == ("COMPLETED", 0), job.printed()
     found = epochs(shared / "results" / "limit")

@@ -106,6 +106,16 @@ def test_dropout_is_in_the_learning_part_only(backbones_dir: Path) -> None:
 # -- quantised
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_qlora_computes_in_the_precision_of_the_experiment(
+    backbones_dir: Path, precision: str, dtype: torch.dtype
+) -> None:
+    """On a CPU too."""
+    model = build(experiment(backbones_dir / "whisper", adapter={"method": "qlora"}, precision=precision))
+    quantised = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert {module.compute_dtype for module in quantised} == {dtype}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_qlora_holds_blocks_in_nested_nf4(backbones_dir: Path, variant: str) -> None:
     model = _model(backbones_dir, variant, method="qlora")
