@@ -288,7 +288,7 @@ class EmotionForAudioClassification(PreTrainedModel):
         """Whisper's encoder at the true length of the recording: transformers' own always runs 30 s."""
         encoder = self.encoder
         hidden_BDF = functional.gelu(encoder.conv1(self._log_mel(waveform_BT).to(self.dtype)))
-        hidden_BFD = functional.gelu(encoder.conv2(hidden_BDF)).transpose(1, 2)
+        hidden_BFD = functional.gelu(encoder.conv2(hidden_BDF)).transpose(1, 2).contiguous()
         states = [hidden_BFD + encoder.embed_positions.weight[: hidden_BFD.shape[1]]]
         for layer in encoder.layers:
             found = layer(states[-1], None)

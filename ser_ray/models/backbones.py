@@ -176,7 +176,8 @@ class Whisper(Backbone):
         hidden_BDF = nn.functional.gelu(self.model.conv1(features_BMF))
         # The first convolution leaks one frame beyond an utterance and adds its bias there: set this to zero again.
         hidden_BDF = hidden_BDF * frame_mask(mel_frames_B, hidden_BDF.shape[-1])[:, None]
-        hidden_BFD = nn.functional.gelu(self.model.conv2(hidden_BDF)).transpose(1, 2)
+        # Frames one after the other in memory, once: every block keeps the order of its input, and would copy it often.
+        hidden_BFD = nn.functional.gelu(self.model.conv2(hidden_BDF)).transpose(1, 2).contiguous()
         frames = hidden_BFD.shape[1]
         hidden_BFD = hidden_BFD + self.model.embed_positions.weight[:frames]
         hidden_BFD = nn.functional.dropout(hidden_BFD, self.model.dropout, self.model.training)

@@ -43,6 +43,14 @@ def test_without_padding_all_states_are_those_of_transformers(backbones_dir: Pat
         torch.testing.assert_close(own, other, atol=2e-5, rtol=1e-5, msg=lambda m, layer=layer: f"layer {layer}: {m}")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_the_frames_of_all_states_lie_one_after_the_other(backbones_dir: Path, variant: str) -> None:
+    """Blocks keep the order of their input, and a norm copies any other: 7 % of a training step of Whisper once."""
+    hiddens, _ = backbones.load(str(backbones_dir / variant)).eval()(*noise([1.1, 0.9]))
+    assert [hidden_BFD.is_contiguous() for hidden_BFD in hiddens] == [True] * (LAYERS + 1)
+
+
 @torch.inference_mode()
 def test_whisper_at_thirty_seconds_is_that_of_transformers(backbones_dir: Path) -> None:
     directory = backbones_dir / "whisper"
