@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig
 
-from ser_ray.models import pretrained, wavlm
+from ser_ray.models import attention, pretrained, wavlm
 from ser_ray.models.logmel import LogMel
 from ser_ray.models.lowrank import Updates
 from ser_ray.models.precision import WEIGHTS, compute_dtype, in_fp32, product_dtype
@@ -165,6 +165,8 @@ class Whisper(Backbone):
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__(model, family, extractor)
         self.logmel = LogMel(self.model.config.num_mel_bins)
+        for layer in self.layers():
+            layer.self_attn = attention.Attention(layer.self_attn)
 
     def layers(self) -> nn.ModuleList:
         return self.model.layers
@@ -186,8 +188,8 @@ class Whisper(Backbone):
     def _block(
         self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        attention_B11F = None if mask_BF is None else mask_BF[:, None, None]
-        return lambda index, hidden: self.layers()[index](hidden, attention_B11F)
+        padding = None if mask_BF is None else attention.padding(mask_BF, product_dtype(hidden_BFD))
+        return lambda index, hidden: self.layers()[index](hidden, padding)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         normed_BFD: torch.Tensor = self.model.layer_norm(hidden_BFD)
@@ -264,7 +266,7 @@ class WavLM(Wav2Vec2):
         # All blocks use the first one's relative positions, which depend on the number of frames alone.
         embedding_NH = self.model.encoder.layers[0].attention.rel_attn_embed.weight
         bias_HFF = wavlm.position_bias(embedding_NH, hidden_BFD.shape[1], config.max_bucket_distance, dtype)
-        padding = bias_HFF.new_zeros(()) if mask_BF is None else wavlm.padding(mask_BF, dtype)
+        padding = bias_HFF.new_zeros(()) if mask_BF is None else attention.padding(mask_BF, dtype)
         return lambda index, hidden: self.layers()[index](hidden, padding, bias_HFF)[0]
 
 

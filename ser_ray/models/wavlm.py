@@ -17,49 +17,26 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ser_ray.models import attention
 
-class Attention(nn.Module):
+
+class Attention(attention.Attention):
     """Takes over the layers and parameters of a block's ``WavLMAttention``, and its place."""
 
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
     gru_rel_pos_linear: nn.Module
     gru_rel_pos_const: nn.Parameter
 
-    def __init__(self, theirs: Any) -> None:
-        super().__init__()
-        self.num_heads: int = theirs.num_heads
-        self.dropout: float = theirs.dropout
-        # In their order, by which a saved optimiser's moments are numbered.
-        for name, parameter in theirs.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, child in theirs.named_children():
-            self.add_module(name, child)
-
-    def forward(
+    def forward(  # type: ignore[override]  # what this family's block expects
         self, hidden_BFD: torch.Tensor, attention_mask: torch.Tensor, position_bias: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, None, torch.Tensor]:
         """What transformers' block expects: the output (B, F, D), no weights, and the bias for the next block.
 
-        ``attention_mask`` is `padding` of the batch, or 0 without any, ``position_bias`` its `position_bias`, for H
-        heads.
+        ``attention_mask`` is `attention.padding` of the batch, or 0 without any, ``position_bias`` its `position_bias`,
+        for H heads.
         """
         # One pass: padding + bias x gate, (B, H, F, F).
         mask_BHFF = torch.addcmul(attention_mask, position_bias, self._gate(hidden_BFD).to(position_bias.dtype))
-        mixed_BHFd = functional.scaled_dot_product_attention(
-            self._heads(self.q_proj(hidden_BFD)),
-            self._heads(self.k_proj(hidden_BFD)),
-            self._heads(self.v_proj(hidden_BFD)),
-            attn_mask=mask_BHFF,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out_proj(mixed_BHFd.transpose(1, 2).flatten(2)), None, position_bias
-
-    def _heads(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
-        """(B, H, F, d), d being the width of a head."""
-        return hidden_BFD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.attend(hidden_BFD, mask_BHFF), None, position_bias
 
     def _gate(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         """(B, H, F, 1), what each head multiplies a query's biases by: r (u s - 1) + 2, with s a parameter."""
@@ -79,12 +56,6 @@ def position_bias(weight: torch.Tensor, frames: int, max_distance: int, dtype: t
     distances = torch.arange(1 - frames, frames, device=weight.device)
     of_distance_HN = functional.embedding(_buckets(distances, weight.shape[0], max_distance), weight).to(dtype).T
     return of_distance_HN[:, places - places[:, None] + (frames - 1)]
-
-
-def padding(mask_BF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, 1, F): 0 for real frames, minus infinity for padding."""
-    zeros_BF = torch.zeros(mask_BF.shape, dtype=dtype, device=mask_BF.device)
-    return zeros_BF.masked_fill(~mask_BF, -math.inf)[:, None, None]
 
 
 def _buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
