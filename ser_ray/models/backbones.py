@@ -117,7 +117,8 @@ class Backbone(nn.Module):
         self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """A function for a batch of this shape and mask: number of a block and its input -> its output."""
-        raise NotImplementedError
+        padding = None if mask_BF is None else attention.padding(mask_BF, product_dtype(hidden_BFD))
+        return lambda index, hidden: self.layers()[index](hidden, attention_mask=padding)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         """The norm after the last block, where there is one."""
@@ -185,12 +186,6 @@ class Whisper(Backbone):
         hidden_BFD = nn.functional.dropout(hidden_BFD, self.model.dropout, self.model.training)
         return hidden_BFD, frame_mask((mel_frames_B + 1) // 2, frames)
 
-    def _block(
-        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
-    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        padding = None if mask_BF is None else attention.padding(mask_BF, product_dtype(hidden_BFD))
-        return lambda index, hidden: self.layers()[index](hidden, padding)
-
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         normed_BFD: torch.Tensor = self.model.layer_norm(hidden_BFD)
         return normed_BFD
@@ -222,12 +217,6 @@ class Wav2Vec2(Backbone):
         if not self._norm_first():
             hidden_BFD = encoder.layer_norm(hidden_BFD)
         return encoder.dropout(hidden_BFD), mask_BF
-
-    def _block(
-        self, hidden_BFD: torch.Tensor, mask_BF: torch.Tensor | None
-    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        attention_B11F = None if mask_BF is None else mask_BF[:, None, None]
-        return lambda index, hidden: self.layers()[index](hidden, attention_mask=attention_B11F)
 
     def _finish(self, hidden_BFD: torch.Tensor) -> torch.Tensor:
         return self.model.encoder.layer_norm(hidden_BFD) if self._norm_first() else hidden_BFD
