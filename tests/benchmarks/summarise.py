@@ -86,10 +86,12 @@ def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _short(value: object) -> str:
+    """Few digits; of a directory its name alone."""
     try:
         number = float(str(value))
     except ValueError:
-        return str(value)
+        text = str(value)
+        return Path(text).name if Path(text).is_absolute() else text
     return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
 
 
