@@ -65,9 +65,9 @@ class PooledHead(Head):
         """A trainable weighted sum of the layers. Every frame is normalised first, since norms grow with depth."""
         if self.layer_mix == "last":
             return normalise(hiddens[-1])
-        mixed = normalise(hiddens[0]) * self.mix_L[0]
+        mixed = normalise(hiddens[0], self.mix_L[0])
         for weight, hidden_BFD in zip(self.mix_L[1 : len(hiddens)], hiddens[1:], strict=True):
-            mixed = mixed + normalise(hidden_BFD) * weight
+            mixed = mixed + normalise(hidden_BFD, weight)
         return mixed
 
     def highest_state(self) -> int | None:

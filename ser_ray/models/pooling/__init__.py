@@ -55,9 +55,13 @@ def of(name: str) -> type[Pooling]:
 
 
 @in_fp32
-def normalise(hidden_BFD: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance over the width of every frame; nothing is trainable here."""
-    return nn.functional.layer_norm(hidden_BFD, hidden_BFD.shape[-1:])
+def normalise(hidden_BFD: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Zero mean and unit variance over the width of every frame, then times ``scale``, which is one number.
+
+    As the norm's own weight it costs neither a kernel nor memory: a product would keep the frames for its gradient.
+    """
+    width = hidden_BFD.shape[-1:]
+    return nn.functional.layer_norm(hidden_BFD, width, None if scale is None else scale.expand(width))
 
 
 def uniform_weights(mask_BF: torch.Tensor) -> torch.Tensor:
