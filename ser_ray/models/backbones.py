@@ -161,7 +161,10 @@ class Backbone(nn.Module):
 
 
 class Whisper(Backbone):
-    """Whisper's encoder at the true length of the batch: positions are sliced, not padded to 30 s."""
+    """Whisper's encoder at the true length of the batch: positions are sliced, not padded to 30 s.
+
+    The attention of its blocks is that of `attention`.
+    """
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__(model, family, extractor)

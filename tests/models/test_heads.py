@@ -95,6 +95,19 @@ def test_the_head_is_a_loop_over_utterances(pooling: str) -> None:
         np.testing.assert_allclose(logits_BK[row], expected_K, atol=2e-4)
 
 
+def test_the_mix_has_the_gradients_of_a_sum_of_products() -> None:
+    """Its weights are those of the norms of the states."""
+    generator = torch.Generator().manual_seed(4)
+    head, hiddens = _head(), [torch.randn(2, 5, WIDTH, generator=generator).requires_grad_() for _ in range(LAYERS + 1)]
+    head.mix_L.data = torch.linspace(-0.5, 1.1, LAYERS + 1)
+    centred = [h - h.mean(-1, keepdim=True) for h in hiddens]
+    normed = [c / torch.sqrt(c.square().mean(-1, keepdim=True) + 1e-5) for c in centred]
+    expected = sum(weight * state for weight, state in zip(head.mix_L, normed, strict=True))
+    upstream = torch.randn(2, 5, WIDTH, generator=generator)
+    wanted = torch.autograd.grad(expected, [head.mix_L, *hiddens], upstream)
+    torch.testing.assert_close(torch.autograd.grad(head.mix(hiddens), [head.mix_L, *hiddens], upstream), wanted)
+
+
 def test_the_mix_starts_as_the_mean_of_normalised_layers() -> None:
     hiddens, _ = _hiddens()
     expected = torch.stack([normalise(h) for h in hiddens]).mean(0)
