@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,11 +175,23 @@ def full_cluster(ray_cluster: None) -> Iterator[Callable[[], None]]:
     """The session's Ray while other work holds all of its CPUs; returns what ends that work."""
     import ray
 
+    from ser_ray.runtime import cluster
+
     @ray.remote
     class Holder:
         """Holds what it was given until it is killed."""
 
-    holder = Holder.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
-    ray.get(holder.__ray_ready__.remote())
+    def held() -> Any:
+        found = Holder.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+        ray.get(found.__ray_ready__.remote(), timeout=120)
+        return found
+
+    try:
+        holder = held()
+    except ray.exceptions.GetTimeoutError:
+        # Ray 2.60 loses a message now and then, and this process then hears of no actor any more (results/LOG.md).
+        ray.shutdown()
+        cluster.connect()
+        holder = held()
     yield lambda: ray.kill(holder)
     ray.kill(holder)
