@@ -163,14 +163,14 @@ class Backbone(nn.Module):
 class Whisper(Backbone):
     """Whisper's encoder at the true length of the batch: positions are sliced, not padded to 30 s.
 
-    The attention of its blocks is that of `attention`.
+    The attention of its blocks is `attention.WhisperAttention`.
     """
 
     def __init__(self, model: nn.Module, family: str, extractor: Any) -> None:
         super().__init__(model, family, extractor)
         self.logmel = LogMel(self.model.config.num_mel_bins)
         for layer in self.layers():
-            layer.self_attn = attention.Attention(layer.self_attn)
+            layer.self_attn = attention.WhisperAttention(layer.self_attn)
 
     def layers(self) -> nn.ModuleList:
         return self.model.layers

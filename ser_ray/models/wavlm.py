@@ -26,7 +26,7 @@ class Attention(attention.Attention):
     gru_rel_pos_linear: nn.Module
     gru_rel_pos_const: nn.Parameter
 
-    def forward(  # type: ignore[override]  # what this family's block expects
+    def forward(
         self, hidden_BFD: torch.Tensor, attention_mask: torch.Tensor, position_bias: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, None, torch.Tensor]:
         """What transformers' block expects: the output (B, F, D), no weights, and the bias for the next block.

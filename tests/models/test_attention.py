@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperAttention
+from transformers.models.whisper import modeling_whisper as transformers_whisper
 
-from ser_ray.models.attention import Attention, padding
+from ser_ray.models.attention import WhisperAttention, padding
 from ser_ray.models.backbones import frame_mask
 
 FRAMES = (90, 41, 7)
 
 
-def pair(width: int, heads: int) -> tuple[Attention, WhisperAttention]:
+def pair(width: int, heads: int) -> tuple[WhisperAttention, transformers_whisper.WhisperAttention]:
     """Ours and transformers' own, of the same random weights."""
     config = WhisperConfig(d_model=width, encoder_attention_heads=heads, attn_implementation="sdpa")
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        theirs = WhisperAttention(width, heads, config=config)
-    return Attention(copy.deepcopy(theirs)), theirs
+        theirs = transformers_whisper.WhisperAttention(width, heads, config=config)
+    return WhisperAttention(copy.deepcopy(theirs)), theirs
 
 
 def ragged(width: int) -> tuple[torch.Tensor, torch.Tensor]:
