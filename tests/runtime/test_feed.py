@@ -92,22 +92,13 @@ def test_ray_feeds_the_batches_of_the_plain_files(prepared, resident, size):
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster", "small_windows")
+@pytest.mark.usefixtures("full_cluster", "small_windows")
 def test_files_are_streamed_on_a_cluster_without_a_free_cpu(prepared):
     """Trials may hold them all, and would wait for ever for the tasks that read."""
-
-    @ray.remote(num_cpus=ray.available_resources()["CPU"])
-    class Busy:
-        def there(self) -> bool:
-            return True
-
     task, space = prepared
-    busy = Busy.remote()
-    assert ray.get(busy.there.remote())
     assert ray.available_resources().get("CPU", 0) < 1
     source = feed.Streamed(task.rows("train"), "audio")
     assert sorted(ids(data(space, source, files(task, "dev")).train(2))) == sorted(task.labels("train"))
-    ray.kill(busy)
 
 
 @pytest.mark.usefixtures("small_windows")
