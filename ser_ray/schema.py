@@ -70,6 +70,10 @@ class MemoryShortageError(UserError):
     """A model and its batch did not fit into memory: with smaller batches they may."""
 
 
+class LostMessageError(UserError):
+    """Ray has lost a message for this process, which hears of no other any more; a new connection to Ray helps."""
+
+
 class ProcessDiedError(UserError):
     """A process was killed from outside, as by a lost machine or Ray's memory monitor: trying again may help."""
 

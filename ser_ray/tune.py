@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Final
 
 import ray.data
 from ray.tune.schedulers import FIFOScheduler
@@ -34,10 +35,14 @@ from ser_ray.runtime import cluster, feature_cache, feed, paths, tuner
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.searchers import FixedQueue, OptunaSearcher, ReplayingASHA
-from ser_ray.schema import UserError
+from ser_ray.schema import LostMessageError, UserError
 from ser_ray.terminal import titled
 from ser_ray.train import make_plan, show_plan
 from ser_ray.trials.records import Trials
+
+REJOINS: Final = 5
+"""How often a search joins Ray anew by itself: a message is rarely lost, and where it happens again there is another
+reason."""
 
 
 def main(path: Path | None, overrides: list[str], dry_run: bool = False) -> int:
@@ -75,7 +80,21 @@ def load_space(path: Path, overrides: list[str]) -> SearchSpace:
 
 
 def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
-    """Run a search, or what is left of one: prepare, search, evaluate, report; returns its results folder."""
+    """Run a search, or what is left of one: prepare, search, evaluate, report; returns its results folder.
+
+    Where Ray has lost a message, the search is continued over a new connection to it.
+    """
+    for _ in range(REJOINS):
+        try:
+            return _run(space, console, argv)
+        except LostMessageError as error:
+            said, _, _ = str(error).partition(";")
+            console.print(f"{said}; joining Ray anew, trials go on from their last epochs", style="yellow")
+            cluster.leave()
+    return _run(space, console, argv)
+
+
+def _run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     started = time.monotonic()
     console.print(titled("ser-ray tune", f" {space.experiment.name} -> {space.results_dir()}"))
     _check_backbones(space, console)

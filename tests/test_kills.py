@@ -15,13 +15,14 @@ import sys
 import threading
 from pathlib import Path
 
+import deaf
 import psutil
 import pytest
 import stub_trainable
 from ray_head import ray_head
 from test_verbs import results_of, train, write_space
 
-from ser_ray.evaluation.folder import trial_history
+from ser_ray.evaluation.folder import read_trials, trial_history
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,23 @@ def test_a_killed_search_continues_and_loses_nothing(space, stub):
     # Losses and seconds too: an epoch may be told again, but not trained again.
     assert {trial_id: trial_history(results / "trials" / trial_id) for trial_id in done} == histories
     assert len(json.loads((results / "evaluation/test_openings.json").read_text())) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_to_which_ray_tells_nothing_joins_it_anew(space, stub):
+    """One trial's process has started, and the search does not hear of it."""
+    settings = ["experiment.name=deaf", "storage.prefix_gb=0"]
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | stub
+    command = [sys.executable, deaf.__file__, "tune", str(space), *settings]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("joining Ray anew, trials go on from their last epochs") == 1
+    assert "continuing the search" in done.stdout
+    rows = list(csv.DictReader((results_of(space, "deaf") / "trials.csv").open()))
+    assert [row["status"] in ("finished", "stopped") for row in rows] == [True] * 3
+    trials = read_trials(results_of(space, "deaf") / "trials")
+    assert {trial.attempts for trial in trials} == {1}, "what Ray lost is not counted against a trial"
 
 
 @pytest.mark.ray

@@ -125,6 +125,11 @@ def _join() -> None:
             logging.getLogger(f"ray.{name}").setLevel(level)
 
 
+def leave() -> None:
+    """Leave the Ray that `connect` joined; one that it started ends."""
+    ray.shutdown()
+
+
 def is_own() -> bool:
     """Whether this project started the Ray that this process is in, so that all of it is on this machine."""
     return OWN in ray.cluster_resources()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ser_ray.runtime import cluster, failures
 from ser_ray.runtime.allocation import Worker
+from ser_ray.runtime.contact import Contact
 from ser_ray.schema import ProcessDiedError, UserError
 
 RESTARTS: Final = 3
@@ -65,8 +66,10 @@ class Pool:
     def map(self, jobs: Mapping[Name, Callable[[Any], Any]], what: str) -> Iterator[tuple[Name, Any]]:
         """Run named jobs, functions of an actor; yields names and results as they arrive.
 
-        Raises UserError where a job did, or where its processes keep dying. ``what``: what the jobs do, for messages.
+        Raises UserError where a job did, or where its processes keep dying, LostMessageError where Ray tells nothing
+        any more. ``what``: what the jobs do, for messages.
         """
+        contact = Contact()
         waiting = list(jobs)
         running: dict[Any, tuple[Name, Any]] = {}
         next_line = time.monotonic() + cluster.PATIENCE_S
@@ -80,6 +83,7 @@ class Pool:
             ready, _ = ray.wait([*self.starting, *running], num_returns=1, timeout=1.0)
             if waiting and running:
                 self.waited_s += time.monotonic() - before
+            contact.news() if ready else contact.check()
             for ref in ready:
                 result = _result(ref, what)
                 if ref in running:

@@ -23,6 +23,7 @@ from ser_ray.runtime.allocation import Allocation
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.trial import run_trial
 from ser_ray.runtime.watch import Watch
+from ser_ray.schema import LostMessageError
 from ser_ray.trials.records import Trials
 
 TRAINABLE: Final = "SER_RAY_TRAINABLE"
@@ -43,7 +44,7 @@ def run(
     """Run the trials that ``searcher`` gives, as many at once as fit, until it has no more.
 
     ``speech``: the waveforms that trials share. Raises UserError where the results folder can no longer be written,
-    KeyboardInterrupt where the user stopped it.
+    LostMessageError where Ray tells nothing any more, KeyboardInterrupt where the user stopped it.
     """
     at_once = planned.allocation.trials_at_once
     watch = Watch(planned.space, trials, planned.allocation, console)
@@ -70,7 +71,7 @@ def run(
     except tune.TuneError:
         if trials.error is None:
             raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostMessageError):
         trials.release()
         raise
     finally:

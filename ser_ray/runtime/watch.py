@@ -19,6 +19,7 @@ from ser_ray.config import SearchSpace
 from ser_ray.evaluation import folder
 from ser_ray.runtime import cluster, failures
 from ser_ray.runtime.allocation import Allocation
+from ser_ray.runtime.contact import Contact
 from ser_ray.schema import MemoryShortageError, ProcessDiedError, StorageError, UserError
 from ser_ray.terminal import titled
 from ser_ray.trials.logs import open_logs
@@ -47,6 +48,7 @@ class Watch(tune.Callback):
         self.waiting = 0
         """How many trials wait for room for their workers."""
         self.next_look = 0.0
+        self.contact = Contact()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks with its state, which is never read; a terminal cannot be pickled."""
@@ -64,6 +66,7 @@ class Watch(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print that a trial starts or continues, and its values."""
+        self.contact.news()
         trial_id, values = trial.config["trial_id"], trial.config["values"]
         record = self.trials.start(trial_id)
         self.running[trial_id] = time.monotonic()
@@ -75,6 +78,7 @@ class Watch(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Log and print the metrics of an epoch."""
+        self.contact.news()
         trial_id = trial.config["trial_id"]
         self.silent.discard(trial_id)
         record = self.trials.update(trial_id, result.get("time_total_s"))
@@ -84,6 +88,7 @@ class Watch(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print how a trial ended: by itself, or stopped by the scheduler."""
+        self.contact.news()
         trial_id, last = trial.config["trial_id"], trial.last_result or {}
         self._ends(trial_id)
         status = "finished" if last.get("last", False) else "stopped"
@@ -93,6 +98,7 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print why a trial failed; a trial whose processes died continues."""
+        self.contact.news()
         trial_id, reason = trial.config["trial_id"], _reason(Path(trial.error_file))
         self._ends(trial_id)
         kind, _, message = reason.partition(": ")
@@ -110,7 +116,11 @@ class Watch(tune.Callback):
         self._say(trial_id, f"failed: {record.error}" if record.over else f"{what}: {message}", always=True)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Print the notes of trials before their first epoch, and a heartbeat during long epochs."""
+        """Print the notes of trials before their first epoch, and a heartbeat during long epochs.
+
+        Raises LostMessageError where nothing would ever happen any more.
+        """
+        self.contact.check()
         for trial_id in self.running:
             self._pass_on_notes(trial_id)
         now = time.monotonic()
