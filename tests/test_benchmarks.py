@@ -12,12 +12,21 @@ from argparse import Namespace
 from pathlib import Path
 
 import bitsandbytes
+import feed
+import fuzz
+import gpu
+import gpu_cells
 import numpy as np
+import order
 import pyarrow as pa
 import pytest
+import reference_rehearsal
 import soundfile
 import soxr
+import steps
 import torch
+import trainer
+import variants
 from backbone_fixtures import experiment, noise
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
@@ -36,18 +45,6 @@ from ser_ray.protocols.folds import labelled, make_fold
 from ser_ray.speech.audio import is_silent, load_recording
 from ser_ray.speech.fingerprint import fingerprint
 from ser_ray.speech.matching import same_recordings
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-
-import feed
-import fuzz
-import gpu
-import gpu_cells
-import order
-import reference_rehearsal
-import steps
-import trainer
-import variants
 
 CPU = torch.device("cpu")
 BACKBONES = ("wav2vec2-layer", "wav2vec2-group", "whisper")

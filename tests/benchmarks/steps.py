@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +39,7 @@ from unittest import mock
 import gpu_cells
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched import Kernels
 
 from ser_ray.config import Experiment
 from ser_ray.disk import write_json, write_text
@@ -58,28 +57,11 @@ WIDTH, HEADS = 256, 4
 SECONDS: Final = (3.0, 2.5, 1.5, 3.0)
 """Of the utterances of a batch: 12 s with padding."""
 TURNS, UTTERANCES, TIMED_EPOCHS = 3, 16, 2
-RESERVING: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
 
 Counts = dict[str, dict[str, dict[str, float]]]
 """Family, method -> ``kernels``, and ``kept_mb`` for 100 s of audio."""
 Rates = dict[str, dict[str, list[tuple[float, float]]]]
 """What is timed, ``now`` or ``before`` -> `rate` of every turn."""
-
-
-class Kernels(TorchDispatchMode):
-    """Counts what reaches the dispatcher in forward and backward, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = operation.__name__.partition(".")[0]
-        if not operation.is_view and name not in RESERVING:
-            self.names[name] += 1
-        return operation(*args, **(kwargs or {}))
 
 
 @contextmanager

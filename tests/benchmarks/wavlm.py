@@ -21,11 +21,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched import Kernels
 
 from ser_ray.config import Adapter
 from ser_ray.models import backbones
@@ -43,34 +43,7 @@ WAYS: Final = {
     "full": Adapter(method="full"),
 }
 ONLY_HERE: Final = "LoRA in all layers"
-FREE: Final = (
-    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "detach", "slice"),
-    *(
-        "select",
-        "unbind",
-        "split",
-        "alias",
-        "as_strided",
-        "unfold",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-    ),
-)
-"""Operations that compute nothing."""
-
 Run = Callable[[], torch.Tensor]
-
-
-class Counted(TorchDispatchMode):
-    """How many operations are dispatched within it, without those that are `FREE`."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in FREE
-        return func(*args, **(kwargs or {}))
 
 
 def sides(shape: str, way: str, frames: tuple[int, ...], blocks: int) -> dict[str, tuple[torch.nn.Module, Run]]:
@@ -144,7 +117,7 @@ def seconds(both: dict[str, tuple[torch.nn.Module, Run]], way: str, rounds: int)
 def operations_and_bytes(model: torch.nn.Module, run: Run, way: str) -> tuple[int, int]:
     """Operations of a step, and the bytes of all that it keeps for its backward pass, without weights."""
     model.zero_grad()
-    with Counted() as counted:
+    with Kernels() as kernels:
         step(run, way)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -155,7 +128,7 @@ def operations_and_bytes(model: torch.nn.Module, run: Run, way: str) -> tuple[in
 
     with torch.set_grad_enabled(way != "frozen"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    return counted.count, sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    return kernels.names.total(), sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
 
 
 def row(shape: str, batch: str, way: str, rounds: int) -> str:

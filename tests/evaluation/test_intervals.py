@@ -1,9 +1,8 @@
 """The intervals against plain loops, against Student's t where that is exact, and against the truth of simulations."""
 
-import sys
 import tracemalloc
-from pathlib import Path
 
+import interval_coverage
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,9 +13,6 @@ from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
 from ser_ray.evaluation import intervals
 from ser_ray.evaluation.intervals import bootstrap_ci95, paired_gap
 from ser_ray.evaluation.metrics import HEADLINE, confusion, headline
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import interval_coverage
 
 
 def _judged(rng, speakers=6, each=15, num_labels=4, spread=0.3):

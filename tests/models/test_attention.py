@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched import Kernels
 from transformers import WhisperConfig
 from transformers.models.whisper import modeling_whisper as transformers_whisper
 
@@ -63,19 +63,10 @@ def test_dropout_is_that_of_training_alone() -> None:
 
 def test_nothing_is_copied_or_scaled_outside_of_the_one_operation() -> None:
     """Four projections and the attention between them: five kernels."""
-
-    class Kernels(TorchDispatchMode):
-        names: list[str] = []  # noqa: RUF012 - of this one run
-
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if not operation.is_view and operation.__name__ != "_unsafe_view.default":
-                self.names.append(operation.__name__)
-            return operation(*args, **(kwargs or {}))
-
     ours, _ = pair(128, 2)
     hidden_BFD, mask_BF = ragged(128)
     mask = padding(mask_BF, torch.float32)
     with torch.no_grad(), Kernels() as kernels:
         ours(hidden_BFD, mask)
-    products = sum(name.startswith(("addmm", "mm")) for name in kernels.names)
-    assert (products, len(kernels.names)) == (4, 5), kernels.names
+    products = kernels.names["addmm"] + kernels.names["mm"]
+    assert (products, kernels.names.total()) == (4, 5), kernels.names
