@@ -84,18 +84,19 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
 
     Where Ray has lost a message, the search is continued over a new connection to it.
     """
+    started = time.monotonic()
     for _ in range(REJOINS):
         try:
-            return _run(space, console, argv)
+            return _run(space, console, argv, started)
         except LostMessageError as error:
+            if not cluster.leave():
+                raise
             said, _, _ = str(error).partition(";")
             console.print(f"{said}; joining Ray anew, trials go on from their last epochs", style="yellow")
-            cluster.leave()
-    return _run(space, console, argv)
+    return _run(space, console, argv, started)
 
 
-def _run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
-    started = time.monotonic()
+def _run(space: SearchSpace, console: Console, argv: list[str], started: float) -> Path:
     console.print(titled("ser-ray tune", f" {space.experiment.name} -> {space.results_dir()}"))
     _check_backbones(space, console)
     cluster.connect(space)

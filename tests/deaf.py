@@ -20,13 +20,14 @@ def main(arguments: list[str]) -> int:
 
     leave = cluster.leave
 
-    def leave_and_hear() -> None:
-        leave()
+    def leave_and_hear() -> bool:
+        left = leave()
         for name in HELD_BACK:
             os.environ.pop(name, None)
+        return left
 
     os.environ.update(HELD_BACK)
-    contact.SILENT_S, contact.LOOK_S = 2.0, 0.5
+    contact.EVERY_S, contact.LOOK_S = 2.0, 0.5
     cluster.leave = leave_and_hear
     return command(arguments)
 

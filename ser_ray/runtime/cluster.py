@@ -59,6 +59,10 @@ _ENVIRONMENT = {
 }
 
 
+_joined = False
+"""Whether `connect` has joined Ray, not the program that calls it."""
+
+
 def connect(space: SearchSpace | None = None) -> None:
     """Join the cluster of RAY_ADDRESS or ``ray start``, else start one on this machine, unless that is done already.
 
@@ -75,6 +79,7 @@ def connect(space: SearchSpace | None = None) -> None:
 
 
 def _join() -> None:
+    global _joined
     verbose = VERBOSE in os.environ
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     offered = _offered()
@@ -118,6 +123,7 @@ def _join() -> None:
     finally:
         if offered is None:
             del os.environ["RAY_ADDRESS"]
+    _joined = True
     _install_signal_handlers()
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not verbose:  # hides Ray's own progress; `ser_ray.runtime.watch` reports what fails in Tune
@@ -125,9 +131,13 @@ def _join() -> None:
             logging.getLogger(f"ray.{name}").setLevel(level)
 
 
-def leave() -> None:
-    """Leave the Ray that `connect` joined; one that it started ends."""
+def leave() -> bool:
+    """Leave the Ray that `connect` joined; one that it started ends. False, and nothing is done, where this process was
+    in a Ray before: what else it has there is not ours to end."""
+    if not _joined:
+        return False
     ray.shutdown()
+    return True
 
 
 def is_own() -> bool:

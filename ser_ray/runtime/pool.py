@@ -83,7 +83,7 @@ class Pool:
             ready, _ = ray.wait([*self.starting, *running], num_returns=1, timeout=1.0)
             if waiting and running:
                 self.waited_s += time.monotonic() - before
-            contact.news() if ready else contact.check()
+            contact.check()
             for ref in ready:
                 result = _result(ref, what)
                 if ref in running:

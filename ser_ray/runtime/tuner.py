@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -66,7 +68,7 @@ def run(
         run_config=tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[watch]),
     )
     try:
-        with watch.shown(), _surviving_every_actor_death():
+        with watch.shown(), _surviving_every_actor_death(), _restoring_signal_handlers():
             tuner.fit()
     except tune.TuneError:
         if trials.error is None:
@@ -105,6 +107,20 @@ def _surviving_every_actor_death() -> Iterator[None]:
         yield
     finally:
         RayActorManager._actor_task_failed = original
+
+
+@contextmanager
+def _restoring_signal_handlers() -> Iterator[None]:
+    """Tune handles SIGINT and SIGUSR1 while it runs, and leaves its handlers behind: the next Ctrl-C would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _trainable() -> Callable[..., None]:

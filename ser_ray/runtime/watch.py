@@ -66,7 +66,6 @@ class Watch(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print that a trial starts or continues, and its values."""
-        self.contact.news()
         trial_id, values = trial.config["trial_id"], trial.config["values"]
         record = self.trials.start(trial_id)
         self.running[trial_id] = time.monotonic()
@@ -78,7 +77,6 @@ class Watch(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Log and print the metrics of an epoch."""
-        self.contact.news()
         trial_id = trial.config["trial_id"]
         self.silent.discard(trial_id)
         record = self.trials.update(trial_id, result.get("time_total_s"))
@@ -88,7 +86,6 @@ class Watch(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print how a trial ended: by itself, or stopped by the scheduler."""
-        self.contact.news()
         trial_id, last = trial.config["trial_id"], trial.last_result or {}
         self._ends(trial_id)
         status = "finished" if last.get("last", False) else "stopped"
@@ -98,7 +95,6 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print why a trial failed; a trial whose processes died continues."""
-        self.contact.news()
         trial_id, reason = trial.config["trial_id"], _reason(Path(trial.error_file))
         self._ends(trial_id)
         kind, _, message = reason.partition(": ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 import deaf
 import pytest
 import ray
+from rich.console import Console
+from search_fixtures import space
 
-from ser_ray.runtime import contact
+from ser_ray import tune
+from ser_ray.runtime import cluster, contact
 from ser_ray.runtime.contact import Contact
 from ser_ray.schema import LostMessageError
 
@@ -26,7 +30,7 @@ from ser_ray.runtime.allocation import Worker
 from ser_ray.schema import LostMessageError
 import deaf
 
-contact.SILENT_S, contact.LOOK_S = 1.0, 0.5
+contact.EVERY_S, contact.LOOK_S = 1.0, 0.5
 
 class Own:
     def number(self):
@@ -50,8 +54,8 @@ print(number())
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contact, "SILENT_S", 0.0)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contact, "EVERY_S", 0.0)
     monkeypatch.setattr(contact, "LOOK_S", 0.0)
 
 
@@ -62,23 +66,21 @@ def check(ours: Contact, times: int) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("full_cluster", "soon")
-def test_an_actor_that_answers_is_news_also_where_no_cpu_is_free():
-    ours = Contact()
-    for _ in range(3):
-        started = ours.last_news
-        while ours.last_news == started:
-            ours.check()
-            time.sleep(0.05)
-    ours.check()
-    assert ours.actor is not None
-    ours.news()
-    assert ours.actor is None, "news of another ends the question"
+@pytest.mark.usefixtures("full_cluster", "at_once")
+def test_answers_come_again_and_again_also_where_no_cpu_is_free(monkeypatch):
+    monkeypatch.setattr(contact, "LOOKS", 10**9)
+    ours, answers = Contact(), set()
+    for _ in range(30_000):
+        check(ours, 1)
+        answers.add(ours.last_answer)
+        if len(answers) > 3:
+            return
+    pytest.fail("no answers came")
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster", "soon")
-def test_one_that_is_not_alive_yet_is_waited_for(monkeypatch):
+@pytest.mark.usefixtures("ray_cluster", "at_once")
+def test_one_that_has_not_started_is_waited_for(monkeypatch):
     """The machine, or the cluster, may be full: that is not the message that was lost."""
 
     class Silent(contact.Asked):
@@ -88,13 +90,44 @@ def test_one_that_is_not_alive_yet_is_waited_for(monkeypatch):
     monkeypatch.setattr(contact, "Asked", Silent)
     ours = Contact()
     with monkeypatch.context() as context:
-        context.setattr(contact, "_is_alive", lambda actor: False)
+        context.setattr(contact, "_has_started", lambda actor: False)
         check(ours, 100)
     with pytest.raises(LostMessageError, match="Ray no longer tells"):
         check(ours, 6000)
-    assert contact._is_alive(ours.actor)
-    assert ours.seen_alive == contact.LOOKS
+    assert ours.looks == contact.LOOKS
     ray.kill(ours.actor)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster", "at_once")
+def test_one_whose_process_was_killed_has_started_and_its_death_is_an_answer(monkeypatch):
+    class Dies(contact.Asked):
+        def answer(self) -> None:
+            os._exit(1)
+
+    monkeypatch.setattr(contact, "Asked", Dies)
+    ours = Contact()
+    check(ours, 1)
+    asked = ours.actor
+    ray.wait([ours.answer], timeout=120)
+    assert contact._has_started(asked)
+    check(ours, 1)
+    assert ours.actor is None
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_ray_that_was_joined_by_others_is_not_left(monkeypatch):
+    """A program that searches may have other work there."""
+
+    def lost(*_: object) -> None:
+        raise LostMessageError("Ray no longer tells; give the same command again")
+
+    monkeypatch.setattr(cluster, "_joined", False)
+    monkeypatch.setattr(tune, "_run", lost)
+    with pytest.raises(LostMessageError, match="give the same command again"):
+        tune.run(space({}), Console(file=io.StringIO()), [])
+    assert ray.is_initialized()
 
 
 @pytest.mark.ray

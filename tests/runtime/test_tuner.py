@@ -99,7 +99,9 @@ def dying(tmp_path, monkeypatch, ray_cluster) -> Callable[..., tuple[Trials, str
     ],
 )
 def test_a_search_ends_wherever_a_process_of_it_dies(dying, point, status, attempts):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
     trials, said = dying(point)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == handlers, "Tune leaves its own"
     assert [tried.status for tried in trials] == [status, "finished"]
     assert said.count("trial 001  starts") + said.count("trial 001  continues after") == attempts
     assert "docs.ray.io" not in said
