@@ -366,7 +366,7 @@ def _write(out: Path, section: str, rows: list[Row]) -> None:
     """Put a section's rows in place of those that were there; the others stay."""
     path = out / "speed.json"
     known = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.is_file() else {}
-    known[section] = [asdict(row) for row in rows]
+    known[section] = [asdict(row) | {"measured": time.strftime("%Y-%m-%d")} for row in rows]
     sections = {name: known[name] for name in SECTIONS if name in known}
     machine = {
         "cores": os.cpu_count(),
@@ -529,11 +529,12 @@ def _page(machine: dict[str, Any], sections: dict[str, Any]) -> str:
         "the process during that run, with all that it had loaded before. The script says what each measure is. Both",
         "sides of a ratio come from one run of the command.",
         "",
-        "| measure | ours | alternative | times better | aim | |",
-        "|---|---|---|---|---|---|",
+        "| measure | ours | alternative | times better | aim | | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in (row for section in sections.values() for row in section):
-        cells = (row["measure"], row["ours"], row["alternative"], f"**{row['ratio']:.2f}**", row["aim"], row["notes"])
+        row = row | {"ratio": f"**{row['ratio']:.2f}**"}
+        cells = (row[name] for name in ("measure", "ours", "alternative", "ratio", "aim", "notes", "measured"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
