@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import json
 import math
 import subprocess
@@ -503,3 +505,27 @@ def test_the_page_of_variants_counts_whole_seeds_and_says_what_is_missing(tmp_pa
     (gap,) = (row for row in cells if row[0] == "| DoRA over LoRA")
     assert gap[1] == "1"
     assert gap[2].startswith(f"+{100 * (uar['DoRA'] - uar['LoRA']):.1f} [")
+
+
+def test_what_one_script_asks_of_another_is_there() -> None:
+    """Most take too long to be run by a test; a name that has moved would be found by who waited for them."""
+    scripts = {path.stem: path for path in Path(gpu.__file__).parent.glob("*.py")}
+    asked = set()
+    for path in scripts.values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {
+            alias.asname or alias.name: alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.name in scripts
+        }
+        asked |= {
+            (names[node.value.id], node.attr)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names
+        }
+    assert ("gpu_cells", "speech") in asked
+    assert [
+        (module, name) for module, name in sorted(asked) if not hasattr(importlib.import_module(module), name)
+    ] == []

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import gpu_cells
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,15 +170,14 @@ def wav2vec2(bench: Bench) -> Iterable[Row]:
 
     Ours as the platform does it: what the convolutions compute is kept, here over three epochs with its making.
     """
-    import gpu
-
     directory = bench.scratch / "wav2vec2-base"
     transformers.Wav2Vec2Model(transformers.Wav2Vec2Config()).save_pretrained(directory)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(directory)
-    utterances = gpu.speech(32)
-    experiment = gpu.experiment(directory, "lora", 1).model_copy(update={"batch_seconds": 28.0})
-    longer = experiment.model_copy(update={"epochs": 3})
-    table = gpu.as_table(utterances)
+    utterances = gpu_cells.speech(32)
+    described = gpu_cells.described({"method": "lora", "seconds": 28}, directory)
+    experiment = described.model_copy(update={"epochs": 1, "patience": 1})
+    longer = experiment.model_copy(update={"epochs": 3, "patience": 3})
+    table = gpu_cells.as_table(utterances)
     ways: dict[str, Callable[[], tuple[float, float]]] = {
         "ours": lambda: _rate_of(_fit_cached(longer, table, table.slice(0, 2), bench.scratch)),
         "random": lambda: _rate(trainer.run(experiment, utterances, utterances[:2], batch_size=8)),

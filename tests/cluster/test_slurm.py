@@ -71,9 +71,16 @@ class Job:
         path = self.directory / f"slurm-{self.id}.out"
         return path.read_text() if path.is_file() else ""
 
-    def wait_for(self, text: str, seconds: float = 300) -> None:
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """As `Slurm.wait`, for as long as a full machine may take; fails with what the job has printed."""
+        try:
+            self.slurm.wait(done, what, 600)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}; it printed:\n{self.printed()}") from error
+
+    def wait_for(self, text: str) -> None:
         """Until it has printed that."""
-        self.slurm.wait(lambda: text in self.printed(), f"{text!r} from job {self.id}", seconds)
+        self.until(lambda: text in self.printed(), f"{text!r} from job {self.id}")
 
     def ended(self) -> tuple[str, int]:
         """Its state and exit code, when it and all that it started are gone."""
@@ -203,7 +210,7 @@ def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, demo, st
     arguments = demo(name, "experiment.epochs=6", "experiment.patience=6", "tune.scheduler=none")
     once = broken_on("n2", f"mkdir {tmp_path}/started 2> /dev/null || exit 3", tmp_path)
     job = Job(nodes, tmp_path, "", *arguments, SER_RAY_PYTHON=sys.executable if comes_back else once, **stub(6))
-    nodes.wait(lambda: len(epochs(shared / "results" / name)) >= 2, "histories of two trials", 300)
+    job.until(lambda: len(epochs(shared / "results" / name)) >= 2, "histories of two trials")
     time.sleep(max(0.0, 70 - job.seconds()))  # Ray that ends earlier has failed to start
     temp = f"/tmp/ray-{job.id}.".encode()
     of_ray = [pid for pid in network.pids(2) if temp in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -213,7 +220,7 @@ def test_a_node_where_ray_is_lost_costs_at_most_an_epoch(nodes, shared, demo, st
             os.kill(pid, signal.SIGKILL)
     log = tmp_path / f"ray-{job.id}.0.log"
     what, times = ("Ray runtime started", 3) if comes_back else ("Ray is lost on n2", 1)
-    nodes.wait(lambda: log.read_text().count(what) == times, f"{what!r} in {log}", 180)
+    job.until(lambda: log.read_text().count(what) == times, f"{what!r} in {log}")
     assert job.ended() == ("COMPLETED", 0), job.printed()
     found = epochs(shared / "results" / name)
     assert list(found.values()) == [list(range(1, 7))] * 4, "none lost, none twice"
@@ -240,7 +247,7 @@ def test_a_requeued_job_goes_on(nodes, shared, demo, stub, tmp_path):
 
 def test_the_time_limit_saves_and_queues_again(nodes, shared, demo, stub, tmp_path):
     job = Job(nodes, tmp_path, "--time=2 --signal=B:USR1@60", *demo("limit", "tune.trials=8"), **stub(8))
-    job.wait_for("queued again", 180)
+    job.wait_for("queued again")
     job.wait("PENDING")
     assert "interrupted; the same command continues" in job.printed()
     nodes("scontrol", "update", f"JobId={job.id}", "StartTime=now", "TimeLimit=20")
