@@ -32,6 +32,7 @@ from ser_ray.evaluation.runs import finals, is_evaluated
 from ser_ray.models import backbones
 from ser_ray.protocols.task import Task
 from ser_ray.runtime import cluster, feature_cache, feed, paths, tuner
+from ser_ray.runtime.contact import LOST
 from ser_ray.runtime.plan import RunPlan
 from ser_ray.runtime.results_folder import audit_task, open_results
 from ser_ray.runtime.searchers import FixedQueue, OptunaSearcher, ReplayingASHA
@@ -88,11 +89,10 @@ def run(space: SearchSpace, console: Console, argv: list[str]) -> Path:
     for _ in range(REJOINS):
         try:
             return _run(space, console, argv, started)
-        except LostMessageError as error:
+        except LostMessageError:
             if not cluster.leave():
                 raise
-            said, _, _ = str(error).partition(";")
-            console.print(f"{said}; joining Ray anew, trials go on from their last epochs", style="yellow")
+            console.print(f"{LOST}; joining Ray anew, trials go on from their last epochs", style="yellow")
     return _run(space, console, argv, started)
 
 

@@ -197,7 +197,7 @@ def full_cluster(ray_cluster: None) -> Iterator[Callable[[], None]]:
         holder = held()
     except ray.exceptions.GetTimeoutError:
         # Ray 2.60 loses a message now and then, and this process then hears of no actor any more (results/LOG.md).
-        ray.shutdown()
+        cluster.leave()
         cluster.connect()
         holder = held()
     yield lambda: ray.kill(holder)

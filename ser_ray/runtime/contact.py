@@ -23,6 +23,8 @@ LOOKS: Final = 12
 """So many looks find that actor started, by that list, before its answer is missed, which takes milliseconds, and some
 seconds on a machine that is full. Looks, not seconds: this process may have been stopped for a while."""
 
+LOST: Final = "Ray no longer tells this command of the processes that it starts (a fault of Ray 2.60)"
+
 
 class Contact:
     """For who waits for actors: `check` it again and again."""
@@ -35,9 +37,6 @@ class Contact:
 
     def __init__(self) -> None:
         self._renew()
-
-    def __getstate__(self) -> None:
-        """Goes with a callback that Tune pickles with its state, which is never read."""
 
     def check(self) -> None:
         """Raises LostMessageError where an actor has started, by Ray's list, that this process has not heard of."""
@@ -52,10 +51,7 @@ class Contact:
             self.next_look = now + LOOK_S
             self.looks += _has_started(self.actor)
             if self.looks >= LOOKS:
-                raise LostMessageError(
-                    "Ray no longer tells this command of the processes that it starts (a fault of Ray 2.60); give the "
-                    "same command again"
-                )
+                raise LostMessageError(f"{LOST}; give the same command again")
 
     def _renew(self) -> None:
         self.last_answer = time.monotonic()

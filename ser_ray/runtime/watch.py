@@ -52,7 +52,7 @@ class Watch(tune.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks with its state, which is never read; a terminal cannot be pickled."""
-        return self.__dict__ | {"console": None, "live": None, "logs": []}
+        return self.__dict__ | {"console": None, "live": None, "logs": [], "contact": None}
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -47,7 +47,8 @@ try:
 except LostMessageError as error:
     print(error)
 cluster.leave()
-del os.environ["RAY_testing_asio_delay_us"]
+for name in deaf.HELD_BACK:
+    del os.environ[name]
 cluster.connect()
 print(number())
 """
